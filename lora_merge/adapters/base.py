@@ -1,0 +1,120 @@
+"""The contract of an adapter kind.
+
+An adapter is read in two steps. From config and tensor names alone, its kind states *claims*: this module's parameter
+is to be changed, by these factors. `plan` resolves each claim to base tensors (`Target`) and asks the claim for a
+*patch* per tensor: a frozen, checked description of one effect on one weight. Only `execute` binds a patch to values.
+
+A weight is worked on as float32 rows of `TensorSpec.matrix(stacked)`: `[n, columns]`, a block of rows at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Protocol
+
+from lora_merge.spec import Target, TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Needs(Enum):
+    """How much of the weight a patch must see before it can change a row."""
+
+    ROWS = "rows"  # each row alone
+    COLUMNS = "columns"  # a first pass over all rows (`Bound.observe`), in order
+    WHOLE = "whole"  # all rows at once: apply is called once with every row (a factorisation of the base)
+
+
+class Bound(Protocol):
+    """A patch with its factors read, in float32 on the device of the work."""
+
+    def observe(self, rows: torch.Tensor, start: int) -> None:
+        """First pass of `Needs.COLUMNS`: see rows `[start, start + n)`, in order, before any `apply`."""
+
+    def apply(self, rows: torch.Tensor, start: int) -> torch.Tensor:
+        """The changed rows `[start, start + n)`, float32 `[n, columns]`; `rows` may be changed in place and returned.
+
+        Called from several threads at once. Must not depend on how rows are cut into blocks other than by the
+        last bit of a matrix product; callers keep the cut fixed.
+        """
+
+
+class Patch(Protocol):
+    """One adapter's effect on one base tensor, planned and checked; frozen and cheap.
+
+    kind: word for the report (`lora`, `dora`, `modules_to_save`, ...).
+    factors: names of the adapter tensors that it reads, all of them and nothing else.
+    needs: how much of the weight it must see.
+    stacked: its rows are those of the first two dimensions (3-D experts); None: either view will do.
+    replaces: the spec of the tensor after the patch where the patch brings the whole value by itself (saved modules,
+        base_layer copies); such a patch ignores the base's rows. None: an effect on the base's rows.
+    """
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def factors(self) -> tuple[str, ...]: ...
+    @property
+    def needs(self) -> Needs: ...
+    @property
+    def stacked(self) -> bool | None: ...
+    @property
+    def replaces(self) -> TensorSpec | None: ...
+
+    def workspace(self, weight: TensorSpec) -> int:
+        """Bytes of float32 that binding and applying hold beside the rows themselves (factors included)."""
+
+    def bind(self, read: Callable[[str], torch.Tensor], weight: TensorSpec) -> Bound:
+        """Read the factors with `read(name)` (stored dtype, stored shape, on the device of the work)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What an adapter wants of one parameter of one module, before anyone knows where it lies in the base.
+
+    module: path without `base_model.model.`, adapter name, `.base_layer` and other structural segments.
+    parameter: `weight`, `bias`, or the parameter's own name (`gate_up_proj`).
+    factors: every adapter tensor that this claim consumes (also those it ignores on purpose).
+    order: claims on one tensor are applied by rising order: 0 replaces the base (saved copies), 1 changes it.
+    build: makes the patch for one base tensor; raises AdapterError (with the module, shapes found and expected)
+        where the factors do not fit `weight`.
+    """
+
+    module: str
+    parameter: str
+    factors: tuple[str, ...]
+    build: Callable[[Target, TensorSpec], Patch]
+    order: int = 1
+    shape: tuple[int, ...] | None = None
+    """What is known of the parameter's shape from the factors: `[out, in]` for a linear LoRA; for the suffix match."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """An adapter understood: its claims, and what it asks of the checkpoint as a whole.
+
+    ignored: adapter tensors that no merge needs, with the reason (`original_module` copies, training-only state).
+    layer_replication: `[(start, stop), ...]` of layers to repeat before the claims apply, or None.
+    ties_embeddings: `ensure_weight_tying` was on: a claim on embeddings and head is one claim on the shared matrix.
+    notes: remarks for the person who merges, one sentence each.
+    """
+
+    kind: str
+    claims: tuple[Claim, ...]
+    ignored: Mapping[str, str]
+    layer_replication: tuple[tuple[int, int], ...] | None = None
+    ties_embeddings: bool = False
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the command line says about how an adapter is to be read."""
+
+    alpha: float | None = None
+    base_is_residual: bool = False
+    model_type: str | None = None
+    """`model_type` of the base's config: decides square Conv1D and transposed experts."""

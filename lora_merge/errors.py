@@ -1,0 +1,73 @@
+"""Every error that a user can cause or meet, each with the exit code of the command line.
+
+LoraMergeError
+├── UsageError          2   the words of the request do not fit together
+├── InputError          3   a file is missing, corrupt or not what its format demands
+├── AdapterError        4   the adapter does not fit this base
+├── NumericError        5   NaN or infinity, an overflow, a lost adapter
+├── UnsupportedError    6   understood, and cannot be done; the message names the way out
+├── OutputExistsError   7   OUT exists, or another run is writing it
+├── StorageError        8   I/O failed or the disk is full; the stage stays and can be resumed
+├── MemoryLimitError    9   the work does not fit into the memory allowed
+└── VerificationError  10   a finished output does not prove right
+
+A message says where, what was found, what was expected and what to do; one error lists all offenders.
+"""
+
+from collections.abc import Iterable
+from typing import ClassVar
+
+
+class LoraMergeError(Exception):
+    """Base of all errors raised for a user's data or machine."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class UsageError(LoraMergeError):
+    exit_code = 2
+
+
+class InputError(LoraMergeError):
+    exit_code = 3
+
+
+class AdapterError(LoraMergeError):
+    exit_code = 4
+
+
+class NumericError(LoraMergeError):
+    exit_code = 5
+
+
+class UnsupportedError(LoraMergeError):
+    exit_code = 6
+
+
+class OutputExistsError(LoraMergeError):
+    exit_code = 7
+
+
+class StorageError(LoraMergeError):
+    exit_code = 8
+
+
+class MemoryLimitError(LoraMergeError):
+    exit_code = 9
+
+
+class VerificationError(LoraMergeError):
+    exit_code = 10
+
+
+def printable(text: object) -> str:
+    """Text from a file, safe for a terminal: control and undecodable characters are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))
+
+
+def listed(names: Iterable[object], limit: int = 5) -> str:
+    """The first `limit` names, and how many more there are: `a, b, ... (7 in all)`."""
+    shown = [printable(name) for name in names]
+    if len(shown) <= limit:
+        return ", ".join(shown)
+    return f"{', '.join(shown[:limit])}, ... ({len(shown)} in all)"

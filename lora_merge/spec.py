@@ -1,0 +1,64 @@
+"""What is known of a tensor without its values: dtype, shape, size; and where a module's parameter lies on disk.
+
+dtypes are the names of the safetensors header (`BF16`, `F32`, `I8`, ...). No torch here: plans are made without it.
+"""
+
+import math
+from dataclasses import dataclass
+
+BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
+    "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
+    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+}  # fmt: skip
+PLAIN_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """dtype and shape of one stored tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * BITS[self.dtype] // 8
+
+    def matrix(self, stacked: bool = False) -> tuple[int, int]:
+        """Rows and columns of the 2-D view in which a weight is worked on.
+
+        A row is an index of the first dimension: `[n]` is `(n, 1)`, a linear `[out, in]` itself, a convolution
+        `[out, in, *kernel]` is `(out, in * kernel)`. `stacked` experts `[experts, a, b]` have rows of the first two
+        dimensions, `(experts * a, b)`, so that one expert need not fit into a block.
+        """
+        lead = 2 if stacked and len(self.shape) > 2 else min(1, len(self.shape))
+        return (math.prod(self.shape[:lead]), math.prod(self.shape[lead:]))
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The base tensor that holds a module's parameter, or the piece of the parameter that it holds.
+
+    A parameter may be spread over several tensors (fused experts kept apart on disk) or be only
+    a part of one (a split module stored fused).
+
+    tensor: name in the base checkpoint.
+    expert: the tensor is `parameter[expert]`; None: the tensor has all experts, or there are none.
+    rows:   the tensor holds rows `[start, stop)` of the parameter's output dimension (of `parameter[expert]` where
+            expert is given); None: all of them.
+    within: the parameter is rows `[start, stop)` of the tensor's first dimension; None: it is the whole tensor.
+    """
+
+    tensor: str
+    expert: int | None = None
+    rows: tuple[int, int] | None = None
+    within: tuple[int, int] | None = None
