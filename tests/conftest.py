@@ -1,0 +1,17 @@
+"""What every test file shares: one thread of arithmetic, and the tiny trained model."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read once, when torch is first imported
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> Path:
+    """`base/`, `adapter/`, `adapter-nf4/` and `eval.bin` of the trained byte-level Llama; read only."""
+    return Path(__file__).parents[1] / "fixtures" / "tiny-llama"

@@ -1,0 +1,153 @@
+"""Imports run downwards only, and what `--help` needs does not import torch: read from the source with `ast`."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "lora_merge"
+
+# Rooms from the top to the ground; a room may import from its own floor and from those below.
+FLOORS = [
+    {"__main__"},
+    {"cli", "report"},
+    {"lora_merge"},
+    {"api"},
+    {"plan", "execute", "verify"},
+    {"shards", "jobs", "effects"},
+    {"adapters", "formats", "keys", "output", "pipeline"},
+    {"rounding", "grids", "bits", "checkpoint"},
+    {"containers", "request"},
+    {"spec", "errors"},
+]
+FORBIDDEN = {
+    "formats": {"adapters", "checkpoint", "click", "tqdm", "transformers"},
+    "adapters": {"formats", "checkpoint", "click", "tqdm", "transformers"},
+    "containers": {"click", "tqdm", "transformers"},
+    "pipeline": {"torch", "numpy", "spec"},
+    "spec": {"torch", "numpy"},
+    "errors": {"torch", "numpy"},
+}
+HEAVY = {"torch", "transformers", "peft", "safetensors", "accelerate"}
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+
+
+def room(module: str) -> str:
+    """`lora_merge.formats.plain` lies in `formats`; the package itself in `lora_merge`."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else parts[0]
+
+
+def floor(name: str) -> int:
+    """Floors counted from the ground."""
+    for above, rooms in enumerate(reversed(FLOORS)):
+        if name in rooms:
+            return above
+    pytest.fail(f"lora_merge/{name} is on no floor: give it one in tests/test_layers.py and in ARCHITECTURE.md")
+
+
+def statements(nodes: list[ast.stmt], everywhere: bool) -> Iterator[ast.Import | ast.ImportFrom]:
+    """Import statements: all of them, or only those that run when the module is imported."""
+    for node in nodes:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        elif everywhere:
+            yield from statements([child for child in ast.walk(node) if is_import(child)], True)
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            yield from statements(node.orelse, False)
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from statements([child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)], False)
+
+
+def is_import(node: ast.AST) -> bool:
+    return isinstance(node, ast.Import | ast.ImportFrom)
+
+
+def imported(module: str, everywhere: bool = True) -> set[str]:
+    """Full names of the modules that `module` imports; a name imported from a module counts as that module."""
+    names: set[str] = set()
+    for node in statements(ast.parse(MODULES[module].read_text()).body, everywhere):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+            continue
+        assert node.level == 0 and node.module, f"{module}:{node.lineno}: write imports in full"
+        for alias in node.names:
+            inner = f"{node.module}.{alias.name}"
+            names.add(inner if inner in MODULES else node.module)
+    return names
+
+
+def imported_rooms(module: str) -> set[str]:
+    """Our rooms and foreign packages that a module imports, its own room left out."""
+    ours_or_foreign = {room(name) if name in MODULES else name.split(".")[0] for name in imported(module)}
+    return ours_or_foreign - {room(module)}
+
+
+def run_on_import(start: str) -> dict[str, set[str]]:
+    """Every module of ours that importing `start` runs, with the top-level names it imports."""
+    seen: dict[str, set[str]] = {}
+    waiting = [start]
+    while waiting:
+        name = waiting.pop()
+        if name in MODULES and name not in seen:
+            seen[name] = imported(name, everywhere=False)
+            waiting += [*seen[name], *(name.rsplit(".", dots)[0] for dots in range(1, name.count(".") + 1))]
+    return seen
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_run_downwards(module: str) -> None:
+    ours = imported_rooms(module) & {room(other) for other in MODULES}
+    upwards = sorted(name for name in ours if floor(name) > floor(room(module)))
+    assert not upwards, f"{module} imports from floors above its own: {upwards}"
+
+
+def test_rooms_form_no_circle() -> None:
+    rooms = {room(module) for module in MODULES}
+    graph: dict[str, set[str]] = {name: set() for name in rooms}
+    for module in MODULES:
+        graph[room(module)] |= imported_rooms(module) & rooms
+    TopologicalSorter(graph).prepare()
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if room(name) in FORBIDDEN])
+def test_walls_hold(module: str) -> None:
+    crossed = imported_rooms(module) & FORBIDDEN[room(module)]
+    assert not crossed, f"{module} imports {sorted(crossed)}"
+
+
+@pytest.mark.parametrize("module", ["lora_merge.spec", "lora_merge.errors"])
+def test_the_ground_floor_imports_nothing_of_ours(module: str) -> None:
+    assert not [name for name in imported(module) if name.startswith("lora_merge")]
+
+
+@pytest.mark.parametrize("start", ["lora_merge.__main__", "lora_merge.plan"])
+def test_help_and_plans_import_nothing_heavy(start: str) -> None:
+    heavy = {
+        module: sorted({name.split(".")[0] for name in names} & HEAVY) for module, names in run_on_import(start).items()
+    }
+    assert start in heavy
+    assert not {module: names for module, names in heavy.items() if names}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_input_is_ever_executed(module: str) -> None:
+    source = MODULES[module].read_text()
+    found = re.findall(r"\btorch\.load\(|\bpickle\.loads?\(|\bUnpickler\b|trust_remote_code\s*=\s*True", source)
+    assert not found, f"{module} would run what an input says: {found}"
+    assert not {"pickle", "cPickle", "dill", "joblib"} & {name.split(".")[0] for name in imported(module)}
+
+
+def test_no_room_is_named_after_nothing() -> None:
+    assert not [
+        str(path) for path in MODULES.values() if path.stem in {"utils", "helpers", "common", "misc", "manager"}
+    ]
