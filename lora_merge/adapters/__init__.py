@@ -1,0 +1,101 @@
+"""What one adapter does to one weight: from a file's config and tensor names to claims.
+
+| file | kinds |
+|---|---|
+| `lora.py` | LORA of PEFT, with `layers.py` (linear, embedding, convolution), `experts.py`, `dora.py`, `residual.py` |
+| `tokens.py` | TRAINABLE_TOKENS, and `trainable_token_indices` of LORA |
+| `saved_modules.py` | tensors brought whole: modules_to_save, biases, embeddings |
+| `loralib.py` | state dicts of loralib, without a config |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lora_merge.adapters import lora, loralib, tokens
+from lora_merge.adapters.base import Options, Reading
+from lora_merge.errors import AdapterError, UnsupportedError, listed, printable
+from lora_merge.spec import TensorSpec
+
+KINDS: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, TensorSpec], Options], Reading]] = {
+    "LORA": lora.read,
+    "TRAINABLE_TOKENS": tokens.read,
+}
+"""peft_type in adapter_config.json -> its reader."""
+
+_PROMPT = "it puts learned tokens before the input and changes no weight"
+_ROUTED = "it weighs its updates anew for every token, so it has no merged weight"
+NEVER: Mapping[str, str] = {
+    "PROMPT_TUNING": _PROMPT,
+    "MULTITASK_PROMPT_TUNING": _PROMPT,
+    "P_TUNING": _PROMPT,
+    "PREFIX_TUNING": _PROMPT,
+    "CPT": _PROMPT,
+    "CARTRIDGE": "it is a learned key-value cache and changes no weight",
+    "ADAPTION_PROMPT": "it adds gated prompts inside attention and changes no weight",
+    "XLORA": _ROUTED,
+    "POLY": _ROUTED,
+    "LILY": "its updates depend on the input, so it has no merged weight",
+    "SHADOW": "it runs a second network beside the model, so it has no merged weight",
+}
+"""peft_type -> why it cannot be merged."""
+
+LATER = (
+    "ADALORA", "ADAMSS", "BEFT", "BOFT", "BONE", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA", "GRALORA",
+    "HIRA", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "MISS", "OFT", "OSF", "PEANUT", "PSOFT", "PVERA", "RANDLORA",
+    "ROAD", "SHIRA", "SUPERTUNING", "TINYLORA", "UNILORA", "VBLORA", "VERA", "WAVEFT",
+)  # fmt: skip
+"""peft_types that could be merged and are not read yet."""
+
+
+def read_adapter(config: Mapping[str, Any] | None, tensors: Mapping[str, TensorSpec], options: Options) -> Reading:
+    """What an adapter asks for, from its config (None: there is none) and the names and shapes of its tensors.
+
+    Raises AdapterError where they do not go together, UnsupportedError for kinds that are not merged, UsageError where
+    an option is needed. Every tensor is in one claim's factors or in `ignored`.
+    """
+    if not tensors:
+        raise AdapterError("the adapter holds no tensors; it was saved empty, or is not complete")
+    reading = _read(config, tensors, options)
+    _check_complete(reading, tensors)
+    return reading
+
+
+def _read(config: Mapping[str, Any] | None, tensors: Mapping[str, TensorSpec], options: Options) -> Reading:
+    if config is None:
+        return _read_bare(tensors, options)
+    kind = config.get("peft_type")
+    if isinstance(kind, str) and kind.upper() in KINDS:
+        return KINDS[kind.upper()](config, tensors, options)
+    if isinstance(kind, str) and kind.upper() in NEVER:
+        raise UnsupportedError(f"adapter_config.json: {kind} cannot be merged: {NEVER[kind.upper()]}")
+    if kind is None and "fine_tune_type" in config:
+        raise UnsupportedError("adapter_config.json is of MLX; MLX adapters are not read yet")
+    if kind is None:
+        raise AdapterError(f"adapter_config.json names no peft_type; this version reads {', '.join(KINDS)}")
+    known = "is not read yet" if str(kind).upper() in LATER else "is not known"
+    raise UnsupportedError(f"adapter_config.json: {printable(kind)} {known}; this version reads {', '.join(KINDS)}")
+
+
+def _read_bare(tensors: Mapping[str, TensorSpec], options: Options) -> Reading:
+    if loralib.recognised(tensors):
+        return loralib.read(tensors, options)
+    if any(".lora_down." in key or ".lora_up." in key for key in tensors):
+        raise UnsupportedError("the tensors are named as kohya's scripts name them; these are not read yet")
+    if any(".lora_A." in key or ".lora_embedding_A" in key for key in tensors):
+        raise AdapterError(
+            "adapter_config.json is missing; a LoRA of PEFT has its alpha there, so put it beside the weights"
+        )
+    raise AdapterError(f"no adapter is recognised in {len(tensors)} tensors (first: {printable(next(iter(tensors)))})")
+
+
+def _check_complete(reading: Reading, tensors: Mapping[str, TensorSpec]) -> None:
+    """Every tensor belongs to one claim, or is ignored with a reason: nothing is lost in silence."""
+    used = [factor for claim in reading.claims for factor in claim.factors] + list(reading.ignored)
+    assert len(used) == len(set(used)), "an adapter tensor belongs to one claim"
+    if lost := sorted(set(tensors) - set(used)):
+        raise AdapterError(
+            f"{len(lost)} of {len(tensors)} adapter tensors have no use beside the others: {listed(lost)}; drop them "
+            "with --allow-unused REGEX if the merge may go without"
+        )

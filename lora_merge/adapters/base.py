@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from lora_merge.spec import Target, TensorSpec
 
@@ -42,6 +42,28 @@ class Bound(Protocol):
         """
 
 
+@runtime_checkable
+class Additive(Protocol):
+    """A `Bound` whose effect is a sum, so that a strength costs no copy of the rows."""
+
+    def add(self, rows: torch.Tensor, start: int, strength: float) -> torch.Tensor:
+        """`rows + strength * delta`, in place; `apply` is `add` with strength 1."""
+
+
+@runtime_checkable
+class RowReader(Protocol):
+    """A reader of adapter tensors that can also read a part: `read(name)` is the whole tensor.
+
+    A patch that brings a whole tensor reads it block by block where it is bound with a RowReader.
+    """
+
+    def __call__(self, name: str) -> torch.Tensor:
+        """The stored tensor, on the device of the work."""
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Indices `[start, stop)` of the first dimension, as stored. Called from several threads at once."""
+
+
 class Patch(Protocol):
     """One adapter's effect on one base tensor, planned and checked; frozen and cheap.
 
@@ -65,7 +87,11 @@ class Patch(Protocol):
     def replaces(self) -> TensorSpec | None: ...
 
     def workspace(self, weight: TensorSpec) -> int:
-        """Bytes of float32 that binding and applying hold beside the rows themselves (factors included)."""
+        """Bytes that binding and applying hold beside the rows themselves, factors included; an upper estimate.
+
+        A patch with `replaces` counts nothing: bound with a RowReader it holds nothing, bound with a plain function
+        it holds the stored tensor.
+        """
 
     def bind(self, read: Callable[[str], torch.Tensor], weight: TensorSpec) -> Bound:
         """Read the factors with `read(name)` (stored dtype, stored shape, on the device of the work)."""
@@ -78,7 +104,8 @@ class Claim:
     module: path without `base_model.model.`, adapter name, `.base_layer` and other structural segments.
     parameter: `weight`, `bias`, or the parameter's own name (`gate_up_proj`).
     factors: every adapter tensor that this claim consumes (also those it ignores on purpose).
-    order: claims on one tensor are applied by rising order: 0 replaces the base (saved copies), 1 changes it.
+    order: claims on one tensor are applied by rising order: 0 replaces the base (saved copies), 1 changes it, 2 sets
+        single rows last (trained tokens).
     build: makes the patch for one base tensor; raises AdapterError (with the module, shapes found and expected)
         where the factors do not fit `weight`.
     """
@@ -89,7 +116,10 @@ class Claim:
     build: Callable[[Target, TensorSpec], Patch]
     order: int = 1
     shape: tuple[int, ...] | None = None
-    """What is known of the parameter's shape from the factors: `[out, in]` for a linear LoRA; for the suffix match."""
+    """What is known of the parameter's shape from the factors: `[out, in]` for a linear LoRA (stored either way round
+    by a Conv1D), `[tokens, dim]` for an embedding, the whole shape for a convolution and a saved tensor."""
+    keeps_tie: bool = False
+    """The change is meant for every parameter tied to this one: the weight stays tied (trained tokens)."""
 
 
 @dataclass(frozen=True, slots=True)

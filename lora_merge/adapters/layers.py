@@ -1,0 +1,202 @@
+"""One LoRA pair on one kind of layer: checked against the tensor that it changes, and made a patch.
+
+| layer | lora_A | lora_B | weight | change of the weight as stored |
+|---|---|---|---|---|
+| linear | `[r, in]` | `[out, r]` | `[out, in]` | s B A |
+| Conv1D | `[r, in]` | `[out, r]` | `[in, out]` | s (B A)ᵀ |
+| embedding | `[r, tokens]` | `[dim, r]` | `[tokens, dim]` | s (B A)ᵀ |
+| convolution | `[r, in, *k]` | `[out, r, 1, ...]` | `[out, in, *k]` | s B A, seen as `[out, in * k]` |
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from lora_merge.adapters.base import Claim
+from lora_merge.adapters.dora import Dora
+from lora_merge.adapters.lowrank import Factor, LowRank, Shift
+from lora_merge.adapters.residual import Residual
+from lora_merge.errors import AdapterError, UnsupportedError, printable
+from lora_merge.spec import Target, TensorSpec
+
+CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+CONV1D_NAMES = ("c_attn", "q_attn", "c_proj", "c_fc")
+"""Models of transformers with square Conv1D layers, and how these are called; other shapes speak for themselves."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """lora_A and lora_B of one module, with their keys.
+
+    a_shape, b_shape: as stored; with block-diagonal factors `[r, in / blocks]` or `[out, r / blocks]`.
+    a_blocks, b_blocks: blocks of a block-diagonal factor, 1 else.
+    magnitude: DoRA's vector; diagonal: KaSA's.
+    init: `pissa`, `olora` or `kasa` where training changed the base first.
+    conv1d: a square weight is stored `[in, out]`.
+    """
+
+    module: str
+    a: str
+    b: str
+    a_shape: tuple[int, ...]
+    b_shape: tuple[int, ...]
+    r: int
+    scale: float
+    a_blocks: int = 1
+    b_blocks: int = 1
+    magnitude: str | None = None
+    diagonal: str | None = None
+    init: str | None = None
+    conv1d: bool = False
+
+    @property
+    def inputs(self) -> int:
+        return self.a_shape[1] * self.a_blocks
+
+    @property
+    def outputs(self) -> int:
+        return self.b_shape[0]
+
+    @property
+    def factors(self) -> tuple[str, ...]:
+        return tuple(key for key in (self.a, self.b, self.diagonal, self.magnitude) if key)
+
+    def misfit(self, target: Target, weight: TensorSpec, expected: str) -> AdapterError:
+        a, b = list(self.a_shape), list(self.b_shape)
+        return AdapterError(
+            f"{printable(self.module)}: lora_A {a} and lora_B {b} are made for {expected}; "
+            f"{printable(target.tensor)} is {weight}. Is this the base that the adapter was trained on?"
+        )
+
+
+def linear(pair: Pair, parameter: str = "weight") -> Claim:
+    """The claim of a linear layer, stored either way round, or of a piece of one."""
+    shape = (pair.outputs, pair.inputs)
+
+    def build(target: Target, weight: TensorSpec) -> LowRank | Dora | Residual:
+        rows = target.rows or (0, pair.outputs)
+        height = rows[1] - rows[0]
+        first, last = target.within or (0, weight.shape[0] if weight.shape else 0)
+        whole = target.rows is None and target.within is None
+        straight = weight.shape[1:] == (pair.inputs,) and last - first == height and rows[1] <= pair.outputs
+        turned = whole and weight.shape == (pair.inputs, pair.outputs)
+        if target.expert is not None or not (straight or turned):
+            raise pair.misfit(target, weight, f"a weight {list(shape)}")
+        a = Factor(pair.a, _flat(pair.a_shape), blocks=pair.a_blocks)
+        b = Factor(pair.b, _flat(pair.b_shape), blocks=pair.b_blocks, diagonal=pair.diagonal)
+        if turned and (pair.conv1d or not straight):
+            update = LowRank(replace(a, transpose=True), replace(b, transpose=True), pair.scale)
+            return _started(pair, _magnified(pair, update, columnwise=True), weight, True, target)
+        update = LowRank(replace(b, rows=target.rows), a, pair.scale, first)
+        return _started(pair, _magnified(pair, update, rows=target.rows), weight, False, target)
+
+    return Claim(pair.module, parameter, pair.factors, build, shape=shape)
+
+
+def embedding(pair: Pair) -> Claim:
+    """The claim of an embedding: lora_A holds its tokens, lora_B its dimensions."""
+    shape = (pair.inputs, pair.outputs)
+
+    def build(target: Target, weight: TensorSpec) -> LowRank | Dora:
+        rows = target.rows or (0, pair.inputs)
+        first, last = target.within or (0, weight.shape[0] if weight.shape else 0)
+        fits = weight.shape[1:] == (pair.outputs,) and last - first == rows[1] - rows[0] and rows[1] <= pair.inputs
+        if target.expert is not None or not fits:
+            raise pair.misfit(target, weight, f"an embedding {list(shape)}")
+        if pair.magnitude and (target.rows or target.within):
+            raise UnsupportedError(
+                f"{printable(pair.module)}: DoRA of an embedding needs all of its rows; {printable(target.tensor)} "
+                "holds only a part of them, or more"
+            )
+        left = Factor(pair.a, _flat(pair.a_shape), transpose=True, rows=target.rows)
+        right = Factor(pair.b, _flat(pair.b_shape), transpose=True)
+        update = LowRank(left, right, pair.scale, first)
+        return _magnified(pair, update, columnwise=True)
+
+    return Claim(pair.module, "weight", pair.factors, build, shape=shape)
+
+
+def convolution(pair: Pair) -> Claim:
+    """The claim of a Conv1d, Conv2d or Conv3d without groups.
+
+    Raises UnsupportedError for groups, whose updates PEFT cannot merge either.
+    """
+    shape = (pair.outputs, *pair.a_shape[1:])
+
+    def build(target: Target, weight: TensorSpec) -> LowRank | Dora:
+        if weight.shape[:1] == shape[:1] and weight.shape[2:] == shape[2:] and weight.shape[1] != shape[1]:
+            raise _grouped(pair)
+        if weight.shape != shape or target != Target(target.tensor):
+            raise pair.misfit(target, weight, f"a convolution {list(shape)}")
+        a, b = Factor(pair.a, _flat(pair.a_shape)), Factor(pair.b, _flat(pair.b_shape))
+        return _magnified(pair, LowRank(b, a, pair.scale, stacked=False))
+
+    if pair.b_shape[1] != pair.r:
+        raise _grouped(pair)
+    return Claim(pair.module, "weight", pair.factors, build, shape=shape)
+
+
+def bias(module: str, key: str, length: int, scale: float) -> Claim:
+    """The claim of `lora_B.bias` on the bias of its module."""
+
+    def build(target: Target, weight: TensorSpec) -> Shift:
+        rows = target.rows or (0, length)
+        first, last = target.within or (0, weight.numel)
+        if len(weight.shape) != 1 or last - first != rows[1] - rows[0] or rows[1] > length:
+            raise AdapterError(
+                f"{printable(key)} has {length} numbers for the bias of {printable(module)}; "
+                f"{printable(target.tensor)} is {weight}"
+            )
+        return Shift(key, length, scale, target.rows, first)
+
+    return Claim(module, "bias", (key,), build, shape=(length,))
+
+
+def is_conv1d(module: str, model_type: str | None, fan_in_fan_out: bool) -> bool:
+    """Whether a square weight is stored `[in, out]`; PEFT's flag is that of the last layer it saw."""
+    if model_type in CONV1D_MODELS:
+        return module.rpartition(".")[2] in CONV1D_NAMES
+    return fan_in_fan_out
+
+
+def _magnified(
+    pair: Pair, update: LowRank, columnwise: bool = False, rows: tuple[int, int] | None = None
+) -> LowRank | Dora:
+    if pair.magnitude is None:
+        return update
+    return Dora(update, pair.magnitude, pair.outputs, columnwise, rows)
+
+
+def _started(
+    pair: Pair, update: LowRank | Dora, weight: TensorSpec, turned: bool, target: Target
+) -> LowRank | Dora | Residual:
+    """The update after the change of the base that its initialisation made, if it made one."""
+    if pair.init is None:
+        return update
+    where = f"{printable(pair.module)}: {pair.init}"
+    if target.rows is not None:
+        raise UnsupportedError(
+            f"{where} must factor the whole weight, and {printable(target.tensor)} holds only a part of it; merge onto "
+            "the saved residual base and say --base-is-residual"
+        )
+    if turned and pair.init != "pissa":
+        raise UnsupportedError(
+            f"{where} is not defined for a weight stored [in, out], as {printable(target.tensor)} is"
+        )
+    if pair.init == "kasa" and pair.r >= min(pair.inputs, pair.outputs):
+        raise AdapterError(f"{where} of rank {pair.r} leaves nothing of {printable(target.tensor)}, {weight}")
+    if pair.init == "pissa" and pair.scale <= 0:
+        raise AdapterError(f"{where} needs a positive scale, adapter_config.json gives {pair.scale:g}")
+    return Residual(pair.init, pair.r, pair.scale, update, turned, target.within)
+
+
+def _grouped(pair: Pair) -> UnsupportedError:
+    return UnsupportedError(
+        f"{printable(pair.module)}: lora_A {list(pair.a_shape)} and lora_B {list(pair.b_shape)} belong to a "
+        "convolution with groups, whose update cannot be merged; leave it out with --allow-unused REGEX"
+    )
+
+
+def _flat(shape: tuple[int, ...]) -> tuple[int, int]:
+    return shape[0], math.prod(shape[1:])

@@ -1,0 +1,218 @@
+"""The low-rank update: rows of a weight's 2-D view plus `scale * left @ right`.
+
+A stored factor is brought into one form, a float32 stack `[experts, n, m]`. `left [experts, height, r]` holds the rows,
+`right [experts, r, columns]` the columns of the view in which the weight is stored, so a linear layer, a transposed
+Conv1D, an embedding, a convolution and a stack of experts all run through one `addmm`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lora_merge.adapters.base import Needs
+from lora_merge.spec import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+Read = Callable[[str], "torch.Tensor"]
+FLOAT = 4  # bytes of a float32
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """How a stored factor becomes a float32 stack `[experts, n, m]`.
+
+    name:    the stored tensor.
+    shape:   its 2-D view: `[r, in]` or `[out, r]`; with experts `[r * experts, in]` or `[out, r * experts]`.
+    experts: matrices in the stored tensor.
+    interleaved: experts are the fastest axis of the columns (lora_B); otherwise the slowest of the rows (lora_A).
+    expert:  take this one alone.
+    blocks:  the stored rows are blocks of a block-diagonal matrix, one under the other.
+    transpose: turn each matrix round.
+    rows, columns: the piece `[start, stop)` of the turned matrix to keep.
+    diagonal: name of a vector that scales the columns of the stored matrix.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    experts: int = 1
+    interleaved: bool = False
+    expert: int | None = None
+    blocks: int = 1
+    transpose: bool = False
+    rows: tuple[int, int] | None = None
+    columns: tuple[int, int] | None = None
+    diagonal: str | None = None
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Experts, rows and columns of the stack that `stack` returns."""
+        n, m = self.shape
+        if self.interleaved:
+            m //= self.experts
+        else:
+            n //= self.experts
+        m *= self.blocks
+        n, m = (m, n) if self.transpose else (n, m)
+        n = self.rows[1] - self.rows[0] if self.rows else n
+        m = self.columns[1] - self.columns[0] if self.columns else m
+        return (1 if self.expert is not None else self.experts), n, m
+
+    @property
+    def nbytes(self) -> int:
+        experts, n, m = self.size
+        return experts * n * m * FLOAT
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name,) if self.diagonal is None else (self.name, self.diagonal)
+
+    def stack(self, read: Read) -> torch.Tensor:
+        """Float32 `[experts, n, m]`, contiguous."""
+        import torch
+
+        n, m = self.shape
+        stored = read(self.name).reshape(n, m)
+        if self.interleaved:
+            stack = stored.reshape(n, m // self.experts, self.experts).permute(2, 0, 1)
+        else:
+            stack = stored.reshape(self.experts, n // self.experts, m)
+        if self.expert is not None:
+            stack = stack[self.expert : self.expert + 1]
+        if self.blocks > 1:
+            stack = torch.block_diag(*stack[0].chunk(self.blocks)).unsqueeze(0)  # type: ignore[no-untyped-call]
+        if self.diagonal is not None:
+            stack = stack.float() * read(self.diagonal).float()
+        stack = stack.transpose(1, 2) if self.transpose else stack
+        stack = stack[:, slice(*self.rows)] if self.rows else stack
+        stack = stack[:, :, slice(*self.columns)] if self.columns else stack
+        return stack.to(torch.float32, memory_format=torch.contiguous_format)
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """`rows + scale * left @ right` on the rows of a weight, or on those from `first` on.
+
+    fold: rows of the product that make one row of the view (a convolution stored as `[out * k, in * k]`).
+    """
+
+    left: Factor
+    right: Factor
+    scale: float
+    first: int = 0
+    fold: int = 1
+    stacked: bool | None = None
+    kind: str = "lora"
+
+    @property
+    def factors(self) -> tuple[str, ...]:
+        return (*self.left.names, *self.right.names)
+
+    @property
+    def needs(self) -> Needs:
+        return Needs.ROWS
+
+    @property
+    def replaces(self) -> TensorSpec | None:
+        return None
+
+    def workspace(self, weight: TensorSpec) -> int:
+        # Both factors in float32, and while one is turned, itself as stored (in 8 bytes a number at most).
+        stored = max(f.shape[0] * f.shape[1] * f.blocks for f in (self.left, self.right))
+        return self.left.nbytes + self.right.nbytes + stored * 2 * FLOAT
+
+    def bind(self, read: Read, weight: TensorSpec) -> BoundLowRank:
+        return BoundLowRank(self.left.stack(read), self.right.stack(read), self.scale, self.first, self.fold)
+
+
+class BoundLowRank:
+    """left `[experts, height, r]`, right `[experts, r, columns]`, both float32."""
+
+    def __init__(self, left: torch.Tensor, right: torch.Tensor, scale: float, first: int = 0, fold: int = 1) -> None:
+        self.left = left
+        self.right = right
+        self.scale = scale
+        self.first = first
+        self.fold = fold
+
+    def observe(self, rows: torch.Tensor, start: int) -> None:
+        pass
+
+    def apply(self, rows: torch.Tensor, start: int) -> torch.Tensor:
+        return self.add(rows, start, 1.0)
+
+    def add(self, rows: torch.Tensor, start: int, strength: float) -> torch.Tensor:
+        """rows `[n, columns]`, the first of them row `start` of the tensor; changed in place."""
+        view = rows.view(len(rows) * self.fold, -1) if self.fold > 1 else rows
+        begin = start * self.fold
+        experts, height, _ = self.left.shape
+        alpha = self.scale * strength
+        end = begin + len(view)
+        first = max(0, (begin - self.first) // height)
+        last = min(experts, -((self.first - end) // height))
+        for expert in range(first, last):
+            top = self.first + expert * height
+            low, high = max(begin, top), min(end, top + height)
+            if low < high:
+                left = self.left[expert, low - top : high - top]
+                view[low - begin : high - begin].addmm_(left, self.right[expert], alpha=alpha)
+        return rows
+
+
+@dataclass(frozen=True, slots=True)
+class Shift:
+    """`bias + scale * lora_B.bias`: a vector added to a 1-D parameter, seen as `[n, 1]`.
+
+    name: the stored vector; rows: the piece of it that the tensor holds; first: where it begins in the tensor.
+    """
+
+    name: str
+    length: int
+    scale: float
+    rows: tuple[int, int] | None = None
+    first: int = 0
+    kind: str = "lora_bias"
+    stacked: bool | None = None
+
+    @property
+    def factors(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    @property
+    def needs(self) -> Needs:
+        return Needs.ROWS
+
+    @property
+    def replaces(self) -> TensorSpec | None:
+        return None
+
+    def workspace(self, weight: TensorSpec) -> int:
+        return 3 * self.length * FLOAT
+
+    def bind(self, read: Read, weight: TensorSpec) -> BoundShift:
+        vector = read(self.name).float()
+        vector = vector[slice(*self.rows)] if self.rows else vector
+        return BoundShift(vector.mul(self.scale).unsqueeze(1), self.first)
+
+
+class BoundShift:
+    """delta: float32 `[n, 1]`, scaled."""
+
+    def __init__(self, delta: torch.Tensor, first: int) -> None:
+        self.delta = delta
+        self.first = first
+
+    def observe(self, rows: torch.Tensor, start: int) -> None:
+        pass
+
+    def apply(self, rows: torch.Tensor, start: int) -> torch.Tensor:
+        return self.add(rows, start, 1.0)
+
+    def add(self, rows: torch.Tensor, start: int, strength: float) -> torch.Tensor:
+        low, high = max(start, self.first), min(start + len(rows), self.first + len(self.delta))
+        if low < high:
+            rows[low - start : high - start].add_(self.delta[low - self.first : high - self.first], alpha=strength)
+        return rows

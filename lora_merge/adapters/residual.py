@@ -1,0 +1,117 @@
+"""Adapters whose training began by changing the base: the part that was taken out is taken out again.
+
+pissa: the r principal singular components, scaled into the first B0 and A0, leave the base; https://arxiv.org/abs/2404.02948
+olora: so do the first r columns of Q and rows of R of its QR factorisation; https://arxiv.org/abs/2406.01775
+kasa:  the r smallest singular components leave for good; https://arxiv.org/abs/2412.06071
+
+The residual is rounded to the weight's dtype, as training saw it; then the update follows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lora_merge.adapters.base import Bound, Needs
+from lora_merge.adapters.dora import Dora
+from lora_merge.adapters.lowrank import FLOAT, LowRank, Read
+from lora_merge.spec import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+METHODS = ("pissa", "olora", "kasa")
+
+
+@dataclass(frozen=True, slots=True)
+class Residual:
+    """Take the part of `method` and rank `r` out of the weight, then apply `update`.
+
+    transposed: the weight is stored `[in, out]`; rows: the rows of the tensor that are this module's weight.
+    """
+
+    method: str
+    r: int
+    scale: float
+    update: LowRank | Dora
+    transposed: bool = False
+    rows: tuple[int, int] | None = None
+
+    @property
+    def kind(self) -> str:
+        return self.method
+
+    @property
+    def factors(self) -> tuple[str, ...]:
+        return self.update.factors
+
+    @property
+    def needs(self) -> Needs:
+        return Needs.WHOLE
+
+    @property
+    def stacked(self) -> bool | None:
+        return self.update.stacked
+
+    @property
+    def replaces(self) -> TensorSpec | None:
+        return None
+
+    def workspace(self, weight: TensorSpec) -> int:
+        # gesdd of [m, n] with k = min(m, n): a copy of the weight, U, Vh, a work array of some 4 k² + 7 k, and the
+        # product; LAPACK's blocks come on top.
+        m, n = weight.matrix()
+        k = min(m, n)
+        numbers = 3 * m * n + 2 * k * (m + n) + 8 * k * k + 64 * (m + n) + 1024
+        return numbers * FLOAT + self.update.workspace(weight)
+
+    def bind(self, read: Read, weight: TensorSpec) -> BoundResidual:
+        return BoundResidual(self, self.update.bind(read, weight), weight.dtype)
+
+
+class BoundResidual:
+    """dtype: the weight's, by its name in a safetensors header."""
+
+    def __init__(self, patch: Residual, update: Bound, dtype: str) -> None:
+        self.patch = patch
+        self.update = update
+        self.dtype = dtype
+
+    def observe(self, rows: torch.Tensor, start: int) -> None:
+        pass
+
+    def apply(self, rows: torch.Tensor, start: int) -> torch.Tensor:
+        """rows: all rows of the tensor."""
+        patch = self.patch
+        part = rows[slice(*patch.rows)] if patch.rows else rows
+        weight = part.T if patch.transposed else part  # [out, in]
+        weight.copy_(rounded(residual(weight, patch.method, patch.r, patch.scale), self.dtype))
+        self.update.observe(rows, start)
+        return self.update.apply(rows, start)
+
+
+def residual(weight: torch.Tensor, method: str, r: int, scale: float) -> torch.Tensor:
+    """What the start of training left of a float32 weight `[out, in]`."""
+    import torch
+
+    left: torch.Tensor
+    if method == "olora":
+        q, upper = torch.linalg.qr(weight)
+        left = weight - (scale * q[:, :r]) @ upper[:r]
+        return left
+    u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+    if method == "kasa":
+        kept = len(s) - r
+        left = (u[:, :kept] * s[:kept]) @ vh[:kept]
+        return left
+    root = (s[:r] / scale).sqrt()
+    left = weight - (scale * (u[:, :r] * root)) @ (root.unsqueeze(1) * vh[:r])
+    return left
+
+
+def rounded(weight: torch.Tensor, dtype: str) -> torch.Tensor:
+    """float32 values rounded to a 16-bit dtype; other dtypes leave them as they are."""
+    import torch
+
+    narrow = {"BF16": torch.bfloat16, "F16": torch.float16}.get(dtype)
+    return weight if narrow is None else weight.to(narrow).float()

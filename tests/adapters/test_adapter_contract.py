@@ -1,0 +1,242 @@
+"""What every patch keeps: neutral factors change nothing, blocks equal the whole, factors and memory are as declared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from small_models import apply, spec
+
+from lora_merge.adapters import KINDS, LATER, NEVER, layers, saved_modules, tokens
+from lora_merge.adapters.base import Additive, Bound, Needs, Patch
+from lora_merge.adapters.experts import Stack
+from lora_merge.adapters.layers import Pair
+from lora_merge.adapters.lora_config import token_indices
+from lora_merge.adapters.peft_keys import parse
+from lora_merge.spec import Target, TensorSpec
+
+
+@dataclass(frozen=True)
+class Case:
+    """A patch, the weight it fits, its factors, and factors with which it changes nothing (None: there are none)."""
+
+    patch: Patch
+    weight: torch.Tensor
+    factors: dict[str, torch.Tensor]
+    neutral: dict[str, torch.Tensor] | None
+
+
+def noise(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def build(claim_of: Callable[[Pair], object], pair: Pair, weight: torch.Tensor, target: Target | None = None) -> Patch:
+    patch: Patch = claim_of(pair).build(target or Target("w"), spec(weight))  # type: ignore[attr-defined]
+    return patch
+
+
+def pair(a: torch.Tensor, b: torch.Tensor, **more: object) -> Pair:
+    return Pair("m", "a", "b", tuple(a.shape), tuple(b.shape), more.pop("r", a.shape[0]), 0.75, **more)  # type: ignore[arg-type]
+
+
+def low_rank(kind: str) -> Case:
+    """A patch of every form that low-rank factors take."""
+    shapes = {
+        "linear": ((4, 20), (30, 4), (30, 20)),
+        "conv1d": ((4, 20), (30, 4), (20, 30)),
+        "conv2d": ((4, 5, 3, 3), (30, 4, 1, 1), (30, 5, 3, 3)),
+        "embedding": ((4, 30), (20, 4), (30, 20)),
+        "within": ((4, 20), (30, 4), (70, 20)),
+        "rows": ((4, 20), (50, 4), (30, 20)),
+        "experts": ((12, 20), (30, 12), (3, 30, 20)),
+        "turned": ((12, 30), (20, 12), (3, 30, 20)),
+        "expert": ((12, 20), (50, 12), (30, 20)),
+    }
+    a_shape, b_shape, shape = shapes[kind]
+    a, b, weight = noise(*a_shape), noise(*b_shape), noise(*shape)
+    targets = {
+        "within": Target("w", within=(25, 55)),
+        "rows": Target("w", rows=(20, 50)),
+        "expert": Target("w", expert=1, rows=(20, 50)),
+    }
+    target = targets.get(kind, Target("w"))
+    if kind in ("experts", "turned", "expert"):
+        claim = Stack(pair(a, b, r=4), 3, False, False).claim("gate_up_proj")
+        patch = claim.build(target, spec(weight))
+    else:
+        claims = {"conv2d": layers.convolution, "embedding": layers.embedding}
+        patch = build(claims.get(kind, layers.linear), pair(a, b), weight, target)
+    return Case(patch, weight, {"a": a, "b": b}, {"a": a, "b": torch.zeros_like(b)})
+
+
+def dora(kind: str) -> Case:
+    """Magnitudes equal to the norms are neutral."""
+    a_shape, b_shape, shape, axis = {
+        "linear": ((4, 20), (30, 4), (30, 20), 1),
+        "conv1d": ((4, 20), (30, 4), (20, 30), 0),
+        "embedding": ((4, 30), (20, 4), (30, 20), 0),
+    }[kind]
+    a, b, weight = noise(*a_shape), noise(*b_shape), noise(*shape)
+    claim = layers.embedding if kind == "embedding" else layers.linear
+    patch = build(claim, pair(a, b, magnitude="m"), weight)
+    magnitude = noise(b_shape[0]).abs()
+    neutral = {"a": a, "b": torch.zeros_like(b), "m": torch.linalg.vector_norm(weight, dim=axis)}
+    return Case(patch, weight, {"a": a, "b": b, "m": magnitude}, neutral)
+
+
+def residual(method: str) -> Case:
+    a, b, weight = noise(4, 20), noise(30, 4), noise(30, 20)
+    diagonal = {"diagonal": "d"} if method == "kasa" else {}
+    patch = build(layers.linear, pair(a, b, init=method, **diagonal), weight)
+    return Case(patch, weight, {"a": a, "b": b, "d": noise(4)} if diagonal else {"a": a, "b": b}, None)
+
+
+def bias() -> Case:
+    weight, delta = noise(30), noise(30)
+    patch = layers.bias("m", "b", 30, 0.75).build(Target("w"), spec(weight))
+    return Case(patch, weight, {"b": delta}, {"b": torch.zeros(30)})
+
+
+def saved() -> Case:
+    weight, copy = noise(30, 20), noise(33, 20)
+    patch = saved_modules.claim("head", "weight", "s", spec(copy), "embeddings").build(Target("w"), spec(weight))
+    return Case(patch, weight, {"s": copy}, None)
+
+
+def token_rows() -> Case:
+    weight, values = noise(30, 20), noise(3, 20)
+    entry = parse("embed_tokens.trainable_tokens_delta")
+    indices = token_indices([29, 0, 4], "token_indices")
+    claim = tokens.claims([entry], {entry.key: spec(values)}, indices)[0]
+    return Case(claim.build(Target("w"), spec(weight)), weight, {entry.key: values}, {entry.key: weight[[29, 0, 4]]})
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    **{
+        kind: lambda kind=kind: low_rank(kind)  # type: ignore[misc]
+        for kind in ("linear", "conv1d", "conv2d", "embedding", "within", "rows", "experts", "turned", "expert")
+    },
+    **{f"dora_{kind}": lambda kind=kind: dora(kind) for kind in ("linear", "conv1d", "embedding")},  # type: ignore[misc]
+    **{method: lambda method=method: residual(method) for method in ("pissa", "olora", "kasa")},  # type: ignore[misc]
+    "bias": bias,
+    "saved": saved,
+    "tokens": token_rows,
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]()
+
+
+def test_neutral_factors_leave_the_weight(case: Case) -> None:
+    if case.neutral is None:
+        pytest.skip("this patch always changes the weight")
+    result = apply(case.patch, case.weight, case.neutral.__getitem__)
+    exact = "dora" not in case.patch.kind
+    assert torch.equal(result, case.weight) if exact else torch.allclose(result, case.weight, rtol=1e-6)
+    assert not torch.allclose(apply(case.patch, case.weight, case.factors.__getitem__), case.weight, rtol=1e-3)
+
+
+def test_rows_by_blocks_equal_the_whole(case: Case) -> None:
+    whole = apply(case.patch, case.weight, case.factors.__getitem__, block=1000)
+    for block in (1, 7, 16):
+        parts = apply(case.patch, case.weight, case.factors.__getitem__, block)
+        torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-6)
+
+
+def test_reads_exactly_its_factors_and_leaves_them(case: Case) -> None:
+    read: list[str] = []
+    before = {name: tensor.clone() for name, tensor in case.factors.items()}
+
+    def reader(name: str) -> torch.Tensor:
+        read.append(name)
+        return case.factors[name]
+
+    apply(case.patch, case.weight, reader)
+    assert sorted(set(read)) == sorted(case.patch.factors) == sorted(case.factors)
+    assert all(torch.equal(case.factors[name], tensor) for name, tensor in before.items())
+
+
+def test_sixteen_bit_factors_are_used_in_float32(case: Case) -> None:
+    narrow = {name: tensor.bfloat16() for name, tensor in case.factors.items()}
+    wide = {name: tensor.float() for name, tensor in narrow.items()}
+    result = apply(case.patch, case.weight, narrow.__getitem__)
+    assert result.dtype is torch.float32
+    assert torch.equal(result, apply(case.patch, case.weight, wide.__getitem__))
+
+
+def test_additive_patches_scale_with_strength(case: Case) -> None:
+    held = case.patch.replaces or spec(case.weight)
+    bound: Bound = case.patch.bind(case.factors.__getitem__, held)
+    if not isinstance(bound, Additive):
+        pytest.skip("not a sum")
+    rows = case.weight.reshape(held.matrix(bool(case.patch.stacked)))
+    half = bound.add(rows.clone(), 0, 0.5)
+    expected = rows + 0.5 * (bound.apply(rows.clone(), 0) - rows)
+    torch.testing.assert_close(half, expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(bound.add(rows.clone(), 0, 0.0), rows)
+
+
+def test_patches_are_frozen_and_equal_by_value(case: Case) -> None:
+    with pytest.raises(AttributeError):
+        case.patch.kind = "other"  # type: ignore[misc]
+    assert repr(case.patch)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "saved"])
+def test_workspace_covers_the_bytes_that_binding_and_applying_take(name: str) -> None:
+    case = CASES[name]()
+    weight = spec(case.weight)
+    rows = case.weight.reshape(weight.matrix(bool(case.patch.stacked))).clone()
+    narrow = {key: tensor.bfloat16() for key, tensor in case.factors.items()}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        bound = case.patch.bind(lambda key: narrow[key].clone(), weight)
+        bound.observe(rows, 0)
+        bound.apply(rows, 0)
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    assert peak > 0
+    assert peak <= case.patch.workspace(weight)
+
+
+def test_column_norms_refuse_to_be_applied_unseen() -> None:
+    case = dora("embedding")
+    assert case.patch.needs is Needs.COLUMNS
+    with pytest.raises(AssertionError):
+        case.patch.bind(case.factors.__getitem__, spec(case.weight)).apply(case.weight.clone(), 0)
+
+
+def test_saved_tensors_are_read_block_by_block() -> None:
+    case = saved()
+    asked: list[tuple[int, int]] = []
+
+    class Reader:
+        def __call__(self, name: str) -> torch.Tensor:
+            raise AssertionError("the whole tensor is never read")
+
+        def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+            asked.append((start, stop))
+            return case.factors[name][start:stop]
+
+    assert torch.equal(apply(case.patch, case.weight, Reader(), block=10), case.factors["s"])
+    assert asked == [(0, 10), (10, 20), (20, 30), (30, 33)]
+    assert case.patch.replaces == TensorSpec("F32", (33, 20))
+
+
+def test_saved_stacks_are_read_in_either_view() -> None:
+    copy = noise(4, 6, 5)
+    patch = saved_modules.claim("experts", "w", "s", spec(copy), "modules_to_save").build(Target("w"), spec(copy))
+    bound = patch.bind({"s": copy}.__getitem__, spec(copy))
+    assert torch.equal(bound.apply(torch.zeros(7, 5), 4), copy.reshape(24, 5)[4:11])
+    assert torch.equal(bound.apply(torch.zeros(2, 30), 1), copy.reshape(4, 30)[1:3])
+
+
+def test_tables_do_not_overlap() -> None:
+    words = [*KINDS, *NEVER, *LATER]
+    assert len(words) == len(set(words))
