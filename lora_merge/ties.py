@@ -12,38 +12,35 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lora_merge.config_paths import ConfigPath, at, text_parts, vocab_paths
+from lora_merge.config_paths import ConfigPath, at, text_parts
 from lora_merge.errors import AdapterError, UnsupportedError
-from lora_merge.replication import replicate
 from lora_merge.skeleton import Skeleton
 from lora_merge.spec import TensorSpec
-
-__all__ = ["Extra", "Tie", "TieAction", "Touch", "replicate", "tied", "untie", "vocab_paths"]
 
 Follow = Literal["nothing", "copies", "everything"]
 
 TIED_BY_DEFAULT = frozenset({
-    "albert", "aya_vision", "bart", "bert", "bert-generation", "big_bird", "bigbird_pegasus", "biogpt", "blenderbot",
-    "blenderbot-small", "blip", "blip_text_model", "bloom", "camembert", "cohere", "cohere2", "cohere2_moe",
-    "cohere2_vision", "cohere_compass_text", "convbert", "cpmant", "ctrl", "data2vec-text", "deberta", "deberta-v2",
-    "deepseek_vl", "deepseek_vl_hybrid", "diffusion_gemma", "diffusion_gemma_text", "distilbert", "electra", "ernie",
-    "ernie4_5", "ernie4_5_moe", "ernie4_5_vl_moe", "ernie4_5_vl_moe_text", "esm", "falcon", "falcon_mamba", "flaubert",
-    "florence2", "fnet", "fun_asr_nano", "funnel", "gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n",
-    "gemma3n_text", "gemma4", "gemma4_assistant", "gemma4_text", "gemma4_unified", "gemma4_unified_assistant",
-    "gemma4_unified_text", "glmasr", "got_ocr2", "gpt-sw3", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox_japanese", "granite_docling",
-    "granite_docling_text", "granite_speech", "granite_speech_plus", "granite_swa", "gte", "hunyuan_vl",
-    "hunyuan_vl_text", "hyperclovax_vision_v2", "ibert", "internvl", "janus", "jetmoe", "jina_embeddings_v3",
-    "kimi_k25", "kosmos-2", "kosmos-2.5", "layoutlm", "led", "lfm2", "lfm2_moe", "lfm2_vl", "lfm3", "lfm3_vl",
-    "lighton_ocr", "longformer", "longt5", "luke", "lxmert", "m2m_100", "mamba", "marian", "mbart", "megatron-bert",
-    "minicpm3", "minicpm_ocr", "mistral3", "mobilebert", "modernbert", "modernbert-decoder", "moonshine",
-    "moss_transcribe_diarize", "mpnet", "mpt", "mra", "mt5", "mvp", "neomme", "nllb-moe", "nomic_bert",
-    "nystromformer", "openai-gpt", "opt", "ovis2", "paddleocr_vl", "paddleocr_vl_text", "paligemma", "pegasus",
-    "pegasus_x", "plbart", "pop2piano", "pp_chart2table", "prophetnet", "qwen2_5_omni_text", "qwen3_asr",
-    "qwen3_vl_moe_text", "recurrent_gemma", "roberta", "roberta-prelayernorm", "roc_bert", "roformer",
-    "seamless_m4t", "seamless_m4t_v2", "smollm3", "speech_to_text", "speecht5", "squeezebert",
-    "starcoder2", "switch_transformers", "t5", "t5gemma", "t5gemma2", "tapas", "trocr", "udop", "umt5", "vaultgemma",
-    "vilt", "visual_bert", "voxtral_realtime", "whisper", "xglm", "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet",
-    "xmod", "yoso", "youtu", "zamba", "zamba2", "zaya",
+    "albert", "aya_vision", "bart", "bert", "bert-generation", "big_bird", "bigbird_pegasus", "biogpt",
+    "blenderbot", "blenderbot-small", "blip", "blip_text_model", "bloom", "camembert", "cohere", "cohere2",
+    "cohere2_moe", "cohere2_vision", "cohere_compass_text", "convbert", "cpmant", "ctrl", "data2vec-text",
+    "deberta", "deberta-v2", "deepseek_vl", "deepseek_vl_hybrid", "diffusion_gemma", "diffusion_gemma_text",
+    "distilbert", "electra", "ernie", "ernie4_5", "ernie4_5_moe", "ernie4_5_vl_moe", "ernie4_5_vl_moe_text", "esm",
+    "falcon", "falcon_mamba", "flaubert", "florence2", "fnet", "fun_asr_nano", "funnel", "gemma", "gemma2",
+    "gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "gemma4", "gemma4_assistant", "gemma4_text",
+    "gemma4_unified", "gemma4_unified_assistant", "gemma4_unified_text", "glmasr", "got_ocr2", "gpt-sw3", "gpt2",
+    "gpt_bigcode", "gpt_neo", "gpt_neox_japanese", "granite_docling", "granite_docling_text", "granite_speech",
+    "granite_speech_plus", "granite_swa", "gte", "hunyuan_vl", "hunyuan_vl_text", "hyperclovax_vision_v2", "ibert",
+    "internvl", "janus", "jetmoe", "jina_embeddings_v3", "kimi_k25", "kosmos-2", "kosmos-2.5", "layoutlm", "led",
+    "lfm2", "lfm2_moe", "lfm2_vl", "lfm3", "lfm3_vl", "lighton_ocr", "longformer", "longt5", "luke", "lxmert",
+    "m2m_100", "mamba", "marian", "mbart", "megatron-bert", "minicpm3", "minicpm_ocr", "mistral3", "mobilebert",
+    "modernbert", "modernbert-decoder", "moonshine", "moss_transcribe_diarize", "mpnet", "mpt", "mra", "mt5", "mvp",
+    "neomme", "nllb-moe", "nomic_bert", "nystromformer", "openai-gpt", "opt", "ovis2", "paddleocr_vl",
+    "paddleocr_vl_text", "paligemma", "pegasus", "pegasus_x", "plbart", "pop2piano", "pp_chart2table", "prophetnet",
+    "qwen2_5_omni_text", "qwen3_asr", "qwen3_vl_moe_text", "recurrent_gemma", "roberta", "roberta-prelayernorm",
+    "roc_bert", "roformer", "seamless_m4t", "seamless_m4t_v2", "smollm3", "speech_to_text", "speecht5",
+    "squeezebert", "starcoder2", "switch_transformers", "t5", "t5gemma", "t5gemma2", "tapas", "trocr", "udop",
+    "umt5", "vaultgemma", "vilt", "visual_bert", "voxtral_realtime", "whisper", "xglm", "xlm", "xlm-roberta",
+    "xlm-roberta-xl", "xlnet", "xmod", "yoso", "youtu", "zamba", "zamba2", "zaya",
 })  # fmt: skip
 """Model types whose config class in transformers ties where config.json says nothing."""
 
@@ -319,7 +316,7 @@ def _pair(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> tuple
     ]
     if not found:
         return None
-    embedding = min(found, key=lambda name: (not name.endswith("shared.weight"), "encoder." in name, len(name), name))
+    embedding = min(found, key=lambda name: ("encoder." in name, len(name), name))
     return embedding, head or _head_beside(str(config.get("model_type")), embedding)
 
 

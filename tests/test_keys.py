@@ -90,6 +90,16 @@ def test_a_wrong_shape_is_no_match_and_is_told() -> None:
         assert answer.note and "[8, 4]" in answer.note and "[16, 4]" in answer.note
 
 
+def test_a_name_of_another_shape_ends_the_search() -> None:
+    shapes = {"layers.0.self_attn.q_proj.weight": (8, 4), "thinker.layers.0.self_attn.q_proj.weight": (16, 4)}
+    assert resolver(shapes).resolve("model.layers.0.self_attn.q_proj", "weight", (16, 4)).targets == ()
+
+
+def test_the_word_before_the_number_must_agree() -> None:
+    shapes = {"model.layers.0.self_attn.q_proj.weight": (8, 4)}
+    assert resolver(shapes).resolve("model.blocks.0.self_attn.q_proj", "weight", (8, 4)).targets == ()
+
+
 def test_two_tensors_that_end_alike_are_no_match() -> None:
     shapes = {f"{lead}.layers.0.self_attn.q_proj.weight": (8, 4) for lead in ("first", "second")}
     answer = resolver(shapes).resolve("x.layers.0.self_attn.q_proj", "weight", (8, 4))
@@ -172,7 +182,8 @@ def test_the_skeleton_is_asked_last_and_once() -> None:
     tensors = {"strange.name": TensorSpec("F32", (8, 4)), "model.plain.weight": TensorSpec("F32", (8, 4))}
     found = Resolver(tensors, None, build)
     assert found.resolve("model.plain", "weight", (8, 4)).how == "name"
-    assert not calls
+    assert found.resolve("model.plain", "weight", (9, 9)).targets == ()
+    assert not calls, "a name that exists is not looked for elsewhere"
     for module in ("model.odd", "odd"):
         answer = found.resolve(module, "weight", (8, 4))
         assert answer.targets == (Target("strange.name"),) and answer.how == "transformers"

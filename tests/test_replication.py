@@ -43,6 +43,7 @@ def test_shards_in_any_order_and_layers_left_out() -> None:
         ({"num_layers": 3}, {("num_layers",): 4}),
         ({"text_config": {"num_hidden_layers": 3}, "vision_config": {"num_hidden_layers": 3}},
          {("text_config", "num_hidden_layers"): 4}),
+        ({"num_hidden_layers": 7, "text_config": {"num_hidden_layers": 3}}, {("text_config", "num_hidden_layers"): 4}),
         ({"num_hidden_layers": 3, "layer_types": ["a", "b", "c"], "window": [1, 2, 3]},
          {("num_hidden_layers",): 4, ("layer_types",): ["a", "b", "b", "c"]}),
         ({"num_hidden_layers": 3, "mlp_only_layers": [1]},

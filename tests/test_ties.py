@@ -65,6 +65,8 @@ def tie_of(*names: str, **config: Any) -> Tie | None:
          ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")),
         ({"model_type": "mistral3"}, ("model.language_model.embed_tokens.weight",),
          ("model.language_model.embed_tokens.weight", H)),
+        ({"model_type": "gemma3n"}, ("model.language_model.embed_tokens.weight", "audio.embed_tokens.weight"),
+         ("model.language_model.embed_tokens.weight", H)),
         ({"model_type": "bert", "architectures": ["BertForMaskedLM"]},
          ("bert.embeddings.word_embeddings.weight", "bert.embeddings.position_embeddings.weight"),
          ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight")),
