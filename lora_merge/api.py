@@ -1,0 +1,247 @@
+"""The public functions: the whole story of a merge, one line per step."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from lora_merge import __version__, planning
+from lora_merge.checkpoint import Checkpoint, digest, identity, open_adapter, open_base
+from lora_merge.errors import UsageError
+from lora_merge.inspection import inspect_path
+from lora_merge.jobs import Copy, Plan, Rewrite
+from lora_merge.output import Stage
+from lora_merge.places import check_free_space, check_places
+from lora_merge.request import Request, parse_size
+from lora_merge.results import Inspection, MergedWeight, MergeResult, PlannedWeight, PlanResult
+from lora_merge.verification import Verification, verify_output
+
+MANIFEST = "lora_merge.json"
+PathLike = str | os.PathLike[str]
+
+
+class Progress(Protocol):
+    """Called as the output grows."""
+
+    def __call__(self, name: str, nbytes: int, total: int) -> None:
+        """`nbytes` more of `total` bytes are done; they belong to tensor `name`."""
+
+
+def _silent(name: str, nbytes: int, total: int) -> None:
+    pass
+
+
+def merge(
+    base: PathLike,
+    adapters: PathLike | Sequence[PathLike],
+    out: PathLike,
+    *,
+    progress: Progress = _silent,
+    **words: Any,
+) -> MergeResult:
+    """Merge adapters into a checkpoint and write the result to the new folder `out`.
+
+    words: the options of the command line with underscores: dtype, weight, alpha, base_is_residual, allow_unused,
+        max_shard_size, device, max_memory, threads, resume, restart, overwrite, verify. Sizes are bytes or `2GB`.
+    progress: called with (name, nbytes, total) after each block that was written.
+    Raises the errors of `lora_merge.errors`; `out` exists only if this returns.
+    """
+    return merge_request(request(base, adapters, out, **words), progress=progress)
+
+
+def plan(
+    base: PathLike, adapters: PathLike | Sequence[PathLike], out: PathLike | None = None, **words: Any
+) -> PlanResult:
+    """What `merge` would do with the same words; reads headers only and writes nothing."""
+    return plan_request(request(base, adapters, out, **words))
+
+
+def inspect(path: PathLike) -> Inspection:
+    """What a checkpoint or an adapter holds, from its headers and config."""
+    return inspect_path(Path(path))
+
+
+def verify(
+    out: PathLike, *, base: PathLike | None = None, adapters: Sequence[PathLike] = (), progress: Progress = _silent
+) -> Verification:
+    """Prove a finished output: digests, headers, index, finiteness of what was merged.
+
+    With `base` (and the adapters of the merge, in order) every weight is computed again, with the recorded options, and
+    compared byte for byte. Raises VerificationError that lists what does not prove right.
+    """
+    found = verify_output(Path(out), progress)
+    if base is not None:
+        from lora_merge.recompute import compare
+
+        words = json.loads((Path(out) / MANIFEST).read_bytes())["options"]
+        again = request(base, adapters, None, **words)
+        with opened(again) as job:
+            compare(job.executor(), job.plan, Path(out), progress)
+    elif adapters:
+        raise UsageError("verify: adapters are compared together with their base; give --base too")
+    return found
+
+
+def request(base: PathLike, adapters: PathLike | Sequence[PathLike], out: PathLike | None, **words: Any) -> Request:
+    """A Request from the words of the public functions. Raises UsageError for a word that is none."""
+    paths = [adapters] if isinstance(adapters, str | os.PathLike) else list(adapters)
+    for name in ("max_memory", "max_shard_size"):
+        if words.get(name) is not None:
+            words[name] = parse_size(words[name])
+    if "weight" in words:
+        weight = words["weight"]
+        words["weight"] = (float(weight),) if isinstance(weight, int | float) else tuple(map(float, weight))
+    try:
+        return Request(Path(base), tuple(map(Path, paths)), None if out is None else Path(out), **words)
+    except TypeError as error:
+        raise UsageError(str(error).replace("Request.__init__()", "merge")) from None
+
+
+@dataclass(frozen=True, slots=True)
+class OpenJob:
+    """A request with its inputs open and its plan made."""
+
+    request: Request
+    base: Checkpoint
+    adapters: tuple[Checkpoint, ...]
+    plan: Plan
+
+    @property
+    def inputs(self) -> list[Path]:
+        return [self.base.path, *(adapter.path for adapter in self.adapters)]
+
+    def executor(self) -> Any:
+        from lora_merge.execute import Executor
+        from lora_merge.machine import fit
+
+        return Executor(self.base, self.adapters, fit(self.request, self.plan))
+
+
+@contextmanager
+def opened(request: Request) -> Iterator[OpenJob]:
+    """Open the inputs of a request and plan it; nothing is written."""
+    with ExitStack() as files:
+        base = files.enter_context(open_base(request.base))
+        adapters = tuple(files.enter_context(open_adapter(path)) for path in request.adapters)
+        yield OpenJob(request, base, adapters, planning.make(request, base, adapters))
+
+
+def plan_request(request: Request) -> PlanResult:
+    """`plan` for a ready Request."""
+    from lora_merge.machine import least_memory
+
+    with opened(request) as job:
+        if request.out is not None:
+            check_places(request.out, job.inputs)
+        return _plan_result(job, least_memory(job.plan))
+
+
+def merge_request(request: Request, *, progress: Progress = _silent) -> MergeResult:
+    """`merge` for a ready Request."""
+    assert request.out is not None
+    began = time.monotonic()
+    with opened(request) as job:
+        plan = job.plan
+        check_places(request.out, job.inputs)
+        executor = job.executor()
+        disk = plan.nbytes + _side_bytes(job)
+        with Stage.open(
+            request.out, _job_id(job), resume=request.resume, restart=request.restart, overwrite=request.overwrite
+        ) as stage:
+            kept = stage.kept
+            check_free_space(request.out, disk - sum(record.nbytes for record in kept.values()))
+            left = [shard for shard in plan.shards if shard.file not in kept]
+            total = sum(shard.nbytes for shard in left)
+            executor.run(left, stage, lambda name, nbytes: progress(name, nbytes, total))
+            _write_small_files(job, stage)
+            results = [line for shard in plan.shards for line in stage.records[shard.file].results]
+            stage.write(MANIFEST, _manifest(job, stage, results))
+            for checkpoint in (job.base, *job.adapters):
+                checkpoint.check_unchanged()
+            if request.verify:
+                verify_output(stage.folder)
+            stage.publish()
+    return MergeResult(
+        out=request.out,
+        job=plan.digest,
+        weights=tuple(map(MergedWeight.from_json, results)),
+        copied=sum(isinstance(item, Copy) for item in plan.jobs),
+        nbytes=plan.nbytes,
+        shards=tuple(shard.file for shard in plan.shards),
+        resumed=len(kept),
+        seconds=time.monotonic() - began,
+        device=str(executor.machine.device),
+        notes=plan.notes,
+    )
+
+
+def _job_id(job: OpenJob) -> str:
+    """Names this job on this machine: a stage is resumed only for the same files, unchanged since."""
+    stats = [os.stat(file.path) for item in (job.base, *job.adapters) for file in item.files]
+    return planning.digest(job.plan.digest, [(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in stats])
+
+
+def _side_bytes(job: OpenJob) -> int:
+    return sum((job.base.path / name).stat().st_size for name in job.plan.side_files)
+
+
+def _write_small_files(job: OpenJob, stage: Stage) -> None:
+    for name in job.plan.side_files:
+        stage.copy(job.base.path / name, name)
+    for name, data in job.plan.files.items():
+        stage.write(name, data)
+
+
+def _manifest(job: OpenJob, stage: Stage, results: Sequence[Mapping[str, Any]]) -> bytes:
+    """`lora_merge.json`: what was merged from what, and how; the same for every run of the same job."""
+    import torch
+
+    body = {
+        "lora_merge": __version__,
+        "job": job.plan.digest,
+        "inputs": [_input("base", job.base), *(_input("adapter", adapter) for adapter in job.adapters)],
+        "options": planning.options(job.request),
+        "versions": {"torch": str(torch.__version__)},
+        "notes": list(job.plan.notes),
+        "files": {name: {"bytes": size, "sha256": sha} for name, (size, sha) in sorted(stage.files.items())},
+        "weights": list(results),
+    }
+    return (json.dumps(body, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _input(role: str, checkpoint: Checkpoint) -> dict[str, Any]:
+    files = {file.path.name: identity(file) for file in checkpoint.files}
+    configs = ("adapter_config.json", "config.json")
+    small = {name: {"sha256": digest(checkpoint.path / name)} for name in configs if (checkpoint.path / name).is_file()}
+    return {"role": role, "name": checkpoint.path.resolve().name, "files": files | small}
+
+
+def _plan_result(job: OpenJob, memory: int) -> PlanResult:
+    weights = []
+    for item in job.plan.jobs:
+        if isinstance(item, Rewrite):
+            stored = item.source
+            source = str(stored.format) if stored else "adapter"
+            kinds = tuple(effect.patch.kind for effect in item.effects)
+            who = tuple(sorted({effect.adapter for effect in item.effects}))
+            weights.append(PlannedWeight(item.name, "merge", item.weight.shape, source, str(item.target), kinds, who))
+        else:
+            weights.append(PlannedWeight(item.name, "copy", item.spec.shape, item.spec.dtype, item.spec.dtype))
+    return PlanResult(
+        base=str(job.request.base),
+        adapters=tuple(map(str, job.request.adapters)),
+        job=job.plan.digest,
+        weights=tuple(weights),
+        shards={shard.file: shard.nbytes for shard in job.plan.shards},
+        side_files=job.plan.side_files,
+        config_changes={".".join(path): value for path, value in job.plan.config_changes.items()},
+        disk=job.plan.nbytes + _side_bytes(job),
+        memory=memory,
+        notes=job.plan.notes,
+    )

@@ -1,0 +1,190 @@
+"""The command line: words to a Request, errors to exit codes. No logic, and no torch until a command needs it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import click
+
+from lora_merge import __version__
+from lora_merge.errors import LoraMergeError, UsageError, printable
+from lora_merge.report import Reporter, show_inspection, show_plan, show_result, show_verification
+from lora_merge.request import DTYPES, Request, parse_size
+
+COMMANDS = ("inspect", "verify")
+EXITS = """\b
+Exit codes: 0 ok, 2 usage, 3 bad input, 4 adapter does not fit, 5 numeric failure,
+6 unsupported, 7 output exists or in use, 8 I/O or disk full (resumable), 9 memory,
+10 verification failed, 130 and 143 interrupted."""
+
+
+class Size(click.ParamType[int]):
+    """Bytes: `2GB`, `500MiB`."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return parse_size(value)
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
+
+
+class Group(click.Group):
+    """`lora-merge BASE ADAPTER OUT` is the merge; a first word that names a command is that command."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in (*COMMANDS, "merge", "--help", "-h", "--version"):
+            args = ["merge", *args]
+        return super().parse_args(ctx, args)
+
+    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The help of the merge itself: it is what one asks for."""
+        command = self.commands["merge"]
+        with click.Context(command, info_name=ctx.info_name or "lora-merge") as inner:
+            command.format_help(inner, formatter)
+        with formatter.section("Other commands"):
+            formatter.write_dl([(name, self.commands[name].get_short_help_str()) for name in COMMANDS])
+
+
+shared = [
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout instead of text."),
+    click.option("-q", "--quiet", is_flag=True, help="No progress bar, no result; errors only."),
+    click.option("--debug", is_flag=True, help="Show a traceback with an error."),
+]
+
+
+def with_shared(function: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(shared):
+        function = option(function)
+    return function
+
+
+@click.group(cls=Group, no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="lora-merge")
+def app() -> None:
+    pass
+
+
+@app.command(context_settings={"help_option_names": ["-h", "--help"]}, options_metavar="[OPTIONS]", epilog=EXITS)
+@click.argument("paths", nargs=-1, required=True, metavar="BASE [ADAPTER...] OUT", type=click.Path(path_type=Path))
+@click.option("--bits", type=click.Choice(["16"]), help="Width of the output. Default: the base's own.")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), help="Of plain weights. Default: the base's own.")
+@click.option("--weight", type=float, multiple=True, help="Strength of an adapter; once for each, in their order.")
+@click.option("--alpha", type=float, help="lora_alpha of an adapter file that has no config.")
+@click.option("--base-is-residual", is_flag=True, help="BASE is the residual saved with a PiSSA, OLoRA, ... adapter.")
+@click.option("--allow-unused", metavar="REGEX", help="Adapter tensors that may have no place in the base.")
+@click.option("--max-shard-size", type=Size(), help="Cut shards at this size. Default: as the base is cut.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--max-memory", type=Size(), help="Limit of the process's own memory.")
+@click.option("--threads", type=int, help="Threads that compute. Default: the cores there are, at most 8.")
+@click.option("--dry-run", is_flag=True, help="Show what would happen to each weight, and stop.")
+@click.option("--resume", is_flag=True, help="Go on where an earlier run of the same job stopped.")
+@click.option("--restart", is_flag=True, help="Throw away what an earlier run left behind.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists, at the end and at once.")
+@click.option("--verify/--no-verify", default=False, help="Read OUT again before it is published.")
+@click.option("-v", "--verbose", is_flag=True, help="With --dry-run: every weight, also those only copied.")
+@with_shared
+def merge(paths: tuple[Path, ...], dry_run: bool, as_json: bool, quiet: bool, verbose: bool, **words: Any) -> None:
+    """Merge adapters into a checkpoint, working on the weight files alone.
+
+    BASE is a folder of weights (safetensors or PyTorch .bin), each ADAPTER a folder or file, OUT the new folder.
+    No ADAPTER is a plain conversion. Inputs are never changed; OUT appears only when it is complete.
+    """
+    if len(paths) < 2:
+        raise UsageError("BASE and OUT are both needed: lora-merge BASE ADAPTER OUT")
+    words.pop("debug", None)
+    words.pop("bits", None)
+    request = Request(base=paths[0], adapters=paths[1:-1], out=paths[-1], **words)
+    from lora_merge import api
+
+    if dry_run:
+        show_plan(api.plan_request(request), as_json=as_json, verbose=verbose)
+        return
+    with Reporter(quiet=quiet or as_json) as reporter:
+        result = api.merge_request(request, progress=reporter)
+    if not quiet or as_json:
+        show_result(result, as_json=as_json)
+
+
+@app.command(short_help="Formats, sizes and tensors of a checkpoint or adapter.")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("-v", "--verbose", is_flag=True, help="List every tensor.")
+@with_shared
+def inspect(path: Path, as_json: bool, quiet: bool, debug: bool, verbose: bool) -> None:
+    """Show what a checkpoint or an adapter holds, from its headers alone."""
+    from lora_merge import api
+
+    show_inspection(api.inspect(path), as_json=as_json, verbose=verbose)
+
+
+@app.command(short_help="Prove a finished output: digests, index, finiteness; or recompute it.")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--base", type=click.Path(path_type=Path), help="Recompute every weight from this base.")
+@click.option("--adapter", type=click.Path(path_type=Path), multiple=True, help="Adapters of the merge, in order.")
+@with_shared
+def verify(out: Path, base: Path | None, adapter: tuple[Path, ...], as_json: bool, quiet: bool, debug: bool) -> None:
+    """Read a finished output again and prove it against its own record, and against its inputs where given."""
+    from lora_merge import api
+
+    with Reporter(quiet=quiet or as_json) as reporter:
+        result = api.verify(out, base=base, adapters=adapter, progress=reporter)
+    if not quiet or as_json:
+        show_verification(result, as_json=as_json)
+
+
+class Terminated(BaseException):
+    """SIGTERM, raised where the work is, so that locks and files are let go."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated
+
+
+def run(args: list[str] | None = None) -> int:
+    """The exit code of one command line; errors are told on stderr."""
+    words = sys.argv[1:] if args is None else args
+    try:
+        app.main(words, prog_name="lora-merge", standalone_mode=False)
+        return 0
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except LoraMergeError as error:
+        return _told(error, error.exit_code, words)
+    except (KeyboardInterrupt, click.Abort):
+        print("lora-merge: interrupted; --resume goes on where it stopped", file=sys.stderr)
+        return 130
+    except Terminated:
+        print("lora-merge: terminated; --resume goes on where it stopped", file=sys.stderr)
+        return 143
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except MemoryError as error:
+        return _told(error, 9, words)
+    except OSError as error:
+        return _told(error, 8, words)
+
+
+def _told(error: BaseException, code: int, words: list[str]) -> int:
+    if "--debug" in words:
+        traceback.print_exception(error)
+    text = str(error) or type(error).__name__
+    print(f"lora-merge: {printable(text)}", file=sys.stderr)
+    return code
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of the `lora-merge` command."""
+    signal.signal(signal.SIGTERM, _terminate)
+    sys.exit(run(args))

@@ -1,0 +1,142 @@
+"""The output as it takes shape, between the adapters' wishes and the finished plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from lora_merge.adapters.base import Patch
+from lora_merge.checkpoint import Checkpoint
+from lora_merge.effects import Wish, Wishes
+from lora_merge.jobs import ConfigPath
+from lora_merge.spec import TensorSpec
+from lora_merge.ties import Extra, Tie, Touch, tied, untie
+
+COPIED = "base_layer"
+"""Kind of the patch that brings the copy of the base which PEFT saves beside a delta."""
+CHUNK = 1 << 22
+
+
+@dataclass(slots=True)
+class Draft:
+    """Where each output tensor comes from, what changes in the config, what to tell.
+
+    sources: output name -> base tensor. changes: config values by path.
+    """
+
+    base: Checkpoint
+    sources: dict[str, str]
+    changes: dict[ConfigPath, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.base.config or {}
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        """Specs in the base, by output name."""
+        return {name: self.base.tensors[source] for name, source in self.sources.items()}
+
+    def tie(self) -> Tie | None:
+        """The tied embedding and head of the base, if it has them."""
+        return tied(self.config, self.specs) if self.config else None
+
+    def part_ties(self, tie: Tie, wishes: Wishes, adapters: Sequence[Checkpoint], ties_embeddings: bool) -> Wishes:
+        """Untie where the adapters change one side, or repeat the change on every copy where they change both.
+
+        Adds the tensors to be written to `sources` and the flags to `changes`. Returns the wishes as they then apply.
+        """
+        by_tensor = dict(wishes.by_tensor)
+        sides = [by_tensor.get(name, ()) for name in (tie.embedding, tie.head)]
+        if not any(sides) or not self._one_matrix(tie):
+            return wishes
+        both = tie.with_both(self.specs)
+        patches = [[wish.claim.build(wish.target, both[tie.embedding]) for wish in side] for side in sides]
+        action = untie(
+            tie,
+            *(_touch(side, built) for side, built in zip(sides, patches, strict=True)),
+            rows=both[tie.embedding].shape[0],
+            ties_embeddings=ties_embeddings,
+            saved_alike=_saved_alike(sides, patches, adapters),
+        )
+        if action.spare:
+            by_tensor.pop(action.spare, None)
+            if action.spare == tie.embedding or not sides[0]:
+                by_tensor[tie.embedding] = _moved(sides[1], tie.embedding)
+        leading = by_tensor.get(tie.embedding if tie.embedding_on_disk else tie.head, ())
+        for name in action.mirror:
+            if self._same_bytes(self.sources[name], self.sources[tie.embedding]):
+                by_tensor[name] = _moved(leading, name)
+        for extra in action.write:
+            by_tensor[extra.name] = self._extra(extra, by_tensor)
+        self.changes |= action.config
+        if action.note:
+            self.notes.append(action.note)
+        return replace(wishes, by_tensor={name: side for name, side in by_tensor.items() if side})
+
+    def _extra(self, extra: Extra, by_tensor: Mapping[str, tuple[Wish, ...]]) -> tuple[Wish, ...]:
+        """Start a tensor that the base does not store from another; the wishes that it takes."""
+        self.sources[extra.name] = self.sources[extra.source]
+        spec = self.base.tensors[self.sources[extra.source]]
+        inherited = [
+            wish
+            for wish in by_tensor.get(extra.source, ())
+            if extra.follow == "everything"
+            or (extra.follow == "copies" and wish.claim.build(wish.target, spec).kind == COPIED)
+        ]
+        return (*_moved(inherited, extra.name), *by_tensor.get(extra.name, ()))
+
+    def _one_matrix(self, tie: Tie) -> bool:
+        """False where both sides are stored and differ: then loaders keep them apart whatever the flag says."""
+        if not (tie.embedding_on_disk and tie.head_on_disk):
+            return True
+        return self._same_bytes(self.sources[tie.embedding], self.sources[tie.head])
+
+    def _same_bytes(self, one: str, other: str) -> bool:
+        specs = self.base.tensors
+        if specs[one] != specs[other]:
+            return False
+        first, second = (memoryview(bytearray(min(CHUNK, specs[one].nbytes))) for _ in range(2))
+        for start in range(0, specs[one].nbytes, CHUNK):
+            size = min(CHUNK, specs[one].nbytes - start)
+            self.base.read_into(one, start, first[:size])
+            self.base.read_into(other, start, second[:size])
+            if first[:size] != second[:size]:
+                return False
+        return True
+
+
+def _touch(side: Sequence[Wish], patches: Sequence[Patch]) -> Touch:
+    sizes = [patch.replaces.shape[0] for patch in patches if patch.replaces is not None]
+    replacing = [patch.kind for patch in patches if patch.replaces is not None]
+    return Touch(
+        rows=any(wish.claim.keeps_tie for wish in side),
+        delta=any(
+            patch.replaces is None and not wish.claim.keeps_tie for wish, patch in zip(side, patches, strict=True)
+        ),
+        saved=any(kind != COPIED for kind in replacing),
+        copied=COPIED in replacing,
+        size=sizes[-1] if sizes else None,
+    )
+
+
+def _saved_alike(
+    sides: Sequence[Sequence[Wish]], patches: Sequence[Sequence[Patch]], adapters: Sequence[Checkpoint]
+) -> bool:
+    """Both sides are replaced, by equal values of the same adapter."""
+    saved = [
+        (wish.adapter, patch.factors[0])
+        for side, built in zip(sides, patches, strict=True)
+        for wish, patch in zip(side, built, strict=True)
+        if patch.replaces is not None
+    ]
+    if len(saved) != 2 or not all(sides):
+        return False
+    one, other = (adapters[adapter].load(name) for adapter, name in saved)
+    return one.shape == other.shape and one.dtype == other.dtype and bool((one == other).all())
+
+
+def _moved(wishes: Sequence[Wish], name: str) -> tuple[Wish, ...]:
+    return tuple(replace(wish, target=replace(wish.target, tensor=name)) for wish in wishes)

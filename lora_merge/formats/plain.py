@@ -1,0 +1,79 @@
+"""Plain floating point, as every framework writes it.
+
+    part     dtype               shape    meaning
+    weight   F32 F16 BF16 F64    any      the values, C order, little endian
+
+F64 is read (rounded to float32) and not written. https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from lora_merge.formats.base import Parts
+from lora_merge.spec import BITS, PLAIN_FLOATS, TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+WRITABLE = ("F32", "F16", "BF16")
+PART = "weight"
+LIMITS = {
+    "F16": 65520.0 - 2**-8,  # what is nearer to 65504 than to 65536 rounds to it
+    "BF16": float(2**127 * (2 - 2**-8) - 2**103),
+    "F32": float(2**127 * (2 - 2**-23)),
+}
+"""The largest float32 magnitude that still rounds to a finite value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """Values in one float dtype (safetensors name)."""
+
+    dtype: str
+
+    name: ClassVar[str] = "plain"
+    writable: ClassVar[bool] = True
+
+    @classmethod
+    def detect(cls, parts: Parts) -> Plain | None:
+        """The plain format of these parts, or None where they are not one tensor of plain floats."""
+        spec = parts.get(PART)
+        return cls(spec.dtype) if spec and len(parts) == 1 and spec.dtype in PLAIN_FLOATS else None
+
+    def describe(self, weight: TensorSpec) -> dict[str, TensorSpec]:
+        return {PART: TensorSpec(self.dtype, weight.shape)}
+
+    def measure(self, parts: Parts) -> TensorSpec:
+        return parts[PART]
+
+    def refusal(self, weight: TensorSpec) -> str | None:
+        return None if self.dtype in WRITABLE else f"{self.dtype} is read but not written; choose a --dtype"
+
+    def rows_at_once(self, weight: TensorSpec) -> int:
+        return 1
+
+    def slices(self, weight: TensorSpec, columns: int, start: int, stop: int) -> dict[str, tuple[int, int]]:
+        row = columns * BITS[self.dtype] // 8
+        return {PART: (start * row, stop * row)}
+
+    @property
+    def limit(self) -> float:
+        return LIMITS[self.dtype]
+
+    def decode(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
+        out.copy_(self._values(parts[PART]).view(out.shape))
+
+    def encode(self, rows: torch.Tensor, out: Mapping[str, torch.Tensor]) -> None:
+        self._values(out[PART]).view(rows.shape).copy_(rows)
+
+    def __str__(self) -> str:
+        return self.dtype
+
+    def _values(self, data: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+        return data.view(dtypes[self.dtype])

@@ -1,0 +1,57 @@
+"""What a checkpoint or an adapter holds, from headers and config alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from lora_merge.checkpoint import Checkpoint, open_adapter, open_base
+from lora_merge.formats import detect
+from lora_merge.results import InspectedTensor, Inspection
+
+SHOWN = {
+    "checkpoint": ("model_type", "architectures", "dtype", "torch_dtype", "tie_word_embeddings", "vocab_size"),
+    "adapter": ("peft_type", "base_model_name_or_path", "r", "lora_alpha", "use_rslora", "use_dora", "peft_version"),
+}
+
+
+def inspect_path(path: Path) -> Inspection:
+    """Open `path` as what it is. Raises InputError where it is neither a checkpoint nor an adapter."""
+    role = "adapter" if _is_adapter(path) else "checkpoint"
+    with (open_adapter if role == "adapter" else open_base)(path) as opened:
+        config = opened.config or {}
+        dtypes: Counter[str] = Counter()
+        for spec in opened.tensors.values():
+            dtypes[spec.dtype] += spec.nbytes
+        return Inspection(
+            path=str(path),
+            role=role,
+            kind=str(config.get("peft_type", "no config")) if role == "adapter" else _format(opened, config),
+            dtypes=dict(dtypes.most_common()),
+            nbytes=sum(dtypes.values()),
+            tensors=tuple(
+                InspectedTensor(name, spec.dtype, spec.shape, opened.file_of(name).path.name)
+                for name, spec in opened.tensors.items()
+            ),
+            files=tuple(file.path.name for file in opened.files),
+            config={key: config[key] for key in SHOWN[role] if config.get(key) is not None},
+            notes=opened.notes,
+        )
+
+
+def _is_adapter(path: Path) -> bool:
+    if path.is_file():
+        return path.name.startswith("adapter_model.")
+    names = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+    return any((path / name).exists() for name in names)
+
+
+def _format(opened: Checkpoint, config: dict[str, Any]) -> str:
+    quantized = config.get("quantization_config")
+    if isinstance(quantized, dict):
+        return str(quantized.get("quant_method", "quantized"))
+    if config.get("quantization_bit"):
+        return f"chatglm {config['quantization_bit']} bit"
+    found = Counter(format.name for spec in opened.tensors.values() if (format := detect({"weight": spec})))
+    return ", ".join(found) or "no float weights"

@@ -1,0 +1,101 @@
+"""How a plan is cut to fit this machine: device, threads, block size, within the memory allowed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from lora_merge.adapters.base import Needs
+from lora_merge.errors import MemoryLimitError, UnsupportedError, printable
+from lora_merge.execute import TILE, Machine, slots_of, tile_rows
+from lora_merge.jobs import Plan, Rewrite
+from lora_merge.request import Request
+
+BLOCK_TILES = 1
+MOST_THREADS = 8
+INTERPRETER = 200 * 10**6
+"""Anonymous memory of Python with torch, where the system does not tell."""
+
+
+def fit(request: Request, plan: Plan) -> Machine:
+    """The fastest cut that stays within `max_memory`. Raises MemoryLimitError that names the largest weight."""
+    device = pick_device(request.device)
+    threads = request.threads or min(MOST_THREADS, os.cpu_count() or 1)
+    taken = anonymous_memory()
+    for count, tiles in _cuts(threads):
+        machine = Machine(count, tiles, device)
+        if request.max_memory is None or taken + working_set(plan, machine) <= request.max_memory:
+            return machine
+    name, nbytes = _heaviest(plan)
+    raise MemoryLimitError(
+        f"--max-memory {request.max_memory}: this merge needs at least {least_memory(plan)} bytes "
+        f"({taken} for Python and torch; {printable(name)} alone works on {nbytes}); allow that much"
+    )
+
+
+def _cuts(threads: int) -> Iterator[tuple[int, int]]:
+    """Threads and tiles of a block, from the fastest to the least memory."""
+    count = threads
+    while count > 1:
+        yield from ((count, tiles) for tiles in sorted({BLOCK_TILES, 1}, reverse=True))
+        count //= 2
+    yield from ((1, tiles) for tiles in sorted({BLOCK_TILES, 1}, reverse=True))
+
+
+def pick_device(word: str) -> torch.device:
+    """`auto`: the first CUDA device if there is one. Raises UnsupportedError for a device that is not there."""
+    if word == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(word)
+    except RuntimeError:
+        raise UnsupportedError(f"--device {word!r} is not a device; use auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UnsupportedError(f"--device {word}: only cpu and cuda are supported")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UnsupportedError(
+            f"--device {word}: torch finds no CUDA device; use --device cpu or a torch built for CUDA"
+        )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UnsupportedError(f"--device {word}: there are {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def working_set(plan: Plan, machine: Machine) -> int:
+    """Bytes that a run holds beyond Python and torch: buffers in flight, factors, weights seen whole, headers."""
+    widest = max((tile_rows(job) * job.weight.matrix(job.stacked)[1] for job in plan.rewrites), default=TILE)
+    tile = max(widest, 1) * 4
+    slot = 2 * machine.block_tiles * max(tile, TILE * 4) // 2 + 3 * tile
+    lanes = min(machine.threads, len(plan.shards))
+    slots = slots_of(machine.threads) if lanes <= 1 else lanes
+    weights = 2 if lanes <= 1 < machine.threads else lanes
+    headers = max((len(shard.header) for shard in plan.shards), default=0)
+    return slots * slot + weights * _heaviest(plan)[1] + lanes * headers
+
+
+def least_memory(plan: Plan) -> int:
+    """Bytes of anonymous memory with which this plan still runs."""
+    return anonymous_memory() + working_set(plan, Machine(1, 1, torch.device("cpu")))
+
+
+def _heaviest(plan: Plan) -> tuple[str, int]:
+    """The weight that holds most beside its tiles, and how many bytes."""
+    return max(((job.name, _held(job)) for job in plan.rewrites), key=lambda pair: pair[1], default=("nothing", 0))
+
+
+def _held(job: Rewrite) -> int:
+    factors = sum(effect.patch.workspace(job.weight) for effect in job.effects)
+    whole = any(effect.patch.needs is Needs.WHOLE for effect in job.effects)
+    return factors + (4 * job.weight.numel if whole else 0)
+
+
+def anonymous_memory() -> int:
+    """Bytes of anonymous memory that this process holds now."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return INTERPRETER
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), INTERPRETER)

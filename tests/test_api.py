@@ -1,0 +1,305 @@
+"""The public functions on real files: values, determinism, errors, what is left behind."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import small
+import torch
+from safetensors.torch import load_file, save_file
+
+import lora_merge
+from lora_merge.errors import (
+    AdapterError,
+    MemoryLimitError,
+    NumericError,
+    OutputExistsError,
+    UnsupportedError,
+    UsageError,
+    VerificationError,
+)
+
+
+@pytest.fixture
+def job(tmp_path):
+    base = small.write_base(tmp_path / "base")
+    adapter = small.write_adapter(tmp_path / "adapter", base)
+    return tmp_path, base, adapter
+
+
+def contents(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def tensors(folder):
+    return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
+
+
+def close(ours, wanted):
+    """At most 0.1 % of the elements differ, each by one step of their dtype or the float32 noise of the sum."""
+    differs = ours != wanted
+    assert differs.float().mean() <= 1e-3
+    one, other = ours[differs], wanted[differs]
+    kind = torch.int32 if ours.dtype == torch.float32 else torch.int16
+    steps = (one.view(kind).int() - other.view(kind).int()).abs()
+    noise = (one.float() - other.float()).abs() <= 1e-7 * wanted.float().abs().max()
+    assert ((steps <= 1) | noise).all()
+
+
+def test_a_merge_gives_the_sum_rounded_once_and_leaves_the_rest_alone(job):
+    path, base, adapter = job
+    result = lora_merge.merge(path / "base", path / "adapter", path / "out")
+    got, wanted = tensors(path / "out"), small.merged(base, adapter)
+    assert sorted(got) == sorted(wanted)
+    for name in wanted:
+        if "_proj" in name:
+            assert not torch.equal(got[name], base[name])
+            close(got[name], wanted[name])
+        else:
+            assert torch.equal(got[name], base[name])
+    assert len(result.weights) == 4 and result.copied == 4
+    assert (path / "out/tokenizer.json").read_bytes() == (path / "base/tokenizer.json").read_bytes()
+    assert (path / "out/config.json").read_bytes() == (path / "base/config.json").read_bytes()
+    index = json.loads((path / "out/model.safetensors.index.json").read_bytes())
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in wanted.values())
+    assert sorted(index["weight_map"]) == sorted(wanted)
+    assert not list(path.glob(".*partial*"))
+
+
+def test_what_was_measured_is_what_happened(job):
+    path, base, _adapter = job
+    result = lora_merge.merge(path / "base", path / "adapter", path / "out")
+    got = tensors(path / "out")
+    for weight in result.weights:
+        delta = got[weight.name].float() - base[weight.name].float()
+        whole = (delta.norm() / base[weight.name].float().norm()).item()
+        assert weight.relative_change == pytest.approx(whole, rel=0.02)
+        assert weight.changed == pytest.approx((delta != 0).float().mean().item(), abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"threads": 1},
+        {"threads": 2},
+        {"threads": 3, "max_memory": "1GB"},
+        {"max_memory": "least"},
+        {"threads": 2, "max_memory": "least"},
+    ],
+    ids=str,
+)
+def test_the_same_bytes_whatever_the_machine(job, words):
+    path = job[0]
+    lora_merge.merge(path / "base", path / "adapter", path / "one", threads=2)
+    if words.get("max_memory") == "least":
+        words = words | {"max_memory": lora_merge.plan(path / "base", path / "adapter").memory + 4_000_000}
+    lora_merge.merge(path / "base", path / "adapter", path / "two", **words)
+    assert contents(path / "one") == contents(path / "two")
+
+
+def test_blocks_of_any_number_of_tiles_give_the_same_bytes(job, monkeypatch):
+    from lora_merge import machine
+
+    path = job[0]
+    seen = []
+    for tiles in (1, 2, 3, 7):
+        monkeypatch.setattr(machine, "BLOCK_TILES", tiles)
+        lora_merge.merge(path / "base", path / "adapter", path / f"out{tiles}")
+        seen.append(contents(path / f"out{tiles}"))
+    assert all(other == seen[0] for other in seen[1:])
+
+
+def test_less_memory_than_the_least_is_refused_before_anything_is_written(job):
+    path = job[0]
+    with pytest.raises(MemoryLimitError, match="needs at least"):
+        lora_merge.merge(path / "base", path / "adapter", path / "out", max_memory="50MB")
+    assert not (path / "out").exists() and not list(path.glob(".*partial*"))
+
+
+def test_a_plan_writes_nothing_and_tells_sizes(job):
+    path = job[0]
+    plan = lora_merge.plan(path / "base", path / "adapter", path / "out")
+    assert sorted(os.listdir(path)) == ["adapter", "base"]
+    assert plan.merged == 4 and len(plan.weights) == 8 and len(plan.shards) == 3
+    lora_merge.merge(path / "base", path / "adapter", path / "out")
+    for file, nbytes in plan.shards.items():
+        assert (path / "out" / file).stat().st_size == nbytes
+    written = sum(f.stat().st_size for f in (path / "out").iterdir() if f.name != "lora_merge.json")
+    assert plan.disk == written
+
+
+def test_two_adapters_add_in_float32_and_round_once(job):
+    path, base, first = job
+    second = small.write_adapter(path / "second", base, seed=11)
+    lora_merge.merge(path / "base", [path / "adapter", path / "second"], path / "out", weight=[0.7, 0.3])
+    got = tensors(path / "out")
+    name = "model.layers.0.up_proj.weight"
+    key = "base_model.model.model.layers.0.up_proj"
+    delta = sum(
+        w * 2.0 * (a[f"{key}.lora_B.weight"] @ a[f"{key}.lora_A.weight"]) for w, a in ((0.7, first), (0.3, second))
+    )
+    close(got[name], (base[name].float() + delta).to(base[name].dtype))
+
+
+def test_no_adapter_is_a_conversion(job):
+    path, base, _ = job
+    lora_merge.merge(path / "base", [], path / "out", dtype="float16")
+    assert {name: value.dtype for name, value in tensors(path / "out").items()} == dict.fromkeys(base, torch.float16)
+    for name, value in tensors(path / "out").items():
+        assert torch.equal(value, base[name].to(torch.float16))
+    assert json.loads((path / "out/config.json").read_bytes())["torch_dtype"] == "float16"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_plain_dtypes_in_and_out(tmp_path, dtype):
+    base = small.write_base(tmp_path / "base", shards=1, dtype=dtype, layers=1)
+    adapter = small.write_adapter(tmp_path / "adapter", base)
+    lora_merge.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    got = load_file(tmp_path / "out/model.safetensors")
+    name = "model.layers.0.up_proj.weight"
+    wanted = small.merged({name: base[name].float()}, adapter)[name]
+    assert got[name].dtype == (torch.float32 if dtype == torch.float64 else dtype)
+    if dtype == torch.float32:
+        assert (got[name] - wanted).abs().max() <= 1e-6 * wanted.abs().max()
+    elif dtype != torch.float64:
+        close(got[name], wanted.to(dtype))
+
+
+def test_overflow_of_float16_names_the_tensor(tmp_path):
+    base = small.write_base(tmp_path / "base", shards=1, dtype=torch.float16, layers=1)
+    base["model.layers.0.down_proj.weight"][3] = 65000
+    save_file(base, tmp_path / "base/model.safetensors")
+    small.write_adapter(tmp_path / "adapter", base, scale=200.0)
+    with pytest.raises(NumericError, match=r"model\.layers\.0\.down_proj\.weight.*overflow F16.*--dtype"):
+        lora_merge.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    lora_merge.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", dtype="bfloat16", restart=True)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("where", ["base", "adapter"])
+def test_values_that_are_not_finite_are_found(tmp_path, value, where):
+    base = small.write_base(tmp_path / "base", shards=1, layers=1)
+    adapter = small.write_adapter(tmp_path / "adapter", base)
+    if where == "base":
+        base["model.layers.0.down_proj.weight"][1000, 7] = value
+        save_file(base, tmp_path / "base/model.safetensors")
+    else:
+        adapter["base_model.model.model.layers.0.down_proj.lora_B.weight"][1000, 7] = value
+        save_file(adapter, tmp_path / "adapter/adapter_model.safetensors")
+    with pytest.raises(NumericError, match=r"down_proj\.weight.*not finite.*row 1000"):
+        lora_merge.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+
+
+def test_float8_that_nobody_touches_passes_as_bytes(tmp_path):
+    base = small.write_base(tmp_path / "base", shards=1, layers=1)
+    adapter = small.write_adapter(tmp_path / "adapter", base)
+    base["extra.weight"] = torch.randn(16, 16).to(torch.float8_e4m3fn)
+    save_file(base, tmp_path / "base/model.safetensors")
+    lora_merge.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", dtype="float32")
+    got = load_file(tmp_path / "out/model.safetensors")["extra.weight"]
+    assert got.dtype == torch.float8_e4m3fn and torch.equal(
+        got.view(torch.uint8), base["extra.weight"].view(torch.uint8)
+    )
+    adapter["base_model.model.extra.lora_A.weight"] = torch.randn(small.RANK, 16)
+    adapter["base_model.model.extra.lora_B.weight"] = torch.randn(16, small.RANK)
+    save_file(adapter, tmp_path / "adapter/adapter_model.safetensors")
+    with pytest.raises(UnsupportedError, match=r"extra\.weight \(F8_E4M3"):
+        lora_merge.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "two")
+
+
+@pytest.mark.parametrize("stray", ["all", "one"])
+def test_an_adapter_that_does_not_fit_is_refused_and_named(job, stray):
+    path, _base, adapter = job
+    moved = {}
+    for name, value in adapter.items():
+        wrong = stray == "all" or "layers.1.down_proj" in name
+        moved[name.replace("model.layers.", "model.layers.9", 1) if wrong else name] = value
+    save_file(moved, path / "adapter/adapter_model.safetensors")
+    with pytest.raises(AdapterError) as caught:
+        lora_merge.merge(path / "base", path / "adapter", path / "out")
+    named = [n for n in ("up_proj", "down_proj") if n in str(caught.value)]
+    assert "layers.91.down_proj.weight" in str(caught.value) and (stray == "one" or named == ["up_proj", "down_proj"])
+    assert sorted(os.listdir(path)) == ["adapter", "base"]
+
+
+def test_a_tensor_may_be_left_unused_on_purpose(job):
+    path, base, adapter = job
+    extra = {"base_model.model.model.layers.7.up_proj.lora_A.weight": torch.randn(small.RANK, small.NARROW)}
+    extra["base_model.model.model.layers.7.up_proj.lora_B.weight"] = torch.randn(small.WIDE, small.RANK)
+    save_file(adapter | extra, path / "adapter/adapter_model.safetensors")
+    with pytest.raises(AdapterError, match=r"layers\.7"):
+        lora_merge.merge(path / "base", path / "adapter", path / "out")
+    lora_merge.merge(path / "base", path / "adapter", path / "out", allow_unused=r"layers\.7\.")
+    assert sorted(tensors(path / "out")) == sorted(base)
+
+
+def test_max_shard_size_cuts_and_names_shards(job):
+    path, base, _ = job
+    lora_merge.merge(path / "base", path / "adapter", path / "out", max_shard_size="4MB")
+    files = sorted(file.name for file in (path / "out").glob("*.safetensors"))
+    assert len(files) > 3 and all(f"-of-{len(files):05d}" in file for file in files)
+    assert sorted(tensors(path / "out")) == sorted(base)
+
+
+def test_verify_proves_and_disproves(job):
+    path = job[0]
+    lora_merge.merge(path / "base", path / "adapter", path / "out", verify=True)
+    lora_merge.verify(path / "out")
+    lora_merge.verify(path / "out", base=path / "base", adapters=[path / "adapter"])
+    small.write_adapter(path / "other", small.merged({}, {}) or job[1], seed=12)
+    with pytest.raises(VerificationError, match="not what this base and these adapters give"):
+        lora_merge.verify(path / "out", base=path / "base", adapters=[path / "other"])
+    shard = path / "out/model-00001-of-00003.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-5] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(VerificationError, match=shard.name):
+        lora_merge.verify(path / "out")
+
+
+def test_an_output_that_exists_is_kept_unless_told_otherwise(job):
+    path = job[0]
+    lora_merge.merge(path / "base", path / "adapter", path / "out")
+    before = contents(path / "out")
+    with pytest.raises(OutputExistsError):
+        lora_merge.merge(path / "base", path / "adapter", path / "out")
+    lora_merge.merge(path / "base", path / "adapter", path / "out", overwrite=True)
+    assert contents(path / "out") == before
+
+
+def test_words_that_are_none_are_usage_errors(job):
+    path = job[0]
+    with pytest.raises(UsageError, match="colour"):
+        lora_merge.merge(path / "base", path / "adapter", path / "out", colour="red")
+    with pytest.raises(UsageError, match="2 given for 1"):
+        lora_merge.merge(path / "base", path / "adapter", path / "out", weight=[1, 2])
+    with pytest.raises(UsageError, match="not a size"):
+        lora_merge.merge(path / "base", path / "adapter", path / "out", max_memory="lots")
+
+
+def test_progress_adds_up_and_nothing_is_printed(job, capfd):
+    path = job[0]
+    seen = []
+    result = lora_merge.merge(
+        path / "base", path / "adapter", path / "out", progress=lambda name, nbytes, total: seen.append((nbytes, total))
+    )
+    assert sum(nbytes for nbytes, _ in seen) + 8 * 0 <= seen[0][1] <= result.nbytes
+    assert capfd.readouterr() == ("", "")
+
+
+def test_inspect_tells_what_is_there(job):
+    path = job[0]
+    found = lora_merge.inspect(path / "base")
+    assert (found.role, found.kind, len(found.tensors)) == ("checkpoint", "plain", 8)
+    assert lora_merge.inspect(path / "adapter").kind == "LORA"
+
+
+def test_public_names_are_all_there():
+    code = (
+        "import lora_merge as m, sys; assert 'torch' not in sys.modules; "
+        "print(all(getattr(m, name) for name in m.__all__), callable(m.plan), callable(m.verify))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "True True True\n"

@@ -1,0 +1,92 @@
+"""Order, bounds and errors of the bounded pipeline."""
+
+import threading
+import time
+
+import pytest
+
+from lora_merge import pipeline
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_results_arrive_in_order_whatever_the_threads(threads):
+    seen = []
+
+    def work(item, slot):
+        time.sleep(0.002 * (item % 3))
+        return item * item
+
+    pipeline.run(
+        range(40),
+        work,
+        lambda item, result: seen.append((item, result)),
+        slots=[object() for _ in range(5)],
+        threads=threads,
+    )
+    assert seen == [(n, n * n) for n in range(40)]
+
+
+def test_no_more_items_are_in_flight_than_there_are_slots():
+    lock, flying, most = threading.Lock(), set(), [0]
+
+    def items():
+        for number in range(30):
+            with lock:
+                flying.add(number)
+                most[0] = max(most[0], len(flying))
+            yield number
+
+    def sink(item, result):
+        with lock:
+            flying.discard(item)
+
+    pipeline.run(items(), lambda item, slot: time.sleep(0.001), sink, slots=[1, 2, 3], threads=3)
+    assert most[0] <= 4  # three in flight, and the one that waits for a slot
+
+
+def test_a_slot_is_never_shared():
+    busy = set()
+
+    def work(item, slot):
+        assert slot not in busy
+        busy.add(slot)
+        time.sleep(0.001)
+        return slot
+
+    pipeline.run(range(50), work, lambda item, slot: busy.discard(slot), slots=["a", "b", "c"], threads=2)
+    assert busy == set()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("where", ["items", "work", "sink"])
+def test_the_first_error_ends_the_run(threads, where):
+    landed = []
+
+    def items():
+        for number in range(100):
+            if where == "items" and number == 7:
+                raise KeyError("items")
+            yield number
+
+    def work(item, slot):
+        if where == "work" and item == 7:
+            raise KeyError("work")
+        return item
+
+    def sink(item, result):
+        if where == "sink" and item == 7:
+            raise KeyError("sink")
+        landed.append(item)
+
+    with pytest.raises(KeyError, match=where):
+        pipeline.run(items(), work, sink, slots=[1, 2, 3, 4], threads=threads)
+    assert landed == list(range(len(landed))) and len(landed) <= 7
+
+
+def test_every_worker_is_started_once():
+    started = []
+    pipeline.run(
+        range(20), lambda item, slot: time.sleep(0.002), lambda item, result: None,
+        slots=[1, 2], threads=2, starting=lambda: started.append(threading.get_ident()),
+    )  # fmt: skip
+    assert len(started) == len(set(started)) and 1 <= len(started) <= 2
