@@ -55,7 +55,8 @@ class Target:
     expert: the tensor is `parameter[expert]`; None: the tensor has all experts, or there are none.
     rows:   the tensor holds rows `[start, stop)` of the parameter's output dimension (of `parameter[expert]` where
             expert is given); None: all of them.
-    within: the parameter is rows `[start, stop)` of the tensor's first dimension; None: it is the whole tensor.
+    within: the parameter is rows `[start, stop)` of the tensor's first dimension (of `matrix(stacked=True)` where the
+            tensor is a 3-D stack of experts and the parameter one expert's); None: it is the whole tensor.
     """
 
     tensor: str
