@@ -188,7 +188,7 @@ def _started(
         raise AdapterError(f"{where} of rank {pair.r} leaves nothing of {printable(target.tensor)}, {weight}")
     if pair.init == "pissa" and pair.scale <= 0:
         raise AdapterError(f"{where} needs a positive scale, adapter_config.json gives {pair.scale:g}")
-    return Residual(pair.init, pair.r, pair.scale, update, turned, target.within)
+    return Residual(pair.init, pair.r, pair.scale, update, target.within)
 
 
 def _grouped(pair: Pair) -> UnsupportedError:

@@ -89,7 +89,8 @@ class Factor:
         stack = stack.transpose(1, 2) if self.transpose else stack
         stack = stack[:, slice(*self.rows)] if self.rows else stack
         stack = stack[:, :, slice(*self.columns)] if self.columns else stack
-        return stack.to(torch.float32, memory_format=torch.contiguous_format)
+        # `to` makes one contiguous copy where it converts; where it need not, it keeps the strides.
+        return stack.to(torch.float32, memory_format=torch.contiguous_format).contiguous()
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,14 +27,14 @@ METHODS = ("pissa", "olora", "kasa")
 class Residual:
     """Take the part of `method` and rank `r` out of the weight, then apply `update`.
 
-    transposed: the weight is stored `[in, out]`; rows: the rows of the tensor that are this module's weight.
+    rows: the rows of the tensor that are this module's weight; None: all.
+    A weight stored `[in, out]` has the same components, so pissa and kasa need not turn it.
     """
 
     method: str
     r: int
     scale: float
     update: LowRank | Dora
-    transposed: bool = False
     rows: tuple[int, int] | None = None
 
     @property
@@ -83,15 +83,14 @@ class BoundResidual:
     def apply(self, rows: torch.Tensor, start: int) -> torch.Tensor:
         """rows: all rows of the tensor."""
         patch = self.patch
-        part = rows[slice(*patch.rows)] if patch.rows else rows
-        weight = part.T if patch.transposed else part  # [out, in]
+        weight = rows[slice(*patch.rows)] if patch.rows else rows
         weight.copy_(rounded(residual(weight, patch.method, patch.r, patch.scale), self.dtype))
         self.update.observe(rows, start)
         return self.update.apply(rows, start)
 
 
 def residual(weight: torch.Tensor, method: str, r: int, scale: float) -> torch.Tensor:
-    """What the start of training left of a float32 weight `[out, in]`."""
+    """What the start of training left of a float32 weight `[out, in]`; of `[in, out]` as well, but for olora."""
     import torch
 
     left: torch.Tensor

@@ -1,4 +1,4 @@
-"""What every patch keeps: neutral factors change nothing, blocks equal the whole, factors and memory are as declared."""
+"""What every patch keeps: neutral factors change nothing, blocks equal the whole, memory is as declared."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from small_models import apply, spec
 
 from lora_merge.adapters import KINDS, LATER, NEVER, layers, saved_modules, tokens
-from lora_merge.adapters.base import Additive, Bound, Needs, Patch
+from lora_merge.adapters.base import Additive, Needs, Patch
 from lora_merge.adapters.experts import Stack
 from lora_merge.adapters.layers import Pair
 from lora_merge.adapters.lora_config import token_indices
@@ -77,12 +77,17 @@ def dora(kind: str) -> Case:
         "linear": ((4, 20), (30, 4), (30, 20), 1),
         "conv1d": ((4, 20), (30, 4), (20, 30), 0),
         "embedding": ((4, 30), (20, 4), (30, 20), 0),
+        "within": ((4, 20), (30, 4), (70, 20), 1),
+        "rows": ((4, 20), (50, 4), (30, 20), 1),
     }[kind]
     a, b, weight = noise(*a_shape), noise(*b_shape), noise(*shape)
     claim = layers.embedding if kind == "embedding" else layers.linear
-    patch = build(claim, pair(a, b, magnitude="m"), weight)
+    target = {"within": Target("w", within=(25, 55)), "rows": Target("w", rows=(20, 50))}.get(kind)
+    patch = build(claim, pair(a, b, magnitude="m"), weight, target)
     magnitude = noise(b_shape[0]).abs()
-    neutral = {"a": a, "b": torch.zeros_like(b), "m": torch.linalg.vector_norm(weight, dim=axis)}
+    norm = torch.linalg.vector_norm(weight, dim=axis)
+    norm = {"within": norm[25:55], "rows": torch.cat([torch.ones(20), norm])}.get(kind, norm)
+    neutral = {"a": a, "b": torch.zeros_like(b), "m": norm}
     return Case(patch, weight, {"a": a, "b": b, "m": magnitude}, neutral)
 
 
@@ -93,10 +98,10 @@ def residual(method: str) -> Case:
     return Case(patch, weight, {"a": a, "b": b, "d": noise(4)} if diagonal else {"a": a, "b": b}, None)
 
 
-def bias() -> Case:
-    weight, delta = noise(30), noise(30)
-    patch = layers.bias("m", "b", 30, 0.75).build(Target("w"), spec(weight))
-    return Case(patch, weight, {"b": delta}, {"b": torch.zeros(30)})
+def bias(target: Target, length: int = 30) -> Case:
+    weight, delta = noise(30), noise(length)
+    patch = layers.bias("m", "b", length, 0.75).build(target, spec(weight))
+    return Case(patch, weight, {"b": delta}, {"b": torch.zeros(length)})
 
 
 def saved() -> Case:
@@ -118,12 +123,31 @@ CASES: dict[str, Callable[[], Case]] = {
         kind: lambda kind=kind: low_rank(kind)  # type: ignore[misc]
         for kind in ("linear", "conv1d", "conv2d", "embedding", "within", "rows", "experts", "turned", "expert")
     },
-    **{f"dora_{kind}": lambda kind=kind: dora(kind) for kind in ("linear", "conv1d", "embedding")},  # type: ignore[misc]
+    **{f"dora_{kind}": lambda kind=kind: dora(kind) for kind in ("linear", "conv1d", "embedding", "within", "rows")},  # type: ignore[misc]
     **{method: lambda method=method: residual(method) for method in ("pissa", "olora", "kasa")},  # type: ignore[misc]
-    "bias": bias,
+    "bias": lambda: bias(Target("w")),
+    "bias_within": lambda: bias(Target("w", within=(10, 22)), 12),
+    "bias_rows": lambda: bias(Target("w", rows=(5, 35)), 40),
     "saved": saved,
     "tokens": token_rows,
 }
+
+
+ALWAYS_CHANGE = ("pissa", "olora", "kasa", "saved")
+SUMS = (
+    "bias_rows",
+    "linear",
+    "conv1d",
+    "conv2d",
+    "embedding",
+    "within",
+    "rows",
+    "experts",
+    "turned",
+    "expert",
+    "bias",
+    "bias_within",
+)
 
 
 @pytest.fixture(params=CASES)
@@ -131,9 +155,10 @@ def case(request: pytest.FixtureRequest) -> Case:
     return CASES[request.param]()
 
 
-def test_neutral_factors_leave_the_weight(case: Case) -> None:
-    if case.neutral is None:
-        pytest.skip("this patch always changes the weight")
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ALWAYS_CHANGE])
+def test_neutral_factors_leave_the_weight(name: str) -> None:
+    case = CASES[name]()
+    assert case.neutral is not None
     result = apply(case.patch, case.weight, case.neutral.__getitem__)
     exact = "dora" not in case.patch.kind
     assert torch.equal(result, case.weight) if exact else torch.allclose(result, case.weight, rtol=1e-6)
@@ -168,22 +193,26 @@ def test_sixteen_bit_factors_are_used_in_float32(case: Case) -> None:
     assert torch.equal(result, apply(case.patch, case.weight, wide.__getitem__))
 
 
-def test_additive_patches_scale_with_strength(case: Case) -> None:
-    held = case.patch.replaces or spec(case.weight)
-    bound: Bound = case.patch.bind(case.factors.__getitem__, held)
-    if not isinstance(bound, Additive):
-        pytest.skip("not a sum")
-    rows = case.weight.reshape(held.matrix(bool(case.patch.stacked)))
+@pytest.mark.parametrize("name", SUMS)
+def test_sums_scale_with_strength(name: str) -> None:
+    case = CASES[name]()
+    bound = case.patch.bind(case.factors.__getitem__, spec(case.weight))
+    assert isinstance(bound, Additive)
+    rows = case.weight.reshape(spec(case.weight).matrix(bool(case.patch.stacked)))
     half = bound.add(rows.clone(), 0, 0.5)
     expected = rows + 0.5 * (bound.apply(rows.clone(), 0) - rows)
     torch.testing.assert_close(half, expected, rtol=1e-5, atol=1e-6)
     assert torch.equal(bound.add(rows.clone(), 0, 0.0), rows)
 
 
-def test_patches_are_frozen_and_equal_by_value(case: Case) -> None:
-    with pytest.raises(AttributeError):
-        case.patch.kind = "other"  # type: ignore[misc]
-    assert repr(case.patch)
+@pytest.mark.parametrize("name", [name for name in CASES if name not in SUMS])
+def test_other_patches_do_not_pose_as_sums(name: str) -> None:
+    case = CASES[name]()
+    assert not isinstance(case.patch.bind(case.factors.__getitem__, spec(case.weight)), Additive)
+
+
+def test_patches_are_frozen(case: Case) -> None:
+    assert case.patch.__dataclass_params__.frozen  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "saved"])
@@ -210,6 +239,40 @@ def test_column_norms_refuse_to_be_applied_unseen() -> None:
     assert case.patch.needs is Needs.COLUMNS
     with pytest.raises(AssertionError):
         case.patch.bind(case.factors.__getitem__, spec(case.weight)).apply(case.weight.clone(), 0)
+
+
+@pytest.mark.parametrize("kind", ["conv1d", "embedding"])
+def test_column_norms_do_not_depend_on_the_size_of_a_pass(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = dora(kind)
+    expected = apply(case.patch, case.weight, case.factors.__getitem__, block=1000)
+    monkeypatch.setattr("lora_merge.adapters.dora.PASS", 90)
+    torch.testing.assert_close(apply(case.patch, case.weight, case.factors.__getitem__, block=1000), expected)
+
+
+def test_convolutions_are_never_seen_as_experts() -> None:
+    assert CASES["conv2d"]().patch.stacked is False
+    assert CASES["experts"]().patch.stacked is True
+    assert CASES["linear"]().patch.stacked is CASES["expert"]().patch.stacked is None
+
+
+def test_pieces_of_saved_tensors() -> None:
+    copy = noise(30, 5)
+    claim = saved_modules.claim("qkv", "weight", "s", spec(copy), "modules_to_save")
+    patch = claim.build(Target("w", rows=(10, 20)), TensorSpec("F32", (10, 5)))
+    assert torch.equal(apply(patch, torch.zeros(10, 5), {"s": copy}.__getitem__, block=3), copy[10:20])
+
+
+def test_trained_tokens_of_a_piece_come_last() -> None:
+    entry = parse("embed_tokens.trainable_tokens_delta")
+    values = noise(3, 5)
+    claim = tokens.claims([entry], {entry.key: spec(values)}, (2, 14, 11))[0]
+    assert claim.order == 2
+    read = {entry.key: values}.__getitem__
+    piece = apply(claim.build(Target("w", rows=(10, 20)), TensorSpec("F32", (10, 5))), torch.zeros(10, 5), read)
+    assert torch.equal(piece[[4, 1]], values[1:])
+    assert piece.count_nonzero() == 10
+    inside = claim.build(Target("w", within=(20, 40)), TensorSpec("F32", (60, 5)))
+    assert torch.equal(apply(inside, torch.zeros(60, 5), read)[[22, 34, 31]], values)
 
 
 def test_saved_tensors_are_read_block_by_block() -> None:
@@ -240,3 +303,23 @@ def test_saved_stacks_are_read_in_either_view() -> None:
 def test_tables_do_not_overlap() -> None:
     words = [*KINDS, *NEVER, *LATER]
     assert len(words) == len(set(words))
+
+
+def test_only_the_rows_of_the_module_change() -> None:
+    for case in (CASES["within"](), CASES["dora_within"]()):
+        result = apply(case.patch, case.weight, case.factors.__getitem__)
+        changed = (result != case.weight).any(dim=1)
+        assert changed.nonzero().flatten().tolist() == list(range(25, 55))
+
+
+def test_a_piece_of_a_parameter_takes_its_piece_of_the_update() -> None:
+    case = CASES["rows"]()
+    expected = case.weight + 0.75 * (case.factors["b"] @ case.factors["a"])[20:50]
+    torch.testing.assert_close(apply(case.patch, case.weight, case.factors.__getitem__), expected)
+    case = CASES["bias_rows"]()
+    expected = case.weight + 0.75 * case.factors["b"][5:35]
+    torch.testing.assert_close(apply(case.patch, case.weight, case.factors.__getitem__), expected)
+    case = CASES["dora_rows"]()
+    value = case.weight + 0.75 * (case.factors["b"] @ case.factors["a"])[20:50]
+    expected = value * (case.factors["m"][20:50] / value.norm(dim=1))[:, None]
+    torch.testing.assert_close(apply(case.patch, case.weight, case.factors.__getitem__), expected)
