@@ -1,0 +1,292 @@
+"""Prove a finished output against its own record, `lora_merge.json`, reading every byte once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_merge.containers.regular_file import RegularFile
+from lora_merge.containers.safetensors import SafetensorsFile, open_safetensors
+from lora_merge.errors import LoraMergeError, VerificationError, listed, printable
+
+if TYPE_CHECKING:
+    import numpy
+
+MANIFEST = "lora_merge.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+BLOCK = 4 << 20
+MAX_JSON = 1 << 30
+WEIGHT_FILES = (".safetensors", ".bin", ".safetensors.index.json", ".bin.index.json", "adapter_config.json")
+"""Ends of names by which a loader would find weights other than those that were written."""
+
+EXPONENTS = {
+    "F64": ("<u8", 0x7FF0000000000000),
+    "F32": ("<u4", 0x7F800000),
+    "C64": ("<u4", 0x7F800000),
+    "F16": ("<u2", 0x7C00),
+    "BF16": ("<u2", 0x7F80),
+    "F8_E5M2": ("<u1", 0x7C),
+}
+"""Word and exponent bits: a value with all of them set is infinite or NaN."""
+NAN_CODES = {"F8_E4M3": (0x7F, 0xFF), "F8_E8M0": (0xFF,), "F8_E4M3FNUZ": (0x80,), "F8_E5M2FNUZ": (0x80,)}
+"""Byte values that are NaN where there is no infinity. 4- and 6-bit floats are always finite."""
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What was proved: files read, tensors of the model, bytes of all files."""
+
+    files: int
+    tensors: int
+    nbytes: int
+
+
+def sealed(body: Mapping[str, Any]) -> bytes:
+    """The bytes of `lora_merge.json`: `body`, and as its last key the SHA-256 of these bytes without that key."""
+    assert "sha256" not in body
+    return _text({**body, "sha256": hashlib.sha256(_text(body)).hexdigest()})
+
+
+def verify_output(out: Path, progress: Progress | None = None) -> Verification:
+    """Prove that `out` is what its `lora_merge.json` says, and that a loader would find just that.
+
+    Checked: the record itself, size and SHA-256 of each file, no further weight files, headers, the index against the
+    headers both ways and its total_size, finiteness of every merged float tensor, `config.json`.
+    progress: called with (name, nbytes, total) after each block. Memory: a block, the headers, the JSON files.
+    Raises VerificationError that lists everything found wrong.
+    """
+    manifest = _manifest(out)
+    check = _Check(out, manifest, progress or (lambda name, nbytes, total: None))
+    check.run()
+    if check.faults:
+        faults = listed(check.faults, limit=20)
+        raise VerificationError(f"{printable(out)}: does not prove right: {faults}; merge again, or fetch it again")
+    return Verification(len(check.files) + 1, sum(map(len, check.headers.values())), check.nbytes)
+
+
+@dataclass(slots=True)
+class _Check:
+    """One walk through an output; `faults` fills up.
+
+    headers: bytes of each tensor, by shard and tensor name. Other safetensors files may have been copied along; of those
+    only the bytes are proved.
+    """
+
+    out: Path
+    manifest: Mapping[str, Any]
+    told: Progress
+    faults: list[str] = field(default_factory=list)
+    headers: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    @property
+    def files(self) -> Mapping[str, tuple[int, str]]:
+        return {name: (entry["bytes"], entry["sha256"]) for name, entry in self.manifest["files"].items()}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(size for size, _ in self.files.values())
+
+    def run(self) -> None:
+        total = self.nbytes
+        merged = {line["name"] for line in self.manifest["weights"]} if "weights" in self.manifest else None
+        index = self._index()
+        shards = {SINGLE} if index is None else set(index["weight_map"].values())
+        for name, (size, sha256) in self.files.items():
+            model = name in shards or (name.startswith("model-") and name.endswith(".safetensors"))
+            try:
+                found = self._read(name, model, merged, total)
+            except LoraMergeError as error:
+                self.faults.append(f"{name}: {str(error).removeprefix(f'{self.out / name}: ')}")
+                continue
+            if found != (size, sha256):
+                what = f"{found[0]} bytes, {size} recorded" if found[0] != size else "other bytes than recorded"
+                self.faults.append(f"{name}: has {what}")
+        self.faults += [f"{name}: is not in {MANIFEST}, and a loader may take it" for name in self._extra()]
+        self._check_index(index)
+        self._check_count()
+        if "config.json" in self.files:
+            self._object("config.json")
+
+    def _read(self, name: str, model: bool, merged: set[str] | None, total: int) -> tuple[int, str]:
+        """Size and digest of a file; its tensors are looked into on the way."""
+        if not model:
+            file = RegularFile(self.out / name)
+            try:
+                blocks = _blocks(lambda start, part: file.read_into(start, part, "content"), file.size)
+                return file.size, self._digest(hashlib.sha256(), name, blocks, total)
+            finally:
+                file.close()
+        tensors = open_safetensors(self.out / name)
+        try:
+            return self._read_tensors(name, tensors, merged, total)
+        finally:
+            tensors.close()
+
+    def _read_tensors(
+        self, file: str, tensors: SafetensorsFile, merged: set[str] | None, total: int
+    ) -> tuple[int, str]:
+        self.headers[file] = {name: spec.nbytes for name, spec in tensors.tensors.items()}
+        size = tensors.path.stat().st_size
+        digest = hashlib.sha256(_head(tensors.path, size - sum(self.headers[file].values())))
+        for name, spec in tensors.tensors.items():
+            bad = 0
+            for block in _blocks(partial(tensors.read_into, name), spec.nbytes):
+                digest.update(block)
+                self.told(name, len(block), total)
+                if merged is None or name in merged:
+                    bad += _not_finite(spec.dtype, block)
+            if bad:
+                self.faults.append(f"{file}: tensor {name}: {bad} of {spec.numel} values are NaN or infinite")
+        return size, digest.hexdigest()
+
+    def _digest(self, digest: Any, name: str, blocks: Iterator[memoryview], total: int) -> str:
+        for block in blocks:
+            digest.update(block)
+            self.told(name, len(block), total)
+        return str(digest.hexdigest())
+
+    def _extra(self) -> list[str]:
+        found = [
+            os.path.relpath(os.path.join(folder, name), self.out)
+            for folder, _, names in os.walk(self.out)
+            for name in names
+            if name.endswith(WEIGHT_FILES)
+        ]
+        return sorted(set(found) - set(self.files))
+
+    def _index(self) -> dict[str, Any] | None:
+        """The index; None where the output is a single file."""
+        if INDEX not in self.files:
+            if SINGLE not in self.files:
+                self.faults.append(f"neither {INDEX} nor {SINGLE} is in {MANIFEST}")
+            return None
+        index = self._object(INDEX)
+        weight_map = index.get("weight_map")
+        if isinstance(weight_map, dict) and all(isinstance(file, str) for file in weight_map.values()):
+            return index
+        self.faults.append(f"{INDEX}: has no weight_map from tensor names to file names")
+        return {"weight_map": {}}
+
+    def _check_index(self, index: Mapping[str, Any] | None) -> None:
+        """The index names each tensor of each shard once, and nothing else; its total_size is their sum."""
+        seen: dict[str, str] = {}
+        for file, names in self.headers.items():
+            twice = [f"{name} (also in {seen[name]})" for name in names if name in seen]
+            if twice:
+                self.faults.append(f"{file}: tensors that another shard has too: {listed(twice)}")
+            seen |= dict.fromkeys(names, file)
+        if index is None:
+            return
+        weight_map = index["weight_map"]
+        wrong = [name for name in weight_map.keys() | seen.keys() if weight_map.get(name) != seen.get(name)]
+        if wrong:
+            self.faults.append(f"{INDEX}: does not lead to the tensors of the shards: {listed(sorted(wrong))}")
+        size = sum(sum(names.values()) for names in self.headers.values())
+        metadata = index.get("metadata")
+        total = metadata.get("total_size") if isinstance(metadata, dict) else None
+        if total != size:
+            self.faults.append(f"{INDEX}: total_size is {total}, the tensors have {size} bytes")
+
+    def _check_count(self) -> None:
+        count = sum(map(len, self.headers.values()))
+        if self.manifest.get("tensors", count) != count:
+            self.faults.append(f"{MANIFEST}: records {self.manifest['tensors']} tensors, the shards have {count}")
+
+    def _object(self, name: str) -> dict[str, Any]:
+        """A JSON object; empty, and a fault, where the file is none."""
+        try:
+            return _parse(_bounded(self.out / name))
+        except (ValueError, LoraMergeError) as error:
+            self.faults.append(f"{name}: is not a JSON object ({error})")
+            return {}
+
+
+def _manifest(out: Path) -> Mapping[str, Any]:
+    """The record, itself proved by its digest."""
+    path = out / MANIFEST
+    where = f"{printable(out)}: {MANIFEST}"
+    if not path.is_file():
+        raise VerificationError(f"{where} is not there; only outputs of lora-merge can be verified")
+    try:
+        data = _bounded(path)
+        body = _parse(data)
+    except (ValueError, LoraMergeError) as error:
+        raise VerificationError(f"{where}: is not a JSON object ({printable(error)}); merge again") from error
+    if sealed({key: value for key, value in body.items() if key != "sha256"}) != data:
+        raise VerificationError(f"{where}: was changed after it was written: its own sha256 does not hold; merge again")
+    files = body.get("files")
+    if not isinstance(files, dict) or not all(map(_is_entry, files.items())):
+        raise VerificationError(f"{where}: `files` is not a list of paths with bytes and sha256; merge again")
+    return body
+
+
+def _is_entry(item: tuple[str, Any]) -> bool:
+    """Whether path, size and digest are such, and the path stays within the output."""
+    path, entry = Path(item[0]), item[1]
+    inner = bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+    return inner and isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and "sha256" in entry
+
+
+def _text(body: Mapping[str, Any]) -> bytes:
+    """JSON that survives parsing and writing again byte for byte; ASCII, as file names need not be UTF-8."""
+    return (json.dumps(body, indent=1) + "\n").encode()
+
+
+def _parse(data: bytes) -> dict[str, Any]:
+    try:
+        body = json.loads(data)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(body, dict):
+        raise ValueError(f"found a {type(body).__name__}")
+    return body
+
+
+def _bounded(path: Path) -> bytes:
+    file = RegularFile(path)
+    try:
+        if file.size > MAX_JSON:
+            raise ValueError(f"{file.size} bytes are too many")
+        return bytes(file.read(0, file.size, "content"))
+    finally:
+        file.close()
+
+
+def _head(path: Path, count: int) -> bytes:
+    """The first `count` bytes: length and header of a safetensors file."""
+    file = RegularFile(path)
+    try:
+        return bytes(file.read(0, count, "header"))
+    finally:
+        file.close()
+
+
+def _blocks(read_into: Callable[[int, memoryview], None], nbytes: int) -> Iterator[memoryview]:
+    """`nbytes` bytes through one buffer; a block is valid until the next is asked for."""
+    buffer = memoryview(bytearray(min(BLOCK, nbytes)))
+    for start in range(0, nbytes, BLOCK):
+        part = buffer[: nbytes - start]
+        read_into(start, part)
+        yield part
+
+
+def _not_finite(dtype: str, block: memoryview) -> int:
+    """How many values in a block of whole values are NaN or infinite (halves of complex numbers count alone)."""
+    import numpy as np
+
+    if dtype in EXPONENTS:
+        word, exponent = EXPONENTS[dtype]
+        words: numpy.ndarray[Any, Any] = np.frombuffer(block, dtype=word)
+        bits = words.dtype.type(exponent)
+        return int(np.count_nonzero((words & bits) == bits))
+    codes = np.frombuffer(block, dtype=np.uint8)
+    return sum(int(np.count_nonzero(codes == code)) for code in NAN_CODES.get(dtype, ()))
