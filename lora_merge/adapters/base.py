@@ -117,7 +117,8 @@ class Claim:
     order: int = 1
     shape: tuple[int, ...] | None = None
     """What is known of the parameter's shape from the factors: `[out, in]` for a linear LoRA (stored either way round
-    by a Conv1D), `[tokens, dim]` for an embedding, the whole shape for a convolution and a saved tensor."""
+    by a Conv1D), `[tokens, dim]` for an embedding, `[experts, a, b]` for a stack (a and b either way round), the whole
+    shape for a convolution and a saved tensor."""
     keeps_tie: bool = False
     """The change is meant for every parameter tied to this one: the weight stays tied (trained tokens)."""
 

@@ -53,7 +53,7 @@ class Dora:
         return None
 
     def workspace(self, weight: TensorSpec) -> int:
-        rows, columns = weight.matrix()
+        rows, columns = weight.matrix(bool(self.stacked))
         own = PASS * 2 * FLOAT + columns * 4 * FLOAT if self.columnwise else rows * 2 * FLOAT
         return self.update.workspace(weight) + 3 * self.size * FLOAT + own
 

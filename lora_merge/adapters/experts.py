@@ -66,7 +66,8 @@ class Stack:
                 return layers.linear(self.pair, parameter).build(target, weight)
             raise self._misfit(target, weight)
 
-        return Claim(self.pair.module, parameter, self.pair.factors, build)
+        shape = (self.experts, self.q, self.p) if self.experts > 1 else None
+        return Claim(self.pair.module, parameter, self.pair.factors, build, shape=shape)
 
     def _stacked(self, target: Target, weight: TensorSpec) -> LowRank:
         experts, d1, d2 = weight.shape

@@ -77,9 +77,12 @@ def linear(pair: Pair, parameter: str = "weight") -> Claim:
     def build(target: Target, weight: TensorSpec) -> LowRank | Dora | Residual:
         rows = target.rows or (0, pair.outputs)
         height = rows[1] - rows[0]
-        first, last = target.within or (0, weight.shape[0] if weight.shape else 0)
+        one_expert = target.within is not None and len(weight.shape) == 3
+        total, columns = weight.matrix(stacked=one_expert)
+        first, last = target.within or (0, total)
         whole = target.rows is None and target.within is None
-        straight = weight.shape[1:] == (pair.inputs,) and last - first == height and rows[1] <= pair.outputs
+        fits = last - first == height and last <= total and rows[1] <= pair.outputs
+        straight = fits and columns == pair.inputs and (len(weight.shape) == 2 or one_expert)
         turned = whole and weight.shape == (pair.inputs, pair.outputs)
         if target.expert is not None or not (straight or turned):
             raise pair.misfit(target, weight, f"a weight {list(shape)}")
@@ -88,7 +91,7 @@ def linear(pair: Pair, parameter: str = "weight") -> Claim:
         if turned and (pair.conv1d or not straight):
             update = LowRank(replace(a, transpose=True), replace(b, transpose=True), pair.scale)
             return _started(pair, _magnified(pair, update, columnwise=True), weight, True, target)
-        update = LowRank(replace(b, rows=target.rows), a, pair.scale, first)
+        update = LowRank(replace(b, rows=target.rows), a, pair.scale, first, stacked=True if one_expert else None)
         return _started(pair, _magnified(pair, update, rows=target.rows), weight, False, target)
 
     return Claim(pair.module, parameter, pair.factors, build, shape=shape)
@@ -127,7 +130,8 @@ def convolution(pair: Pair) -> Claim:
     def build(target: Target, weight: TensorSpec) -> LowRank | Dora:
         if weight.shape[:1] == shape[:1] and weight.shape[2:] == shape[2:] and weight.shape[1] != shape[1]:
             raise _grouped(pair)
-        if weight.shape != shape or target != Target(target.tensor):
+        flattened = (shape[0], math.prod(shape[1:]))
+        if weight.shape not in (shape, flattened) or target != Target(target.tensor):
             raise pair.misfit(target, weight, f"a convolution {list(shape)}")
         a, b = Factor(pair.a, _flat(pair.a_shape)), Factor(pair.b, _flat(pair.b_shape))
         return _magnified(pair, LowRank(b, a, pair.scale, stacked=False))

@@ -60,7 +60,8 @@ class Residual:
     def workspace(self, weight: TensorSpec) -> int:
         # gesdd of [m, n] with k = min(m, n): a copy of the weight, U, Vh, a work array of some 4 k² + 7 k, and the
         # product; LAPACK's blocks come on top.
-        m, n = weight.matrix()
+        total, n = weight.matrix(bool(self.stacked))
+        m = self.rows[1] - self.rows[0] if self.rows else total
         k = min(m, n)
         numbers = 3 * m * n + 2 * k * (m + n) + 8 * k * k + 64 * (m + n) + 1024
         return numbers * FLOAT + self.update.workspace(weight)

@@ -155,6 +155,25 @@ def test_linear_adapters_of_single_experts_stay_linear() -> None:
     torch.testing.assert_close(delta(claim, tensors, WHOLE, 8, 5), expected)
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_linear_adapters_of_single_experts_find_their_rows_in_a_stack(dora: bool) -> None:
+    key = "base_model.model.mlp.experts.1.up_proj"
+    tensors = {f"{key}.lora_A.weight": torch.randn(R, 5), f"{key}.lora_B.weight": torch.randn(4, R)}
+    if dora:
+        tensors[f"{key}.lora_magnitude_vector"] = torch.rand(4) + 1
+    [claim] = claims(tensors, [], use_dora=dora)
+    patch = claim.build(Target("w", within=(12, 16)), TensorSpec("F32", (E, 8, 5)))
+    assert patch.stacked
+    weight = torch.randn(E, 8, 5)
+    expected = weight.clone()
+    expected[1, 4:] += SCALE * tensors[f"{key}.lora_B.weight"] @ tensors[f"{key}.lora_A.weight"]
+    if dora:
+        expected[1, 4:] *= (tensors[f"{key}.lora_magnitude_vector"] / expected[1, 4:].norm(dim=1))[:, None]
+    torch.testing.assert_close(apply(patch, weight, tensors.__getitem__, block=5), expected)
+    with pytest.raises(AdapterError, match="made for a weight"):
+        claim.build(Target("w", within=(22, 26)), TensorSpec("F32", (E, 8, 5)))
+
+
 @pytest.mark.parametrize(
     ("keys", "targets", "message"),
     [

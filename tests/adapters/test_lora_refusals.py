@@ -159,6 +159,7 @@ def test_convolutions_with_groups() -> None:
     whole = claim(pair("c", (4, 8, 3, 3), (16, 4, 1, 1)))
     with pytest.raises(UnsupportedError, match="with groups"):
         whole.build(WHOLE, f32(16, 4, 3, 3))
+    assert whole.build(WHOLE, f32(16, 72)).kind == "lora"
     with pytest.raises(AdapterError, match=r"a convolution \[16, 8, 3, 3\]"):
         whole.build(WHOLE, f32(16, 8, 5, 5))
 
