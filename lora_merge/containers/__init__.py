@@ -19,6 +19,14 @@ class TensorFile(Protocol):
         """Specs by name, in the order of the bytes in the file."""
 
     @property
+    def size(self) -> int:
+        """Size of the file in bytes."""
+
+    @property
+    def header_sha256(self) -> str:
+        """Digest of what describes the tensors (and, in a .bin, of the CRCs of their bytes)."""
+
+    @property
     def metadata(self) -> Mapping[str, str]: ...
 
     def read_into(self, name: str, start: int, out: memoryview) -> None:

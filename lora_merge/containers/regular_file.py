@@ -1,0 +1,111 @@
+"""One regular file opened for reading by position: no mapping, no shared offset, no waiting on pipes."""
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+from lora_merge.errors import InputError, LoraMergeError, StorageError, printable
+
+_INPUT_ERRNOS = {
+    errno.ENOENT: "does not exist",
+    errno.ENOTDIR: "does not exist: a part of the path is not a folder",
+    errno.EACCES: "may not be read (permission denied); change its permissions",
+    errno.EPERM: "may not be read (operation not permitted); change its permissions",
+    errno.ELOOP: "is a loop of symbolic links",
+    errno.ENAMETOOLONG: "is longer than the file system allows for a name",
+    errno.ENXIO: "is not a regular file",
+}
+
+
+class RegularFile:
+    """A read-only descriptor of a regular file; links are followed, everything that is not a file is refused.
+
+    Reads are `preadv`s and safe from several threads. A file cut short while it is read gives an error message, where
+    a mapping would end the process.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._fd = _open(path)
+        self._opened = os.fstat(self._fd)
+        self.size = self._opened.st_size
+        if not stat.S_ISREG(self._opened.st_mode):  # swapped between stat and open
+            self.close()
+            raise _not_regular(path, self._opened.st_mode)
+
+    def read_into(self, offset: int, out: memoryview, what: str) -> None:
+        """Fill `out` with the bytes from `offset` on; `what` names them in errors.
+
+        InputError where the file ends before `out` is full, StorageError where the system cannot read.
+        """
+        done = 0
+        while done < len(out):
+            try:
+                count = os.preadv(self._fd, [out[done:]], offset + done)
+            except OSError as error:
+                raise StorageError(
+                    f"{self}: {what}: reading at byte {offset + done} failed: {error.strerror}"
+                ) from error
+            if count == 0:
+                raise InputError(
+                    f"{self}: {what}: the file ends at byte {offset + done}, {len(out) - done} bytes too early; "
+                    "it was cut short after it was opened, fetch it again"
+                )
+            done += count
+
+    def read(self, offset: int, count: int, what: str) -> bytearray:
+        """`count` bytes from `offset` on. The caller has bounded `count` by the size of the file."""
+        out = bytearray(count)
+        self.read_into(offset, memoryview(out), what)
+        return out
+
+    def check_unchanged(self) -> None:
+        """InputError where the file is not the one that was opened, or was written since."""
+        now, then = os.fstat(self._fd), self._opened
+        same = (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns) == (
+            (then.st_dev, then.st_ino, then.st_size, then.st_mtime_ns)
+        )
+        # A link made or removed moves ctime as well, and leaves the bytes alone.
+        if not same or (now.st_ctime_ns != then.st_ctime_ns and now.st_nlink == then.st_nlink):
+            raise InputError(
+                f"{self}: the file was changed while it was read (size {then.st_size} -> {now.st_size}); "
+                "the result would be a mixture, run again when nothing writes to it"
+            )
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+
+    def __str__(self) -> str:
+        return printable(self.path)
+
+
+def _open(path: Path) -> int:
+    try:
+        mode = os.stat(path).st_mode  # before opening: to open a device can have an effect
+        if not stat.S_ISREG(mode):
+            raise _not_regular(path, mode)
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise _refusal(path, error) from error
+    except ValueError as error:  # NUL or a character that no file name can hold
+        raise InputError(f"{printable(path)}: no file can have this name ({printable(error)})") from error
+
+
+def _refusal(path: Path, error: OSError) -> LoraMergeError:
+    reason = _INPUT_ERRNOS.get(error.errno or 0)
+    if reason is None:
+        return StorageError(f"{printable(path)}: opening failed: {error.strerror}")
+    if error.errno == errno.ENOENT and path.is_symlink():
+        reason = (
+            f"is a link to {printable(os.readlink(path))}, which does not exist; the download is probably incomplete"
+        )
+    return InputError(f"{printable(path)}: {reason}")
+
+
+def _not_regular(path: Path, mode: int) -> InputError:
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    kind = kinds.get(stat.S_IFMT(mode), "a device")
+    return InputError(f"{printable(path)}: is {kind}; a regular file, or a link to one, is expected")

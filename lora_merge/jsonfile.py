@@ -1,0 +1,79 @@
+"""JSON files read strictly: what two readers could understand differently is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lora_merge.containers.regular_file import RegularFile
+from lora_merge.errors import InputError, printable
+
+MAX_CONFIG = 16 * 2**20
+MAX_INDEX = 64 * 2**20
+MAX_CONTAINERS = 200_000
+
+
+class _Refused(ValueError):
+    pass
+
+
+def read_json(path: Path, limit: int = MAX_CONFIG) -> dict[str, Any]:
+    """The object in a JSON file of at most `limit` bytes.
+
+    InputError where it is no object, holds a key twice, NaN or infinity, text that is not UTF-8, or more lists and
+    objects than any config has.
+    """
+    text = _text(path, limit)
+    where = printable(path)
+    try:
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant, parse_float=_finite_float)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")  # lone surrogates
+    except RecursionError:
+        raise InputError(
+            f"{where}: lists and objects are nested too deeply; this is not a config, fetch it again"
+        ) from None
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: a text holds half a character (lone surrogate); fetch the file again") from error
+    except ValueError as error:
+        raise InputError(f"{where}: is not valid JSON: {printable(error)}; fetch the file again") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: holds a {type(value).__name__}, expected an object in braces; fetch the file again")
+    return value
+
+
+def _text(path: Path, limit: int) -> str:
+    file = RegularFile(path)
+    try:
+        if file.size > limit:
+            raise InputError(f"{file}: has {file.size} bytes, {limit} are the limit for such a file; not a config")
+        data = file.read(0, file.size, "text")
+        if data.count(b"[") + data.count(b"{") > MAX_CONTAINERS:
+            raise InputError(f"{file}: holds more than {MAX_CONTAINERS} lists and objects; this is not a config")
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: is not UTF-8 at byte {error.start}; fetch the file again") from error
+    finally:
+        file.close()
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise _Refused(f"the key {twice!r} is there twice")
+    return made
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise _Refused(f"{name} is not a number of JSON")
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise _Refused(f"the number {text[:40]} is too large")
+    return value
