@@ -20,9 +20,8 @@ from lora_merge.output import Stage
 from lora_merge.places import check_free_space, check_places
 from lora_merge.request import Request, parse_size
 from lora_merge.results import Inspection, MergedWeight, MergeResult, PlannedWeight, PlanResult
-from lora_merge.verification import Verification, verify_output
+from lora_merge.verification import MANIFEST, Verification, sealed, verify_output
 
-MANIFEST = "lora_merge.json"
 PathLike = str | os.PathLike[str]
 
 
@@ -212,7 +211,7 @@ def _manifest(job: OpenJob, stage: Stage, results: Sequence[Mapping[str, Any]]) 
         "files": {name: {"bytes": size, "sha256": sha} for name, (size, sha) in sorted(stage.files.items())},
         "weights": list(results),
     }
-    return (json.dumps(body, indent=1, ensure_ascii=False) + "\n").encode()
+    return sealed(body)
 
 
 def _input(role: str, checkpoint: Checkpoint) -> dict[str, Any]:

@@ -37,6 +37,15 @@ class Wish:
 
 
 @dataclass(frozen=True, slots=True)
+class Lost:
+    """A claim without a place, and what was seen instead."""
+
+    adapter: int
+    claim: Claim
+    seen: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Wishes:
     """All resolved claims, by tensor name in the output; new tensors; remarks."""
 
@@ -69,12 +78,12 @@ def resolve(
     by_tensor: dict[str, list[Wish]] = defaultdict(list)
     added: list[str] = []
     notes: list[str] = []
-    lost: list[tuple[int, Claim]] = []
+    lost: list[Lost] = []
     for index, reading in enumerate(readings):
         for claim in reading.claims:
             resolution = resolver.resolve(claim.module, claim.parameter, claim.shape)
             targets = resolution.targets
-            if resolution.note and resolution.note not in notes:
+            if targets and resolution.note and resolution.note not in notes:
                 notes.append(resolution.note)
             if not targets and claim.order == 0 and claim.module.split(".")[0] in NEW_HEADS:
                 targets = (Target(f"{claim.module}.{claim.parameter}"),)
@@ -82,7 +91,7 @@ def resolve(
             for target in targets:
                 by_tensor[target.tensor].append(Wish(index, claim, target))
             if not targets and not _allowed(claim, allow_unused):
-                lost.append((index, claim))
+                lost.append(Lost(index, claim, resolution.note))
     if lost:
         raise _unmatched(adapters, readings, resolver, lost)
     return Wishes({name: tuple(wishes) for name, wishes in by_tensor.items()}, tuple(added), tuple(notes))
@@ -93,17 +102,19 @@ def _allowed(claim: Claim, allow_unused: str | None) -> bool:
 
 
 def _unmatched(
-    adapters: Sequence[Checkpoint], readings: Sequence[Reading], resolver: Resolver, lost: list[tuple[int, Claim]]
+    adapters: Sequence[Checkpoint], readings: Sequence[Reading], resolver: Resolver, lost: list[Lost]
 ) -> AdapterError:
     """The error of claims without a place; it names every adapter tensor that would be lost."""
-    paths = sorted({printable(adapters[index].path) for index, _ in lost})
-    modules = [f"{claim.module}.{claim.parameter}" for _, claim in lost]
-    factors = [factor for _, claim in lost for factor in claim.factors]
+    paths = sorted({printable(adapters[one.adapter].path) for one in lost})
+    modules = [f"{one.claim.module}.{one.claim.parameter}" for one in lost]
+    factors = [factor for one in lost for factor in one.claim.factors]
+    seen = list(dict.fromkeys(one.seen for one in lost if one.seen))
     total = sum(len(reading.claims) for reading in readings)
-    first = lost[0][1]
+    first = lost[0].claim
     near = resolver.suggest(first.module)
     shape = f" (factors say {list(first.shape)})" if first.shape else ""
-    hint = f" Nearest in the base to {printable(first.module)}{shape}: {listed(near, 3)}." if near else ""
+    hint = f" Found: {listed(seen, 2)}." if seen else ""
+    hint += f" Nearest in the base to {printable(first.module)}{shape}: {listed(near, 3)}." if near else ""
     return AdapterError(
         f"{', '.join(paths)}: {len(lost)} of {total} adapted parameters have no place in the base: "
         f"{listed(modules, 12)}; adapter tensors {listed(factors, 4)}.{hint} Merge onto the base that the adapter was "

@@ -75,7 +75,8 @@ def _resolve(
     """Every claim's place in the base; tied weights untied where the adapter touches one side."""
     tie = draft.tie()
     specs = tie.with_both(draft.specs) if tie else draft.specs
-    resolver = Resolver(specs, draft.config, lambda: build(draft.config, draft.base.tensors))
+    replicated = any(reading.layer_replication for reading in readings)  # the class would lay out the old layers
+    resolver = Resolver(specs, draft.config, None if replicated else lambda: build(draft.config, draft.base.tensors))
     try:
         wishes = effects.resolve(adapters, readings, resolver, allow_unused)
     except AdapterError as error:
