@@ -32,8 +32,8 @@ FREE_EXPANSION = 64 * 2**20
 MAX_EXPANSION = 8
 
 _CONVERT = (
-    "convert it once with `python -c \"import torch; torch.save(torch.load('{name}', weights_only=True), 'new.bin')\"` "
-    "where you trust its source, and use new.bin in its place"
+    'convert it once with `python -c "from torch import load, save; '
+    "save(load('{name}', weights_only=True), 'new.bin')\"` where you trust its source, and use new.bin in its place"
 )
 
 
@@ -217,7 +217,7 @@ def _entries(file: RegularFile, pickle: bytearray, members: int) -> dict[str, An
     if nested:
         raise InputError(
             f"{file}: the tensors lie deeper, under {listed(nested)}, expected a dict from names to tensors; save that "
-            f"alone: `torch.save(torch.load(path, weights_only=True)[{nested[0]!r}], 'new.bin')`"
+            f"alone: `from torch import load, save; save(load(path, weights_only=True)[{nested[0]!r}], 'new.bin')`"
         )
     return top
 
