@@ -15,25 +15,19 @@ import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 
 from lora_merge import pipeline
 from lora_merge.adapters.base import Additive, Bound, Needs
+from lora_merge.change import MEASURED, MEASURED_TILES, Change, check_finite, measure, result
 from lora_merge.checkpoint import Checkpoint
-from lora_merge.errors import NumericError, printable
+from lora_merge.factors import Reader, buffer, uses_of
 from lora_merge.jobs import Copy, Job, Rewrite, Shard
-from lora_merge.spec import TensorSpec
 
 TILE = 1 << 19
 """float32 elements of a tile: 2 MB, which stays in a core's cache between decoding, product and encoding."""
-TORCH_DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
-    "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
-}  # fmt: skip
-MEASURED_TILES = 4
-"""Tiles of a weight on which the change is measured, evenly spread; measuring all would cost more than merging."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,22 +61,6 @@ class Writer(Protocol):
 class Progress(Protocol):
     def __call__(self, name: str, nbytes: int) -> None:
         """`nbytes` more bytes of the output, belonging to tensor `name`, are written."""
-
-
-@dataclass(slots=True)
-class Change:
-    """Sums over the measured tiles of one weight: squared norms of base and change, elements, elements changed."""
-
-    base: float = 0.0
-    delta: float = 0.0
-    elements: int = 0
-    changed: int = 0
-
-    def add(self, other: Change) -> None:
-        self.base += other.base
-        self.delta += other.delta
-        self.elements += other.elements
-        self.changed += other.changed
 
 
 @dataclass(slots=True)
@@ -124,29 +102,6 @@ class Piece:
     change: Change | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Reader:
-    """Adapter tensors on the device of the work, whole or by indices of the first dimension."""
-
-    adapter: Checkpoint
-    device: torch.device
-
-    def __call__(self, name: str) -> torch.Tensor:
-        return self.adapter.load(name).to(self.device)
-
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        spec = self.adapter.tensors[name]
-        piece = TensorSpec(spec.dtype, (stop - start, *spec.shape[1:]))
-        data = torch.empty(piece.nbytes, dtype=torch.uint8)
-        self.adapter.read_into(name, piece.nbytes // max(1, stop - start) * start, buffer(data))
-        return data.view(TORCH_DTYPES[spec.dtype]).view(piece.shape).to(self.device)
-
-
-def buffer(data: torch.Tensor) -> memoryview:
-    """The bytes of a uint8 tensor, shared."""
-    return memoryview(cast("Any", data.numpy()))
-
-
 def slots_of(threads: int) -> int:
     """Blocks in flight of one shard: one for each worker, one that is written, one that waits."""
     return threads + 2 if threads > 1 else 1
@@ -173,9 +128,12 @@ class Executor:
         self.base = base
         self.adapters = adapters
         self.machine = machine
+        self.readers: list[Reader] = []
 
     def run(self, shards: Sequence[Shard], stage: Stage, progress: Progress) -> None:
         """Write these shards into the stage; several at once where there are several threads."""
+        uses = uses_of(shards, len(self.adapters))
+        self.readers = [Reader(a, self.machine.device, u) for a, u in zip(self.adapters, uses, strict=True)]
         before = torch.get_num_threads()
         torch.set_num_threads(1)
         lanes = min(self.machine.threads, len(shards))
@@ -231,8 +189,7 @@ class Executor:
         """The patches with their factors; those that must see all rows first have seen them."""
         bounds: list[Bound] = []
         for effect in job.effects:
-            reader = Reader(self.adapters[effect.adapter], self.machine.device)
-            bounds.append(effect.patch.bind(reader, job.weight))
+            bounds.append(effect.patch.bind(self.readers[effect.adapter], job.weight))
             if effect.patch.needs is Needs.COLUMNS:
                 for start, tile in self._tiles(job):
                     bounds[-1].observe(self._patched(job, bounds[:-1], tile, start), start)
@@ -285,13 +242,15 @@ class Executor:
             stop = min(block.stop, start + step)
             rows = self._decoded(job, start, stop, raw, block.start, slot)
             measured = job.source is not None and start % stride == 0
-            before = rows.clone() if measured and block.whole is None else rows
+            sample = max(1, MEASURED // max(1, columns)) if measured else 0
+            before = rows[:sample].clone()
             rows = self._patched(job, block.bounds, rows, start) if block.whole is None else block.whole[start:stop]
             check_finite(job, rows, start)
             into = cut(out, job.target.slices(job.weight, columns, start, stop), cuts)
             job.target.encode(rows.to("cpu") if rows.device.type != "cpu" else rows, into)
             if measured:
-                change.add(measure(job, before.to("cpu"), into))
+                few = cut(into, job.target.slices(job.weight, columns, 0, len(before)), dict.fromkeys(into, (0, 0)))
+                change.add(measure(job, before.to("cpu"), few))
         parts = {job.names[part]: buffer(data) for part, data in out.items()}
         return Piece(parts, change)
 
@@ -343,39 +302,6 @@ def strengthened(bound: Bound, rows: torch.Tensor, start: int, strength: float) 
     return torch.lerp(rows, bound.apply(rows.clone(), start), strength)
 
 
-def measure(job: Rewrite, before: torch.Tensor, written: Mapping[str, torch.Tensor]) -> Change:
-    """What writing a tile changed, seen through the target format."""
-    after = torch.empty_like(before)
-    job.target.decode(written, after)
-    changed = int((after != before).sum())
-    delta = torch.linalg.vector_norm(after.sub_(before)).item() ** 2
-    return Change(torch.linalg.vector_norm(before).item() ** 2, delta, before.numel(), changed)
-
-
-def check_finite(job: Rewrite, rows: torch.Tensor, start: int) -> None:
-    """Raise NumericError where rows hold a value that the target cannot: NaN, infinity, or an overflow of its dtype."""
-    if not rows.numel():
-        return
-    limit = job.target.limit
-    low, high = torch.aminmax(rows)
-    if low.item() >= -limit and high.item() <= limit:
-        return
-    bad = ~(rows.abs() <= limit)
-    place = bad.nonzero()[0].tolist()
-    value = rows[place[0], place[1]].item()
-    found = f"{int(bad.sum())} of the values of rows {start} to {start + len(rows) - 1}"
-    first = f"row {start + place[0]}, column {place[1]}"
-    if math.isfinite(value):
-        raise NumericError(
-            f"{printable(job.name)}: {found} overflow {job.target} after the merge (first: {value:g} at {first}); "
-            "write a wider type with --dtype bfloat16 or --dtype float32"
-        )
-    raise NumericError(
-        f"{printable(job.name)}: {found} are not finite after the merge (first: {value} at {first}); "
-        "the base or the adapter is damaged, check it with lora-merge inspect"
-    )
-
-
 class Sink:
     """Writes the pieces of one shard in order, and keeps the results of its weights.
 
@@ -407,16 +333,3 @@ class Sink:
         if isinstance(job, Rewrite):
             self.results.append(result(job, self.change))
         self.change = Change()
-
-
-def result(job: Rewrite, change: Change) -> dict[str, Any]:
-    """What is recorded of one rewritten weight."""
-    return {
-        "name": job.name,
-        "kinds": [effect.patch.kind for effect in job.effects],
-        "adapters": sorted({effect.adapter for effect in job.effects}),
-        "format": str(job.target),
-        "shape": list(job.weight.shape),
-        "relative_change": math.sqrt(change.delta / change.base) if change.base else None,
-        "changed": change.changed / change.elements if change.elements else None,
-    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from lora_merge.adapters.base import Needs
 from lora_merge.errors import MemoryLimitError, UnsupportedError, printable
 from lora_merge.execute import TILE, Machine, slots_of, tile_rows
+from lora_merge.factors import KEPT
 from lora_merge.jobs import Plan, Rewrite
 from lora_merge.request import Request
 
@@ -73,7 +75,7 @@ def working_set(plan: Plan, machine: Machine) -> int:
     slots = slots_of(machine.threads) if lanes <= 1 else lanes
     weights = 2 if lanes <= 1 < machine.threads else lanes
     headers = max((len(shard.header) for shard in plan.shards), default=0)
-    return slots * slot + weights * _heaviest(plan)[1] + lanes * headers
+    return slots * slot + weights * _heaviest(plan)[1] + _shared(plan) + lanes * headers
 
 
 def least_memory(plan: Plan) -> int:
@@ -84,6 +86,18 @@ def least_memory(plan: Plan) -> int:
 def _heaviest(plan: Plan) -> tuple[str, int]:
     """The weight that holds most beside its tiles, and how many bytes."""
     return max(((job.name, _held(job)) for job in plan.rewrites), key=lambda pair: pair[1], default=("nothing", 0))
+
+
+def _shared(plan: Plan) -> int:
+    """Bytes of the factors that several weights share, as many as are kept at once."""
+    seen: Counter[tuple[int, str]] = Counter()
+    sizes: dict[tuple[int, str], int] = {}
+    for job in plan.rewrites:
+        for effect in job.effects:
+            for name in effect.patch.factors:
+                seen[effect.adapter, name] += 1
+                sizes[effect.adapter, name] = effect.patch.workspace(job.weight)
+    return sum(sorted((sizes[key] for key, count in seen.items() if count > 1), reverse=True)[:KEPT])
 
 
 def _held(job: Rewrite) -> int:
