@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -46,10 +47,9 @@ class Seen:
 def merge_by_command(out: Path) -> None:
     """Run the `lora-merge` of this environment; its exit code is ours where it fails."""
     command = Path(sysconfig.get_path("scripts")) / "lora-merge"
-    words = [str(command), str(TINY / "base"), str(TINY / "adapter"), str(out)]
-    print("$ lora-merge", *(Path(word).relative_to(ROOT) if ROOT in Path(word).parents else word for word in words[1:]))
-    sys.stdout.flush()
-    status = subprocess.run(words, check=False).returncode
+    words = [os.path.relpath(path, ROOT) for path in (TINY / "base", TINY / "adapter", out)]
+    print("$ lora-merge", *words, flush=True)
+    status = subprocess.run([command, *words], cwd=ROOT, check=False).returncode
     if status:
         sys.exit(status)
 
@@ -116,7 +116,7 @@ def main() -> int:
     transformers_logging.disable_progress_bar()
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "demo-out", help="folder of the merged model, made anew")
-    out: Path = parser.parse_args().out
+    out: Path = parser.parse_args().out.resolve()
     if out.exists():
         shutil.rmtree(out)
     merge_by_command(out)

@@ -17,14 +17,19 @@ PACKAGE = ROOT / "lora_merge"
 FLOORS = [
     {"__main__"},
     {"cli", "report"},
-    {"lora_merge"},
     {"api"},
-    {"plan", "execute", "verify"},
-    {"shards", "jobs", "effects"},
-    {"adapters", "formats", "keys", "output", "pipeline"},
-    {"rounding", "grids", "bits", "checkpoint"},
-    {"containers", "request"},
-    {"spec", "errors"},
+    {"planning", "machine", "recompute", "inspection", "verification"},
+    {"execute", "draft", "shards"},
+    {"change", "factors"},
+    {"change", "factors"},
+    {"jobs"},
+    {"effects"},
+    {"adapters", "formats", "keys", "ties", "replication", "output", "pipeline"},
+    {"rounding", "survival", "grids", "bits", "checkpoint", "skeleton"},
+    {"weight_files", "places"},
+    {"jsonfile", "config_paths"},
+    {"containers", "request", "results"},
+    {"spec", "errors", "lora_merge"},
 ]
 FORBIDDEN = {
     "formats": {"adapters", "checkpoint", "click", "tqdm", "transformers"},
@@ -88,7 +93,8 @@ def imported(module: str, everywhere: bool = True) -> set[str]:
 
 def imported_rooms(module: str) -> set[str]:
     """Our rooms and foreign packages that a module imports, its own room left out."""
-    ours_or_foreign = {room(name) if name in MODULES else name.split(".")[0] for name in imported(module)}
+    everywhere = module != "lora_merge"  # whose names for type checkers are all found lazily
+    ours_or_foreign = {room(name) if name in MODULES else name.split(".")[0] for name in imported(module, everywhere)}
     return ours_or_foreign - {room(module)}
 
 
@@ -106,6 +112,8 @@ def run_on_import(start: str) -> dict[str, set[str]]:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_run_downwards(module: str) -> None:
+    unknown = {name for name in imported(module) if name.startswith("lora_merge") and name not in MODULES}
+    assert not unknown, f"{module} imports what is not there: {sorted(unknown)}"
     ours = imported_rooms(module) & {room(other) for other in MODULES}
     upwards = sorted(name for name in ours if floor(name) > floor(room(module)))
     assert not upwards, f"{module} imports from floors above its own: {upwards}"
@@ -130,7 +138,7 @@ def test_the_ground_floor_imports_nothing_of_ours(module: str) -> None:
     assert not [name for name in imported(module) if name.startswith("lora_merge")]
 
 
-@pytest.mark.parametrize("start", ["lora_merge.__main__", "lora_merge.plan"])
+@pytest.mark.parametrize("start", ["lora_merge.__main__", "lora_merge.planning"])
 def test_help_and_plans_import_nothing_heavy(start: str) -> None:
     heavy = {
         module: sorted({name.split(".")[0] for name in names} & HEAVY) for module, names in run_on_import(start).items()
