@@ -1,139 +1,236 @@
 """What values a code can take: grids with fixed scales, over the rows `[n, columns]` of a weight.
 
-Every grid has one coordinate in which its levels are the same everywhere: `x = row / scale + zero`. A level becomes a
-value by `(level - zero) * scale`, one float32 product, then rounded to `dtype` (the dtype in which the format's library
+Every grid has one coordinate in which its levels are the same everywhere: `row / scale + zero`. A level becomes a value
+by `(level - zero) * scale`, one float32 product, then rounded to `dtype` (the dtype in which the format's library
 decodes) and widened again. With integer codes and scales of that dtype this is bit for bit the library's arithmetic in
 `dtype`: the float32 product of such numbers is exact.
 
     grid       level of a code                        code
-    Affine     the integer itself                     integer in [low, high]
-    Codebook   table[code]                            index into the rising table
-    Float8     the float8 number                      its byte
+    Affine     the integer itself                     integer in [low, high], int8 or (high above 127) uint8
+    Codebook   table[code]                            uint8 index into the rising table
+    Float8     the float8 number                      its byte, uint8
 
-`scale` and `zero` are `[n, groups]`; group g scales columns `[g * group, (g + 1) * group)`, the last may be short.
-`index` `[columns]` names each column's group where they do not lie side by side (g_idx).
+`scale` and `zero` are `[n, groups]`, of any dtype; group g scales columns `[g * group, (g + 1) * group)`, the last may
+be short. `index` `[columns]` names each column's group where the groups do not lie side by side (g_idx). Where the
+scale is 0, rows get the level nearest to `zero`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+    from typing_extensions import Self
 
 
-class Grid(Protocol):
-    """Values that codes can take, for a block of rows."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Grid(ABC):
+    """Values that codes can take, for a block of rows. Tensors given to its methods are left as they are.
 
-    @property
-    def scale(self) -> torch.Tensor: ...
-
-    def values(self, codes: torch.Tensor) -> torch.Tensor:
-        """Codes `[n, columns]` to the float32 values that the format decodes them to."""
-
-    def nearest(self, rows: torch.Tensor) -> torch.Tensor:
-        """Float32 rows to the codes of the nearest levels, clamped at the ends; ties as the format's library breaks
-        them. `rows` is left as it is."""
-
-    def dithered(self, rows: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-        """The upper neighbour where `p + shift >= 1`, else the lower; p is that of `bracket`, shift in [0, 1]."""
-
-    def bracket(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Codes of the neighbouring levels below and above, and the float32 distance p in [0, 1] from the lower, as
-        a share of the gap: choosing the upper with probability p is right in the mean. p is 0 beyond the ends."""
-
-    def rows(self, start: int, stop: int) -> Grid:
-        """The grid of rows `[start, stop)`."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Affine:
-    """Evenly spaced levels: integers from `low` to `high`.
-
-    coding: dtype in which `nearest` divides by the scale; float32 unless bytes must equal those of a library that
-    divides in the weight's dtype. Codes are int8, or uint8 where `high` is above 127.
+    dtype:  in which values are decoded; None: float32.
+    coding: in which `nearest` divides; float32 (None) unless bytes must equal those of a library that divides in the
+        weight's dtype.
     """
 
     scale: torch.Tensor
-    low: int
-    high: int
     group: int
-    zero: torch.Tensor | None = None
     index: torch.Tensor | None = None
     dtype: torch.dtype | None = None
-    """None: float32."""
     coding: torch.dtype | None = None
+    zero: torch.Tensor | None = None
 
-    def values(self, codes: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+    def values(self, codes: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Codes `[n, columns]` to the float32 values that the format decodes them to, into `out` where given."""
+        values = self.levels(codes, out)
+        if self.zero is not None:
+            self._each(values, self.zero, "sub_")
+        self._each(values, self.scale, "mul_")
+        return values.copy_(values.to(self.dtype)) if self.dtype is not None else values
 
     def nearest(self, rows: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
-
-    def dithered(self, rows: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+        """Float32 rows `[n, columns]` to the codes of the nearest levels, clamped at the ends."""
+        return self.codes(self.snap_(self.coordinate(rows, self.coding)))
 
     def bracket(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        raise NotImplementedError
+        """The codes on either side of each value, and the value's distance p from the lower as a share of their gap.
 
-    def rows(self, start: int, stop: int) -> Affine:
-        raise NotImplementedError
+        Choosing the upper code with probability p is right in the mean, in what the format decodes: for a value that
+        some code decodes to, p is 0 and that code is the lower. Beyond the ends p is 0. "Upper" is meant in
+        the grid's coordinate: with a negative scale its value is the smaller one.
+        """
+        near = self.nearest(rows)
+        at = self.values(near)
+        below = (rows - at) * self.stretched(self.scale, rows.shape[1]) < 0
+        lower = self.neighbour(near, -1).where(below, near)
+        upper = self.neighbour(lower, 1)
+        at = self.values(lower)
+        gap = self.values(upper) - at
+        p = (rows - at).div_(gap).clamp_(0, 1)
+        return lower, upper, p.masked_fill_(gap == 0, 0)
+
+    def dithered(self, rows: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        """The upper code of `bracket` where `p + shift >= 1`, else the lower: stochastic rounding for a shift uniform
+        in [0, 1), nearest for 1/2."""
+        lower, upper, p = self.bracket(rows)
+        return upper.where(p.add_(shift) >= 1, lower)
+
+    def rows(self, start: int, stop: int) -> Self:
+        """The grid of rows `[start, stop)`."""
+        zero = None if self.zero is None else self.zero[start:stop]
+        return replace(self, scale=self.scale[start:stop], zero=zero)
+
+    @abstractmethod
+    def snap_(self, levels: torch.Tensor) -> torch.Tensor:
+        """Places in the grid's coordinate, float, to the nearest levels, in place; of any shape."""
+
+    @abstractmethod
+    def codes(self, levels: torch.Tensor) -> torch.Tensor:
+        """The codes of these levels."""
+
+    @abstractmethod
+    def levels(self, codes: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Undo `codes`; float32, into `out` where given."""
+
+    @abstractmethod
+    def neighbour(self, codes: torch.Tensor, step: int) -> torch.Tensor:
+        """The codes of the levels next above (step 1) or below (-1), clamped at the ends."""
+
+    def coordinate(self, rows: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """`rows / scale + zero`, a new tensor; computed in `dtype`, float32 where None."""
+        import torch
+
+        dtype = dtype or torch.float32
+        scale = self.scale.to(dtype)
+        levels = rows.to(dtype, copy=True)
+        self._each(levels, scale.masked_fill(scale == 0, math.inf), "div_")
+        if self.zero is not None:
+            self._each(levels, self.zero.to(dtype), "add_")
+        return levels
+
+    def stretched(self, per_group: torch.Tensor, columns: int) -> torch.Tensor:
+        """`[n, groups]` to a tensor that broadcasts over `[n, columns]`."""
+        if self.index is not None:
+            return per_group[:, self.index]
+        if per_group.shape[1] == 1:
+            return per_group
+        return per_group.repeat_interleave(self.group, 1)[:, :columns]
+
+    def _each(self, rows: torch.Tensor, per_group: torch.Tensor, verb: str) -> None:
+        """`verb`, an operation in place, of every row with its group's number."""
+        n, columns = rows.shape
+        groups = per_group.shape[1]
+        if self.index is None and groups > 1 and groups * self.group == columns:
+            # Without stretching: the group's number is read once and stays in a register.
+            rows, per_group = rows.view(n, groups, self.group), per_group.unsqueeze(-1)
+        else:
+            per_group = self.stretched(per_group, columns)
+        getattr(rows, verb)(per_group.to(rows.dtype))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Codebook:
-    """Levels from a table, float32, rising; codes are uint8 indices into it (the format maps them to what it stores).
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Affine(Grid):
+    """Evenly spaced levels: the integers from `low` to `high`."""
 
-    even: a value midway between two levels goes to the even code; otherwise to the lower one.
+    low: int
+    high: int
+
+    def snap_(self, levels: torch.Tensor) -> torch.Tensor:
+        return levels.round_().clamp_(self.low, self.high)
+
+    def codes(self, levels: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        # torch turns floats into uint8 one by one, into int16 many at a time.
+        return levels.to(torch.int8) if self.high < 128 else levels.to(torch.int16).to(torch.uint8)
+
+    def levels(self, codes: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        import torch
+
+        return codes.to(torch.float32, copy=True) if out is None else out.copy_(codes)
+
+    def dithered(self, rows: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        """As above, with the scale for the gap: the two differ by the rounding of values to `dtype`."""
+        near = self.snap_(self.coordinate(rows))
+        rest = rows - self.values(near)
+        self._each(rest, self.scale.masked_fill(self.scale == 0, math.inf), "div_")
+        return self.codes(near.add_(rest.add_(shift).floor_()).clamp_(self.low, self.high))
+
+    def neighbour(self, codes: torch.Tensor, step: int) -> torch.Tensor:
+        return (codes.short() + step).clamp_(self.low, self.high).to(codes.dtype)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Codebook(Grid):
+    """Levels from a table, float32 `[levels]`, rising; the format maps the indices to what it stores.
+
+    up: bool `[levels - 1]`: a value midway between levels i and i + 1 goes to the upper; None: always to the lower.
     """
 
     table: torch.Tensor
-    scale: torch.Tensor
-    group: int
-    even: bool = False
-    dtype: torch.dtype | None = None
+    up: torch.Tensor | None = None
 
-    def values(self, codes: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+    def snap_(self, levels: torch.Tensor) -> torch.Tensor:
+        return levels.copy_(self.table[self._indices(levels)])
+
+    def codes(self, levels: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        return self._indices(levels).to(torch.uint8)
+
+    def levels(self, codes: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        values = self.table[codes.int()]
+        return values if out is None else out.copy_(values)
+
+    def neighbour(self, codes: torch.Tensor, step: int) -> torch.Tensor:
+        return (codes.short() + step).clamp_(0, len(self.table) - 1).to(codes.dtype)
 
     def nearest(self, rows: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+        return self.codes(self.coordinate(rows, self.coding))
 
-    def dithered(self, rows: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+    def _indices(self, levels: torch.Tensor) -> torch.Tensor:
+        """How many midpoints lie strictly below each place; one that goes up is moved down by the least bit."""
+        import torch
 
-    def bracket(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        raise NotImplementedError
+        mids = (self.table[1:] + self.table[:-1]) / 2
+        if self.up is not None:
+            mids = torch.where(self.up, mids.nextafter(torch.full_like(mids, -math.inf)), mids)
+        return torch.bucketize(levels.float(), mids, out_int32=True)
 
-    def rows(self, start: int, stop: int) -> Codebook:
-        raise NotImplementedError
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Float8:
-    """Levels that are float8 numbers; codes are their bytes (uint8; view them as `kind` to store them).
-
-    kind: torch.float8_e4m3fn or torch.float8_e5m2. coding: as of `Affine`.
-    """
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Float8(Grid):
+    """Levels that are the finite float8 numbers of `kind`: torch.float8_e4m3fn or torch.float8_e5m2."""
 
     kind: torch.dtype
-    scale: torch.Tensor
-    group: int
-    dtype: torch.dtype | None = None
-    coding: torch.dtype | None = None
 
-    def values(self, codes: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+    @property
+    def largest(self) -> float:
+        import torch
 
-    def nearest(self, rows: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+        return torch.finfo(self.kind).max
 
-    def dithered(self, rows: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+    def snap_(self, levels: torch.Tensor) -> torch.Tensor:
+        return levels.copy_(levels.clamp_(-self.largest, self.largest).to(self.kind))
 
-    def bracket(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        raise NotImplementedError
+    def codes(self, levels: torch.Tensor) -> torch.Tensor:
+        import torch
 
-    def rows(self, start: int, stop: int) -> Float8:
-        raise NotImplementedError
+        return levels.to(self.kind).view(torch.uint8)
+
+    def levels(self, codes: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        levels = codes.view(self.kind)
+        return levels.float() if out is None else out.copy_(levels)
+
+    def neighbour(self, codes: torch.Tensor, step: int) -> torch.Tensor:
+        import torch
+
+        # As ranks the bytes rise with their numbers: those with the sign bit count downwards, both zeros are one.
+        signed = codes.short()
+        rank = torch.where(signed < 128, signed, 128 - signed) + step
+        top = int(torch.tensor(self.largest).to(self.kind).view(torch.uint8))
+        rank = rank.clamp_(-top, top)
+        return torch.where(rank < 0, 128 - rank, rank).to(torch.uint8)
