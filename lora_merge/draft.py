@@ -8,13 +8,13 @@ from typing import Any
 
 from lora_merge.adapters.base import Patch
 from lora_merge.checkpoint import Checkpoint
-from lora_merge.effects import Wish, Wishes
+from lora_merge.effects import Wish, Wishes, patches
 from lora_merge.jobs import ConfigPath
 from lora_merge.spec import TensorSpec
 from lora_merge.ties import Extra, Tie, Touch, tied, untie
 
-COPIED = "base_layer"
-"""Kind of the patch that brings the copy of the base which PEFT saves beside a delta."""
+COPIED = "embeddings"
+"""Kind of the patch that brings the copy of an embedding or head which PEFT saves beside a delta or a resize."""
 CHUNK = 1 << 22
 
 
@@ -49,17 +49,18 @@ class Draft:
         Adds the tensors to be written to `sources` and the flags to `changes`. Returns the wishes as they then apply.
         """
         by_tensor = dict(wishes.by_tensor)
-        sides = [by_tensor.get(name, ()) for name in (tie.embedding, tie.head)]
-        if not any(sides) or not self._one_matrix(tie):
+        if not (by_tensor.get(tie.embedding) or by_tensor.get(tie.head)) or not self._one_matrix(tie):
             return wishes
-        both = tie.with_both(self.specs)
-        patches = [[wish.claim.build(wish.target, both[tie.embedding]) for wish in side] for side in sides]
+        spec = tie.with_both(self.specs)[tie.embedding]
+        _share_copies(tie, by_tensor, spec)
+        sides = [by_tensor.get(name, ()) for name in (tie.embedding, tie.head)]
+        built = [patches(spec, side) for side in sides]
         action = untie(
             tie,
-            *(_touch(side, built) for side, built in zip(sides, patches, strict=True)),
-            rows=both[tie.embedding].shape[0],
+            *map(_touch, built),
+            rows=spec.shape[0],
             ties_embeddings=ties_embeddings,
-            saved_alike=_saved_alike(sides, patches, adapters),
+            saved_alike=_saved_alike(built, adapters),
         )
         if action.spare:
             by_tensor.pop(action.spare, None)
@@ -82,9 +83,8 @@ class Draft:
         spec = self.base.tensors[self.sources[extra.source]]
         inherited = [
             wish
-            for wish in by_tensor.get(extra.source, ())
-            if extra.follow == "everything"
-            or (extra.follow == "copies" and wish.claim.build(wish.target, spec).kind == COPIED)
+            for wish, patch in patches(spec, by_tensor.get(extra.source, ()))
+            if extra.follow == "everything" or (extra.follow == "copies" and patch.kind == COPIED)
         ]
         return (*_moved(inherited, extra.name), *by_tensor.get(extra.name, ()))
 
@@ -108,30 +108,30 @@ class Draft:
         return True
 
 
-def _touch(side: Sequence[Wish], patches: Sequence[Patch]) -> Touch:
-    sizes = [patch.replaces.shape[0] for patch in patches if patch.replaces is not None]
-    replacing = [patch.kind for patch in patches if patch.replaces is not None]
+def _share_copies(tie: Tie, by_tensor: dict[str, tuple[Wish, ...]], spec: TensorSpec) -> None:
+    """A saved copy of one side stands for both, which were one matrix in training, unless the other has its own."""
+    built = {name: patches(spec, by_tensor.get(name, ())) for name in (tie.embedding, tie.head)}
+    for name, other in ((tie.embedding, tie.head), (tie.head, tie.embedding)):
+        copies = [wish for wish, patch in built[name] if patch.kind == COPIED]
+        if copies and not any(patch.replaces for _, patch in built[other]):
+            by_tensor[other] = (*_moved(copies, other), *by_tensor.get(other, ()))
+
+
+def _touch(built: Sequence[tuple[Wish, Patch]]) -> Touch:
+    sizes = [patch.replaces.shape[0] for _, patch in built if patch.replaces is not None]
+    replacing = [patch.kind for _, patch in built if patch.replaces is not None]
     return Touch(
-        rows=any(wish.claim.keeps_tie for wish in side),
-        delta=any(
-            patch.replaces is None and not wish.claim.keeps_tie for wish, patch in zip(side, patches, strict=True)
-        ),
+        rows=any(wish.claim.keeps_tie for wish, _ in built),
+        delta=any(patch.replaces is None and not wish.claim.keeps_tie for wish, patch in built),
         saved=any(kind != COPIED for kind in replacing),
         copied=COPIED in replacing,
         size=sizes[-1] if sizes else None,
     )
 
 
-def _saved_alike(
-    sides: Sequence[Sequence[Wish]], patches: Sequence[Sequence[Patch]], adapters: Sequence[Checkpoint]
-) -> bool:
+def _saved_alike(sides: Sequence[Sequence[tuple[Wish, Patch]]], adapters: Sequence[Checkpoint]) -> bool:
     """Both sides are replaced, by equal values of the same adapter."""
-    saved = [
-        (wish.adapter, patch.factors[0])
-        for side, built in zip(sides, patches, strict=True)
-        for wish, patch in zip(side, built, strict=True)
-        if patch.replaces is not None
-    ]
+    saved = [(wish.adapter, patch.factors[0]) for side in sides for wish, patch in side if patch.replaces is not None]
     if len(saved) != 2 or not all(sides):
         return False
     one, other = (adapters[adapter].load(name) for adapter, name in saved)

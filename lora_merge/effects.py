@@ -122,6 +122,20 @@ def _unmatched(
     )
 
 
+def patches(weight: TensorSpec | None, wishes: Sequence[Wish]) -> list[tuple[Wish, Patch]]:
+    """The patches of one tensor in the order in which they apply; each is built for what those before it leave.
+
+    weight: spec in the base; None for a tensor that the adapter adds. Raises AdapterError where factors do not fit.
+    """
+    built: list[tuple[Wish, Patch]] = []
+    for wish in sorted(wishes, key=lambda wish: (wish.claim.order, wish.adapter)):
+        patch = wish.claim.build(wish.target, weight or TensorSpec("F32", wish.claim.shape or ()))
+        if patch.replaces is not None:
+            weight = TensorSpec(weight.dtype if weight else patch.replaces.dtype, patch.replaces.shape)
+        built.append((wish, patch))
+    return built
+
+
 def build(
     name: str, weight: TensorSpec | None, wishes: Sequence[Wish], strengths: Sequence[float]
 ) -> tuple[tuple[Effect, ...], TensorSpec]:
@@ -132,18 +146,17 @@ def build(
     """
     effects: list[Effect] = []
     replacing: set[int] = set()
-    for wish in sorted(wishes, key=lambda wish: (wish.claim.order, wish.adapter)):
-        spec = weight or TensorSpec("F32", wish.claim.shape or ())
-        patch = wish.claim.build(wish.target, spec)
+    after = weight
+    for wish, patch in patches(weight, wishes):
         strength = strengths[wish.adapter]
         if patch.replaces is not None:
             replacing.add(wish.adapter)
-            if strength != 1 and (weight is None or patch.replaces.shape != weight.shape):
+            if strength != 1 and (after is None or patch.replaces.shape != after.shape):
                 raise AdapterError(
                     f"{printable(name)}: the adapter brings it whole, as {patch.replaces}, where the base has "
-                    f"{weight or 'nothing'}; that cannot be weighted by {strength:g}, use --weight 1 for this adapter"
+                    f"{after or 'nothing'}; that cannot be weighted by {strength:g}, use --weight 1 for this adapter"
                 )
-            weight = TensorSpec(weight.dtype if weight else patch.replaces.dtype, patch.replaces.shape)
+            after = TensorSpec(after.dtype if after else patch.replaces.dtype, patch.replaces.shape)
         effects.append(Effect(wish.adapter, strength, patch))
     if len(replacing) > 1:
         raise AdapterError(
@@ -154,5 +167,5 @@ def build(
         raise UnsupportedError(
             f"{printable(name)}: adapters see it both as experts and as one matrix; merge one by one"
         )
-    assert weight is not None
-    return tuple(effects), weight
+    assert after is not None
+    return tuple(effects), after

@@ -192,7 +192,7 @@ def _started(
         raise AdapterError(f"{where} of rank {pair.r} leaves nothing of {printable(target.tensor)}, {weight}")
     if pair.init == "pissa" and pair.scale <= 0:
         raise AdapterError(f"{where} needs a positive scale, adapter_config.json gives {pair.scale:g}")
-    return Residual(pair.init, pair.r, pair.scale, update, target.within)
+    return Residual(pair.init, pair.r, pair.scale, update, target.within, turned)
 
 
 def _grouped(pair: Pair) -> UnsupportedError:

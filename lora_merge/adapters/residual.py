@@ -28,7 +28,8 @@ class Residual:
     """Take the part of `method` and rank `r` out of the weight, then apply `update`.
 
     rows: the rows of the tensor that are this module's weight; None: all.
-    A weight stored `[in, out]` has the same components, so pissa and kasa need not turn it.
+    turned: the weight is stored `[in, out]`. Its components are the same, but only the factorisation of `[out, in]`,
+        which training saw, has the same rounding errors.
     """
 
     method: str
@@ -36,6 +37,7 @@ class Residual:
     scale: float
     update: LowRank | Dora
     rows: tuple[int, int] | None = None
+    turned: bool = False
 
     @property
     def kind(self) -> str:
@@ -63,7 +65,7 @@ class Residual:
         total, n = weight.matrix(bool(self.stacked))
         m = self.rows[1] - self.rows[0] if self.rows else total
         k = min(m, n)
-        numbers = 3 * m * n + 2 * k * (m + n) + 8 * k * k + 64 * (m + n) + 1024
+        numbers = (4 if self.turned else 3) * m * n + 2 * k * (m + n) + 8 * k * k + 64 * (m + n) + 1024
         return numbers * FLOAT + self.update.workspace(weight)
 
     def bind(self, read: Read, weight: TensorSpec) -> BoundResidual:
@@ -85,13 +87,15 @@ class BoundResidual:
         """rows: all rows of the tensor."""
         patch = self.patch
         weight = rows[slice(*patch.rows)] if patch.rows else rows
-        weight.copy_(rounded(residual(weight, patch.method, patch.r, patch.scale), self.dtype))
+        seen = weight.T.contiguous() if patch.turned else weight
+        left = rounded(residual(seen, patch.method, patch.r, patch.scale), self.dtype)
+        weight.copy_(left.T if patch.turned else left)
         self.update.observe(rows, start)
         return self.update.apply(rows, start)
 
 
 def residual(weight: torch.Tensor, method: str, r: int, scale: float) -> torch.Tensor:
-    """What the start of training left of a float32 weight `[out, in]`; of `[in, out]` as well, but for olora."""
+    """What the start of training left of a float32 weight `[out, in]`."""
     import torch
 
     left: torch.Tensor
