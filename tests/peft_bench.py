@@ -38,8 +38,7 @@ class Bench:
         """The base as the adapter was trained on it: with its vocabulary, and the residual of its init."""
         model = zoo.open_saved(self.base, self.case.model) if self.case.residual else self.fresh()
         if self.case.resize:
-            with zoo.quiet():
-                model.resize_token_embeddings(self.case.resize, mean_resizing=False)
+            zoo.resize(model, self.case.resize)
         return model
 
     @cached_property
@@ -61,8 +60,7 @@ class Bench:
         for number, adapter in enumerate(self.case.adapters):
             model = zoo.build(self.case.model, self.dtype) if self.case.trained else _widened(self.case, self.dtype)
             if self.case.resize:
-                with zoo.quiet():
-                    model.resize_token_embeddings(self.case.resize, mean_resizing=False)
+                zoo.resize(model, self.case.resize)
             source = None if self.case.residual else self.base
             left = peft.make(adapter, model, source, self.folder / f"adapter{number}", seed=number)
         return left

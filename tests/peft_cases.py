@@ -109,6 +109,7 @@ _MERGED = (
     Case("embedding", "llama", lora(["embed_tokens", "q_proj"], save={"save_embedding_layers": False})),
     Case("embedding_with_base_copy", "llama", lora(EMBED, save=SAVED)),
     Case("head_with_base_copy", "llama", lora(["lm_head", "v_proj"], save=SAVED)),
+    Case("embedding_bert", "bert", lora(["position_embeddings", "token_type_embeddings", "query"])),
     Case("embedding_wpe", "gpt2", lora(["wpe", "c_attn"], fan_in_fan_out=True)),
     Case("vocabulary_resized", "llama", lora(save=SAVED), resize=104, config={"vocab_size": 104}),
     Case("vocabulary_shrunk", "llama", lora(save=SAVED), resize=90, config={"vocab_size": 90}),
@@ -126,6 +127,7 @@ _MERGED = (
     # encoder-decoder
     Case("t5", "t5", lora(["q", "k", "v", "o", "wi", "wo"])),
     Case("t5_dora", "t5", lora(["q", "wo"], use_dora=True)),
+    Case("t5_tokens", "t5", lora(["q"], trainable_token_indices=[6, 17])),
     # convolutions
     Case("conv2d_resnet", "resnet", lora(["convolution"], modules_to_save=["classifier"])),
     Case("conv1d_whisper", "whisper", lora(["conv1", "conv2", "q_proj", "fc1"]), runs=False),
@@ -150,6 +152,7 @@ _MERGED = (
     Case("mixtral_old_layout", "mixtral", lora([], target_parameters=[GATE_UP, DOWN], disguise=edits.old_experts)),
     Case("mixtral_per_expert", "mixtral", (Adapter(write=edits.per_expert("mixtral")),)),
     Case("qwen2_moe_shared_expert", "qwen2_moe", lora(["q_proj", "shared_expert_gate"], bias="lora_only")),
+    Case("qwen2_moe_shared_linears", "qwen2_moe", lora(r".*shared_expert\.(gate|up|down)_proj", use_dora=True)),
     Case("qwen2_moe_experts", "qwen2_moe", lora(["v_proj"], target_parameters=[GATE_UP, DOWN], use_rslora=True)),
     Case("qwen3_moe_square", "qwen3_moe", lora(["q_proj"], target_parameters=[GATE_UP, DOWN])),
     Case("gpt_oss_both", "gpt_oss", lora(["q_proj"], target_parameters=[GATE_UP, DOWN])),
@@ -209,8 +212,12 @@ _MERGED = (
     ),
     Case("llava_vocabulary", "llava", lora(["q_proj"], save=SAVED), resize=104, config={"text_config.vocab_size": 104}),
     Case("qwen2_vl_old_names", "qwen2_vl", lora(["q_proj", "qkv", "fc1"], disguise=edits.qwen2_vl_old_names)),
+    Case("llava_patches", "llava", lora(["patch_embedding", "q_proj"], use_rslora=True)),
+    Case("tokens_vlm_tied", "qwen2_vl_tied", lora(["q_proj"], trainable_token_indices=[6, 17])),
     # several
     Case("two_adapters", "llama", lora() + lora(["q_proj", "down_proj"], r=3, lora_alpha=7), {"weight": [0.7, 0.3]}),
+    Case("two_experts", "mixtral", 2 * lora([], r=2, target_parameters=[GATE_UP, DOWN])),
+    Case("two_saved", "llama", lora(modules_to_save=["norm"]) + lora(["down_proj"], bias="lora_only")),
     Case(
         "three_conv1d",
         "gpt2",
@@ -221,11 +228,11 @@ _MERGED = (
 
 # embeddings, MultiheadAttention, 3-D experts, BD-LoRA, KaSA and MiCA; and sums of adapters, whose factors it rounds
 ROUNDED_TWICE = {
-    *("embedding", "embedding_with_base_copy", "embedding_wpe", "vocabulary_targeted"),
+    *("embedding", "embedding_with_base_copy", "embedding_bert", "embedding_wpe", "vocabulary_targeted"),
     *("multihead_attention", "multihead_attention_rslora", "bdlora", "kasa", "mica"),
     *("mixtral_gate_up", "mixtral_down", "mixtral_both_and_router", "mixtral_old_layout", "mixtral_per_expert"),
     *("qwen2_moe_experts", "qwen3_moe_square", "gpt_oss_both", "gpt_oss_square_down", "gpt_oss_gate_up_router"),
-    *("sharded_experts", "two_adapters", "three_conv1d"),
+    *("sharded_experts", "two_adapters", "two_experts", "two_saved", "three_conv1d"),
 }
 
 _UNMERGED = (
@@ -249,6 +256,36 @@ _UNMERGED = (
         lora(["lm_head", "q_proj"], save=SAVED),
         resize=104,
         config=UNTIED | {"vocab_size": 104},
+        added=HEAD,
+    ),
+    Case(
+        "tied_vocabulary_both",
+        "llama_tied",
+        lora(BOTH, ensure_weight_tying=True),
+        resize=104,
+        config={"vocab_size": 104},
+    ),
+    Case("tied_vlm_embed", "qwen2_vl_tied", lora(["embed_tokens", "q_proj"]), config=UNTIED_VLM, added=HEAD),
+    Case(
+        "tied_vlm_vocabulary",
+        "qwen2_vl_tied",
+        lora(["q_proj"], save=SAVED),
+        resize=104,
+        config={"text_config.vocab_size": 104},
+    ),
+    Case("tied_head_dora", "llama_tied", lora(["lm_head"], use_dora=True), config=UNTIED, added=HEAD),
+    Case("tied_two_adapters", "llama_tied", lora(["lm_head", "q_proj"]) + lora(EMBED), config=UNTIED, added=HEAD),
+    Case("tied_embed_twice", "llama_tied", lora(EMBED) + lora([*EMBED, "k_proj"]), config=UNTIED, added=HEAD),
+    Case("tied_saved_kept_tied", "llama_tied", lora(modules_to_save=BOTH, ensure_weight_tying=True)),
+    Case(
+        "tied_whisper", "whisper", lora(["embed_tokens", "q_proj"]), config=UNTIED, added=frozenset({"proj_out.weight"})
+    ),
+    Case(
+        "tied_wte_base_class",
+        "gpt2",
+        lora(["wte", "c_attn"], fan_in_fan_out=True),
+        rename=WITHOUT_PREFIX,
+        config=UNTIED,
         added=HEAD,
     ),
     Case("tied_embed_dora", "llama_tied", lora(EMBED, use_dora=True), config=UNTIED, added=HEAD),

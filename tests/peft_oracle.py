@@ -117,8 +117,9 @@ def given(adapter: Adapter, source: Path, folder: Path) -> Path:
 def unmerged(
     base: Any, folders: list[Path], weights: tuple[float, ...] = (), residual: bool = False, widen: bool = False
 ) -> PeftModel:
-    """The base with the adapters on it, not merged; several are added up with PEFT's exact `cat` combination.
+    """The base with the adapters on it, not merged.
 
+    weights: of several adapters, which PEFT's exact `cat` then adds up; none: all are active as they are.
     widen: hold all in float32 from when the adapters are loaded.
     residual: the base already has the init's residual in it, so the init is read as a plain one.
     """
@@ -133,9 +134,11 @@ def unmerged(
             model.load_adapter(folder, names[-1])
         if widen:
             model.float()
-        if len(names) > 1:
-            model.add_weighted_adapter(names, list(weights or [1.0] * len(names)), "sum", combination_type="cat")
+        if weights:
+            model.add_weighted_adapter(names, list(weights), "sum", combination_type="cat")
             model.set_adapter("sum")
+        else:
+            model.base_model.set_adapter(names)
         return model.eval()
 
 

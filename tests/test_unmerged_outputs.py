@@ -7,7 +7,9 @@ import peft_cases
 import pytest
 import zoo
 from peft_bench import Bench
-from peft_cases import Case
+from peft_cases import Case, lora
+
+from lora_merge.errors import UnsupportedError
 
 EACH = pytest.mark.parametrize("case", peft_cases.UNMERGED, ids=lambda case: case.name)
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning:peft")]
@@ -36,3 +38,12 @@ def test_sixteen_bits_are_the_float32_merge_rounded_once(case: Case, dtype: str,
     rounded = {name: value.to(found[name].dtype) for name, value in zoo.disk_tensors(wide.out).items()}
     judges.accept(judges.distance(found, rounded, zoo.disk_tensors(bench.base)), dtype)
     zoo.open_saved(bench.out, case.model)
+
+
+@pytest.mark.parametrize("adapter", [lora(["lm_head"]), lora(["shared"]), lora(["q"], modules_to_save=["lm_head"])])
+def test_t5_is_not_untied(adapter: tuple, tmp_path: Path) -> None:
+    """Its flag also says how the decoder's output is scaled, so a stored head could not be used as it was trained."""
+    bench = Bench(Case("t5", "t5", adapter), "float32", tmp_path)
+    with pytest.raises(UnsupportedError, match=r"lm_head\.weight.*tie_word_embeddings"):
+        _ = bench.out
+    assert not (tmp_path / "out").exists()

@@ -276,6 +276,13 @@ def build(name: str, dtype: str = "float32") -> Any:
     return copy.deepcopy(_original(name)).to(DTYPES[dtype])
 
 
+def resize(model: Any, rows: int) -> None:
+    """Change the vocabulary; the new rows are random, the same in each run."""
+    with torch.random.fork_rng(), quiet():
+        torch.manual_seed(rows)
+        model.resize_token_embeddings(rows, mean_resizing=False)
+
+
 def save(model: Any, folder: Path, **options: Any) -> Path:
     """Save with `save_pretrained`; a plain module as one safetensors file and an empty config."""
     folder.mkdir(parents=True, exist_ok=True)
