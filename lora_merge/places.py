@@ -34,10 +34,10 @@ def check_places(out: Path, inputs: Sequence[Path]) -> None:
     faults = [fault for path in inputs if (fault := _overlap(real, path))]
     if faults:
         raise OutputExistsError(f"{printable(out)}: {listed(faults)}; give the output a folder of its own")
-    if os.path.lexists(real) and not real.is_dir():
+    if os.path.lexists(real) and not os.path.isdir(real):
         raise OutputExistsError(f"{printable(out)}: is a file; the output is a folder, choose another name")
     folder = real if stages_inside(real) else _nearest(real.parent)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UsageError(f"{printable(out)}: {printable(folder)} is not a folder, so nothing can lie in it")
     if len(os.fsencode(real.name)) > os.pathconf(folder, "PC_NAME_MAX"):
         raise UsageError(f"{printable(out)}: the name is longer than the file system allows")
@@ -73,7 +73,7 @@ def stages_inside(real: Path) -> bool:
 
     So it is for a mount point, for the folder in which the command runs, and where only OUT itself may be written.
     """
-    if not real.is_dir():
+    if not os.path.isdir(real):
         return False
     return is_mount_point(real) or _is_current(real) or not os.access(real.parent, os.W_OK | os.X_OK)
 
@@ -121,7 +121,7 @@ def _overlap(real: Path, path: Path) -> str | None:
         same = _identity(place)
         if same is not None and same == own:
             return f"is the input {printable(path)}"
-        if same in above and place.is_dir():
+        if same in above and os.path.isdir(place):
             return f"lies in the input {printable(path)}"
         if own is not None and own in _identities(place):
             return f"holds the input {printable(path)}"

@@ -77,8 +77,8 @@ def verify_output(out: Path, progress: Progress | None = None) -> Verification:
 class _Check:
     """One walk through an output; `faults` fills up.
 
-    headers: bytes of each tensor, by shard and tensor name. Other safetensors files may have been copied along; of those
-    only the bytes are proved.
+    headers: bytes of each tensor, by shard and tensor name. Of other safetensors files, copied along, only the bytes
+    are proved.
     """
 
     out: Path

@@ -255,8 +255,8 @@ class Stage:
             _remove(path)
 
     def _leave(self) -> None:
+        self._owner.release()
         with suppress(OSError):
-            self._owner.release()
             self.home.rmdir()  # stays where finished shards wait, or where the next run is in already
 
     def _create(self, relpath: str, nbytes: int) -> FileWriter:

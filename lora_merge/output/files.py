@@ -63,7 +63,8 @@ class FileWriter:
         fd, self._fd = self._fd, -1
         with suppress(OSError):  # the file is given up anyway
             os.close(fd)
-        self.path.unlink(missing_ok=True)
+        with suppress(OSError):  # a resume sweeps what stays
+            self.path.unlink(missing_ok=True)
 
 
 def sync(fd: int) -> None:

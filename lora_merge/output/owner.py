@@ -94,12 +94,19 @@ class Owner:
         return cls(path, fd)
 
     def release(self) -> None:
-        """Let the next run in. The file goes first: whoever waits for its lock then sees that it is gone."""
+        """Let the next run in. The file goes first: whoever gets its lock then sees that it is gone.
+
+        Where it cannot be removed, it at least names nobody any more.
+        """
         if self._fd < 0:
             return
         fd, self._fd = self._fd, -1
-        self._path.unlink(missing_ok=True)
-        os.close(fd)
+        with suppress(OSError):
+            os.ftruncate(fd, 0)
+        with suppress(OSError):
+            self._path.unlink(missing_ok=True)
+        with suppress(OSError):
+            os.close(fd)
 
 
 def _make(home: Path) -> None:
