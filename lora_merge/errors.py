@@ -17,6 +17,8 @@ A message says where, what was found, what was expected and what to do; one erro
 from collections.abc import Iterable
 from typing import ClassVar
 
+MAX_SHOWN = 8192  # no path and no honest message is longer
+
 
 class LoraMergeError(Exception):
     """Base of all errors raised for a user's data or machine."""
@@ -61,8 +63,11 @@ class VerificationError(LoraMergeError):
 
 
 def printable(text: object) -> str:
-    """Text from a file, safe for a terminal: control and undecodable characters are escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))
+    """Text from a file, safe for a terminal: control and undecodable characters are escaped, a very long one is cut."""
+    string = str(text)
+    if len(string) > MAX_SHOWN:
+        string = f"{string[:500]} ... ({len(string)} characters) ... {string[-500:]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in string)
 
 
 def listed(names: Iterable[object], limit: int = 5) -> str:
