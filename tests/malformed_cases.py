@@ -139,7 +139,9 @@ FILES: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "header longer than the file": (struct.pack("<Q", 64) + b"{}", ("64 bytes",)),
     "no tensors and no bytes": (struct.pack("<Q", 2) + b"{}", ("no tensors",)),
     "control characters in names": (
-        struct.pack("<Q", 64) + b'{"\\u001b[31mred":{"dtype":"F32","shape":[1],"data_offsets":[0,8]}}'.ljust(64) + bytes(8),
+        struct.pack("<Q", 80)
+        + b'{"\\u001b[31mred":{"dtype":"F32","shape":[1],"data_offsets":[0,8]}}'.ljust(80)
+        + bytes(8),
         ("\\x1b[31mred", "4 bytes"),
     ),
     "zeros": (bytes(4096), ("begins with",)),
