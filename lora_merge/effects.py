@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lora_merge.adapters import read_adapter
 from lora_merge.adapters.base import Claim, Options, Patch, Reading
@@ -95,6 +95,21 @@ def resolve(
     if lost:
         raise _unmatched(adapters, readings, resolver, lost)
     return Wishes({name: tuple(wishes) for name, wishes in by_tensor.items()}, tuple(added), tuple(notes))
+
+
+def agreed(wishes: Wishes, adapters: Sequence[Checkpoint]) -> Wishes:
+    """Where several adapters bring the same copy of a tensor, only the first brings it."""
+    by_tensor = dict(wishes.by_tensor)
+    for name, all_wishes in by_tensor.items():
+        copies = [wish for wish in all_wishes if wish.claim.order == 0]
+        repeated = [other for other in copies[1:] if _same_values(copies[0], other, adapters)]
+        by_tensor[name] = tuple(wish for wish in all_wishes if not any(wish is other for other in repeated))
+    return replace(wishes, by_tensor=by_tensor)
+
+
+def _same_values(one: Wish, other: Wish, adapters: Sequence[Checkpoint]) -> bool:
+    first, second = (adapters[wish.adapter].load(wish.claim.factors[0]) for wish in (one, other))
+    return first.shape == second.shape and first.dtype == second.dtype and bool((first == second).all())
 
 
 def _allowed(claim: Claim, allow_unused: str | None) -> bool:

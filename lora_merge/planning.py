@@ -78,7 +78,7 @@ def _resolve(
     replicated = any(reading.layer_replication for reading in readings)  # the class would lay out the old layers
     resolver = Resolver(specs, draft.config, None if replicated else lambda: build(draft.config, draft.base.tensors))
     try:
-        wishes = effects.resolve(adapters, readings, resolver, allow_unused)
+        wishes = effects.agreed(effects.resolve(adapters, readings, resolver, allow_unused), adapters)
     except AdapterError as error:
         if not _is_quantized(draft.config):
             raise

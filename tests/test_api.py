@@ -99,6 +99,42 @@ def test_the_same_bytes_whatever_the_machine(job, words):
     assert contents(path / "one") == contents(path / "two")
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("after", [1, 2])
+def test_a_resume_in_the_middle_gives_the_same_bytes(job, threads, after):
+    path = job[0]
+    lora_merge.merge(path / "base", path / "adapter", path / "calm")
+
+    def stop(name, nbytes, total):
+        if len(list(path.glob(".out.partial/files/*.safetensors"))) >= after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        lora_merge.merge(path / "base", path / "adapter", path / "out", threads=threads, progress=stop)
+    assert not (path / "out").exists()
+    with pytest.raises(OutputExistsError, match="--resume"):
+        lora_merge.merge(path / "base", path / "adapter", path / "out")
+    resumed = lora_merge.merge(path / "base", path / "adapter", path / "out", threads=3 - threads, resume=True)
+    assert 1 <= resumed.resumed <= 2
+    assert contents(path / "out") == contents(path / "calm")
+
+
+def test_a_stage_of_another_job_is_not_resumed(job):
+    path = job[0]
+
+    def stop(name, nbytes, total):
+        if list(path.glob(".out.partial/files/*.safetensors")):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        lora_merge.merge(path / "base", path / "adapter", path / "out", threads=1, progress=stop)
+    with pytest.raises(OutputExistsError, match="--restart"):
+        lora_merge.merge(path / "base", path / "adapter", path / "out", resume=True, weight=0.5)
+    lora_merge.merge(path / "base", path / "adapter", path / "out", restart=True, weight=0.5)
+    lora_merge.merge(path / "base", path / "adapter", path / "calm", weight=0.5)
+    assert contents(path / "out") == contents(path / "calm")
+
+
 def test_blocks_of_any_number_of_tiles_give_the_same_bytes(job, monkeypatch):
     from lora_merge import machine
 
