@@ -136,14 +136,14 @@ def test_what_is_no_size(text):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_leaves_a_stage_that_resumes_to_the_same_bytes(tmp_path, number, code):
-    base = small.write_base(tmp_path / "base", shards=6, layers=12)
+    base = small.write_base(tmp_path / "base", shards=8, layers=32)
     small.write_adapter(tmp_path / "adapter", base)
     command = [sys.executable, "-m", "lora_merge", "base", "adapter"]
     subprocess.run([*command, "calm", "-q"], cwd=tmp_path, check=True)
     run = subprocess.Popen([*command, "out", "--threads", "1"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     stage = tmp_path / ".out.partial"
-    while run.poll() is None and not list(stage.glob("*.safetensors")):
-        time.sleep(0.002)
+    while run.poll() is None and not list(stage.glob("files/*.safetensors")):
+        time.sleep(0.001)
     run.send_signal(number)
     err = run.communicate()[1]
     if run.returncode == 0:
