@@ -21,7 +21,6 @@ FLOORS = [
     {"planning", "machine", "recompute", "inspection", "verification"},
     {"execute", "draft", "shards"},
     {"change", "factors"},
-    {"change", "factors"},
     {"jobs"},
     {"effects"},
     {"adapters", "formats", "keys", "ties", "replication", "output", "pipeline"},
@@ -125,6 +124,13 @@ def test_rooms_form_no_circle() -> None:
     for module in MODULES:
         graph[room(module)] |= imported_rooms(module) & rooms
     TopologicalSorter(graph).prepare()
+
+
+def test_architecture_shows_these_floors() -> None:
+    page = (ROOT / "ARCHITECTURE.md").read_text()
+    shown = [set(re.findall(r"`(\w+)`", row)) for row in re.findall(r"^\|([ `\w]+`) \|", page, re.MULTILINE)]
+    present = {room(module) for module in MODULES}
+    assert [rooms & present for rooms in FLOORS] == [rooms & present for rooms in shown]
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if room(name) in FORBIDDEN])
