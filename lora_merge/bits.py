@@ -41,7 +41,7 @@ def pack(
     data = _to_bytes(lanes, bits, order) if dense else _to_loose_bytes(lanes, bits, order, size)
     # The stream of bytes is the stream of little-endian words; counted from the top, the bytes of each turn round.
     data = _padded(data, size)
-    packed = (_turned(data, size) if order == "high" else data).contiguous().view(word)
+    packed = _laid_out(_turned(data, size) if order == "high" else data).view(word)
     return packed.movedim(-1, axis)
 
 
@@ -58,7 +58,7 @@ def unpack(
     import torch
 
     size = packed.dtype.itemsize
-    data = packed.movedim(axis, -1).contiguous().view(torch.uint8)
+    data = _laid_out(packed.movedim(axis, -1)).view(torch.uint8)
     data = _turned(data, size) if order == "high" else data
     codes = _from_bytes(data, bits, order) if dense else _from_loose_bytes(data, bits, order, size)
     codes = codes[..., :count]
@@ -104,7 +104,7 @@ def _folded(codes: torch.Tensor, bits: int, order: Order) -> torch.Tensor:
     import torch
 
     while bits < BYTE:
-        pairs = codes.contiguous().view(torch.int16)
+        pairs = _laid_out(codes).view(torch.int16)
         pairs = pairs | pairs >> BYTE - bits if order == "low" else pairs << bits | pairs >> BYTE
         codes = pairs.to(torch.uint8)
         bits *= 2
@@ -165,3 +165,9 @@ def _padded(data: torch.Tensor, multiple: int) -> torch.Tensor:
 def _turned(data: torch.Tensor, size: int) -> torch.Tensor:
     """The bytes of each word in reverse order."""
     return data.reshape(*data.shape[:-1], data.shape[-1] // size, size).flip(-1).flatten(-2)
+
+
+def _laid_out(data: torch.Tensor) -> torch.Tensor:
+    """In C order with the strides of C order: `contiguous` leaves any stride to a side of length 1, on which views of
+    another width stumble."""
+    return data.reshape(-1).view(data.shape)

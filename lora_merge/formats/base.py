@@ -16,6 +16,8 @@ from lora_merge.spec import TensorSpec
 if TYPE_CHECKING:
     import torch
 
+    from lora_merge.grids import Grid
+
 Parts = Mapping[str, TensorSpec]
 
 
@@ -53,6 +55,49 @@ class Format(Protocol):
 
     def encode(self, rows: torch.Tensor, out: Mapping[str, torch.Tensor]) -> None:
         """Round float32 rows `[n, columns]` onto this format, into the bytes (uint8, 1-D) that `slices` names."""
+
+
+class Quantized(Format, Protocol):
+    """A format of codes on a grid. It says where bits go and which scales fit; the grid does the arithmetic.
+
+    `decode` is `unpack` and the grid's values; `encode` is `fit`, the grid's nearest codes and `pack`. Any other
+    rounding, and scales kept from the stored weight, come in between.
+
+    coding: dtype (safetensors name) in which `fit` and the nearest codes are computed: F32, unless the bytes must be
+        those of a library that computes in the weight's own dtype.
+    shared: parts that belong to the whole weight. `slices` names them whole for any rows; they are written once.
+    """
+
+    name: ClassVar[str]
+    part_names: ClassVar[tuple[str, ...]]
+    """Every part that a weight of this format may have."""
+
+    @property
+    def bits(self) -> int: ...
+
+    @property
+    def coding(self) -> str: ...
+
+    @property
+    def shared(self) -> tuple[str, ...]: ...
+
+    @property
+    def needs_peak(self) -> bool:
+        """Whether `fit` takes a scale from the largest magnitude of the whole weight, not yet told by `settled`."""
+
+    def settled(self, weight: TensorSpec, coding: str = "F32", peak: float | None = None) -> Quantized:
+        """This format for this one weight: computing in `coding`; with the largest magnitude of all its values, and of
+        those of the weights that must share its scale."""
+
+    def fit(self, rows: torch.Tensor) -> Grid:
+        """The scales that the format's own library would choose for float32 rows `[n, columns]`; whole multiples of
+        `rows_at_once`, unless they are the last."""
+
+    def unpack(self, parts: Mapping[str, torch.Tensor], rows: int, columns: int) -> tuple[torch.Tensor, Grid]:
+        """Codes `[rows, columns]` and their grid, from the bytes that `slices` names."""
+
+    def pack(self, codes: torch.Tensor, grid: Grid, out: Mapping[str, torch.Tensor]) -> None:
+        """Codes and the scales of their grid into the bytes that `slices` names; undoes `unpack`."""
 
 
 @dataclass(frozen=True, slots=True)

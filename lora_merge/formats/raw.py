@@ -1,0 +1,34 @@
+"""Bytes of a part seen as the numbers they are. Parts lie one behind the other in a buffer, at no aligned place."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def torch_dtype(dtype: str) -> torch.dtype:
+    """torch's name of a dtype of the safetensors header."""
+    import torch
+
+    return {
+        "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+        "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+        "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    }[dtype]  # fmt: skip
+
+
+def numbers(data: torch.Tensor, dtype: str, columns: int) -> torch.Tensor:
+    """The bytes (uint8, 1-D) as `[n, columns]` of `dtype`; a copy where they do not lie on its boundary."""
+    kind = torch_dtype(dtype)
+    if data.storage_offset() % kind.itemsize:
+        data = data.clone()
+    return data.view(kind).view(-1, columns)
+
+
+def fill(data: torch.Tensor, values: torch.Tensor) -> None:
+    """Write the bytes of `values`, in C order, into `data` (uint8, 1-D)."""
+    import torch
+
+    data.copy_(values.contiguous().view(-1).view(torch.uint8))
