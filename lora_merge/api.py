@@ -215,7 +215,11 @@ def _manifest(job: OpenJob, stage: Stage, results: Sequence[Mapping[str, Any]]) 
 
 
 def _input(role: str, checkpoint: Checkpoint) -> dict[str, Any]:
+    """What names an input. A base is large: the digest of each header, which has every name, dtype, shape and offset."""
     files = {file.path.name: identity(file) for file in checkpoint.files}
+    if role == "adapter":
+        for file in checkpoint.files:
+            files[file.path.name]["sha256"] = digest(file.path)
     configs = ("adapter_config.json", "config.json")
     small = {name: {"sha256": digest(checkpoint.path / name)} for name in configs if (checkpoint.path / name).is_file()}
     return {"role": role, "name": checkpoint.path.resolve().name, "files": files | small}

@@ -174,6 +174,10 @@ def run(args: list[str] | None = None) -> int:
         return _told(error, 9, words)
     except OSError as error:
         return _told(error, 8, words)
+    except RuntimeError as error:  # how torch says that memory is short
+        if not any(sign in str(error) for sign in ("can't allocate memory", "out of memory")):
+            raise
+        return _told(error, 9, words)
 
 
 def _told(error: BaseException, code: int, words: list[str]) -> int:
