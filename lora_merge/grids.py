@@ -19,12 +19,16 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
     from typing_extensions import Self
+
+SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
+"""Of the scale that reaches the largest value of a group; 4 bits are best served at 0.75 to 0.95 of it."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -234,3 +238,38 @@ class Float8(Grid):
         top = int(torch.tensor(self.largest).to(self.kind).view(torch.uint8))
         rank = rank.clamp_(-top, top)
         return torch.where(rank < 0, 128 - rank, rank).to(torch.uint8)
+
+
+def refined(grid: Affine, rows: torch.Tensor, shares: Sequence[float] = SHARES) -> Affine:
+    """The grid with each group's scale replaced by that share of it, of `shares`, which leaves the least squared error.
+
+    A scale that reaches the largest value of its group makes every step wide for the sake of one value; clipping it
+    costs less. The first share wins ties, so all-zero groups keep their scale. `rows` are those of the grid.
+    """
+    best, least = grid.scale, None
+    for share in shares:
+        tried = replace(grid, scale=(grid.scale.float() * share).to(grid.scale.dtype))
+        error = (tried.values(tried.nearest(rows)) - rows).square_()
+        sums = _by_group(error, grid)
+        if least is None:
+            best, least = tried.scale, sums
+            continue
+        better = sums < least
+        best, least = tried.scale.where(better, best), sums.where(better, least)
+    return replace(grid, scale=best)
+
+
+def _by_group(values: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Sums over each group's columns, `[n, groups]`."""
+    n, columns = values.shape
+    groups = grid.scale.shape[1]
+    if grid.index is None and groups * grid.group == columns:
+        return values.view(n, groups, grid.group).sum(-1)
+    index = grid.index if grid.index is not None else _group_numbers(columns, grid.group, values.device)
+    return values.new_zeros(n, groups).index_add_(1, index.long(), values)
+
+
+def _group_numbers(columns: int, group: int, device: torch.device) -> torch.Tensor:
+    import torch
+
+    return torch.arange(columns, device=device) // group

@@ -1,0 +1,328 @@
+"""A float weight and a grid to codes: which of the two neighbouring codes each value takes.
+
+Rounding a merged weight to nearest puts it back where it was wherever the base stands on the grid and the change is
+small against a step: the change is not blurred but deleted. The strategies here keep it in the mean, or keep it where
+the adapter acts. Each is made once for a weight and then rounds blocks of rows, in any order and on any thread:
+
+    nearest         the nearest code
+    stochastic      the upper code with the probability that makes the mean right
+    dither          stochastic with a smaller amplitude, the change amplified for what that loses
+    adapter-aware   error feedback along each row, so that the errors cancel in the row space of lora_A
+
+`choose` measures a sample of a weight and takes the first or the second.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+
+from lora_merge.grids import Grid
+from lora_merge.survival import Directions, Sums
+
+STRATEGIES = ("nearest", "stochastic", "dither", "adapter-aware")
+STRENGTH = 1000.0
+"""lambda of `AdapterAware`: what an error in the row space of lora_A weighs against one outside."""
+AMPLITUDE = 0.9
+"""Of `Dither`; smaller ones make errors that add up."""
+PANEL = 64
+"""Columns whose adjustment by earlier errors is one matrix product."""
+STRIP = 8
+"""Columns within a panel that see the errors of earlier strips through one product, those of their own one by one."""
+STEPS = 6
+LOUDEST = 4.0
+"""Steps towards, and bound of, the amplification of `Dither`."""
+MASK = (1 << 32) - 1
+
+
+class Rounding(Protocol):
+    """How one weight is rounded."""
+
+    name: ClassVar[str]
+
+    def codes(self, rows: torch.Tensor, grid: Grid, start: int, base: torch.Tensor | None = None) -> torch.Tensor:
+        """Codes of float32 `rows` `[n, columns]`, the merged weight from row `start` on; `grid` is that of these rows.
+
+        base: the same rows before the merge; only `Dither` reads it.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Nearest:
+    name: ClassVar[str] = "nearest"
+
+    def codes(self, rows: torch.Tensor, grid: Grid, start: int, base: torch.Tensor | None = None) -> torch.Tensor:
+        return grid.nearest(rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Stochastic:
+    """key: see `key`."""
+
+    key: int
+    name: ClassVar[str] = "stochastic"
+
+    def codes(self, rows: torch.Tensor, grid: Grid, start: int, base: torch.Tensor | None = None) -> torch.Tensor:
+        return grid.dithered(rows, uniform(self.key, start, len(rows), rows.shape[1], rows.device))
+
+
+def key(seed: int, name: str) -> int:
+    """The 64 bits that stand for this weight in this run: SHA-256 of seed and name."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little")
+
+
+def uniform(key: int, start: int, n: int, columns: int, device: torch.device | None = None) -> torch.Tensor:
+    """Float32 `[n, columns]` in [0, 1), multiples of 2^-24, each a function of the key, its row and its column alone.
+
+    A row turns the key into two 32-bit words. One shifts the columns, spread by the golden ratio, before a first
+    round of Wellons' `lowbias32` permutation, the other is mixed in before a second; both rounds are integer
+    arithmetic modulo 2^32, the same on every device. https://github.com/skeeto/hash-prospector
+    """
+    rows = torch.arange(start, start + n, dtype=torch.int64, device=device)
+    first = _mixed(_mixed(rows & MASK ^ key & MASK) + (rows >> 32) & MASK)
+    second = _mixed(first + (key >> 32) & MASK)
+    words = torch.arange(columns, dtype=torch.int64, device=device) * 0x9E3779B9 & MASK
+    words = _signed(words) + _signed(first).unsqueeze(1)
+    _permute_(words)
+    _permute_(words.bitwise_xor_(_signed(second).unsqueeze(1)))
+    return (words >> 8).bitwise_and_(0xFFFFFF).float().mul_(2.0**-24)
+
+
+def _permute_(words: torch.Tensor) -> None:
+    """`lowbias32`, in place, on int32: xor with a logical shift, times an odd constant, twice and a last shift."""
+    for shift, factor in ((16, 0x21F0AAAD), (15, 0xD35A2D97 - (1 << 32)), (15, None)):
+        words.bitwise_xor_((words >> shift).bitwise_and_((1 << 32 - shift) - 1))
+        if factor is not None:
+            words.mul_(factor)
+
+
+def _mixed(values: torch.Tensor) -> torch.Tensor:
+    """`lowbias32` of int64 values below 2^32."""
+    words = _signed(values)
+    _permute_(words)
+    return words.long() & MASK
+
+
+def _signed(values: torch.Tensor) -> torch.Tensor:
+    """int64 below 2^32 to the int32 of the same bits."""
+    return torch.where(values >= 1 << 31, values - (1 << 32), values).int()
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterAware:
+    """Minimises |E|^2 + strength * |E V|^2 over the codes, column after column, E being the rounding error.
+
+    The errors of earlier columns are carried, for each row, as its r numbers P = E V; a column is rounded to nearest
+    from where the best answer of all later columns to these errors would put it. Rows do not see each other. A block
+    should have a thousand rows and more: the columns go one by one.
+
+    gains: float32 `[experts, columns, r]`, `_gains` of V.
+    """
+
+    directions: Directions
+    gains: torch.Tensor
+    name: ClassVar[str] = "adapter-aware"
+
+    @classmethod
+    def of(cls, directions: Directions, strength: float = STRENGTH) -> AdapterAware:
+        return cls(directions, torch.stack([_gains(right, strength) for right in directions.right]))
+
+    def codes(self, rows: torch.Tensor, grid: Grid, start: int, base: torch.Tensor | None = None) -> torch.Tensor:
+        codes = grid.nearest(rows)
+        for expert, low, high in self.directions.pieces(start, start + len(rows)):
+            low, high = low - start, high - start
+            right = self.directions.right[expert].to(rows)
+            codes[low:high] = _shaped(rows[low:high], grid.rows(low, high), right, self.gains[expert].to(rows))
+        return codes
+
+
+def _gains(right: torch.Tensor, strength: float) -> torch.Tensor:
+    """How far column j must move per unit of P, so that it and all later columns answer best: `[columns, r]`.
+
+    g_j = strength * M_j v_j with M_j = (I + strength * sum of v_i v_i^T over i >= j)^-1, from the last column
+    backwards by rank-one updates of the inverse; in float64.
+    """
+    vectors = right.double().cpu().numpy()
+    inverse = torch.eye(right.shape[1], dtype=torch.float64).numpy()
+    gains = torch.zeros_like(right, dtype=torch.float64, device="cpu")
+    into = gains.numpy()
+    for j in range(len(vectors) - 1, -1, -1):
+        vector = inverse @ vectors[j]
+        into[j] = vector * (strength / (1.0 + strength * (vector @ vectors[j])))
+        inverse -= vector[:, None] * into[j]
+    return gains.to(device=right.device, dtype=torch.float32)
+
+
+def _shaped(rows: torch.Tensor, grid: Grid, right: torch.Tensor, gains: torch.Tensor) -> torch.Tensor:
+    """Codes of the rows; columns are worked on as contiguous vectors, a panel of one group at a time.
+
+    What a format's dtype does to the decoded value is left out of the errors: it is far below a step.
+    """
+    turned = rows.T.contiguous()
+    codes = torch.empty_like(turned, dtype=grid.codes(rows[:1, :1]).dtype)
+    carried = rows.new_zeros(right.shape[1], len(rows))  # -P, [r, n]
+    scales, zeros = grid.scale.float(), None if grid.zero is None else grid.zero.float()
+    for start, stop, group in _panels(grid, rows.shape[1]):
+        wanted = turned[start:stop]
+        aims = torch.addmm(wanted, gains[start:stop], carried)
+        scale = scales[:, group].contiguous()
+        divisor = scale.masked_fill(scale == 0, math.inf)
+        wanted, aims = wanted.div_(divisor), aims.div_(divisor)
+        if zeros is not None:
+            wanted, aims = wanted.add_(zeros[:, group]), aims.add_(zeros[:, group])
+        _snap_panel_(wanted, aims, gains[start:stop] @ right[start:stop].T, grid)
+        codes[start:stop] = grid.codes(aims)
+        carried.addmm_(right[start:stop].T, wanted.sub_(aims).mul_(scale))
+    return codes.T
+
+
+def _snap_panel_(wanted: torch.Tensor, aims: torch.Tensor, answers: torch.Tensor, grid: Grid) -> None:
+    """Columns `[m, n]` of a panel, in the grid's coordinate: aims become levels, one column after the other.
+
+    answers `[m, m]`: how far each column moves per unit that an earlier one missed.
+    """
+    answers = answers.tril(-1)
+    aims.addmm_(answers, wanted)
+    each, lines = aims.unbind(0), answers.unbind(0)
+    for first in range(0, len(aims), STRIP):
+        last = min(len(aims), first + STRIP)
+        if first:
+            aims[first:last].addmm_(answers[first:last, :first], aims[:first], alpha=-1)
+        turned = aims[first:last].T
+        for j in range(first, last):
+            if j > first:
+                each[j].addmv_(turned[:, : j - first], lines[j][first:j], alpha=-1)
+            grid.snap_(each[j])
+
+
+def _panels(grid: Grid, columns: int) -> Iterator[tuple[int, int, int]]:
+    """Columns `[start, stop)` that share a group, at most `PANEL` of them, and that group."""
+    groups = grid.index.tolist() if grid.index is not None else [j // grid.group for j in range(columns)]
+    start = 0
+    for stop in range(1, columns + 1):
+        if stop == columns or stop - start == PANEL or groups[stop] != groups[start]:
+            yield start, stop, min(groups[start], grid.scale.shape[1] - 1)
+            start = stop
+
+
+@dataclass(frozen=True, eq=False)
+class Dither:
+    """Stochastic rounding with less noise: a value moves up only when it is near enough to the upper code.
+
+    That deletes the smallest changes, so the change is first amplified along each direction by what is lost there in
+    the mean. amplify: float32 `[experts, r, r]`, what is added of the change in the coordinates of `directions.right`.
+    """
+
+    key: int
+    directions: Directions
+    amplify: torch.Tensor
+    name: ClassVar[str] = "dither"
+
+    @classmethod
+    def of(cls, key: int, directions: Directions, sample: Sequence[Sample]) -> Dither:
+        amplify = [_amplified(directions, expert, sample) for expert in range(len(directions.right))]
+        return cls(key, directions, torch.stack(amplify))
+
+    def codes(self, rows: torch.Tensor, grid: Grid, start: int, base: torch.Tensor | None = None) -> torch.Tensor:
+        assert base is not None
+        rows = rows.clone()
+        for expert, low, high in self.directions.pieces(start, start + len(rows)):
+            piece = rows[low - start : high - start]
+            right = self.directions.right[expert].to(rows)
+            _amplify_(piece, base[low - start : high - start], right, self.amplify[expert].to(rows))
+        shift = uniform(self.key, start, len(rows), rows.shape[1], rows.device).sub_(0.5).mul_(AMPLITUDE).add_(0.5)
+        return grid.dithered(rows, shift)
+
+
+def _amplify_(rows: torch.Tensor, base: torch.Tensor, right: torch.Tensor, amplify: torch.Tensor) -> None:
+    """rows + (rows - base) V amplify V^T, in place."""
+    rows.addmm_((rows - base) @ right @ amplify, right.T)
+
+
+def _amplified(directions: Directions, expert: int, sample: Sequence[Sample]) -> torch.Tensor:
+    """The gains less one that keep an expert's change in the mean, in a few multiplicative steps on the sample."""
+    right = directions.right[expert].float()
+    pieces = [
+        Sample(low, tile.base[low - tile.start : high - tile.start], tile.merged[low - tile.start : high - tile.start],
+               tile.grid.rows(low - tile.start, high - tile.start))
+        for tile in sample
+        for found, low, high in directions.pieces(tile.start, tile.start + len(tile.base))
+        if found == expert
+    ]  # fmt: skip
+    seen = [((tile.merged - tile.base) @ right).double() for tile in pieces]
+    energy = sum((change.T @ change for change in seen), torch.zeros(2 * (right.shape[1],), dtype=torch.float64))
+    sizes, axes = torch.linalg.eigh(energy)
+    gains = torch.ones_like(sizes)
+    for _ in range(STEPS):
+        amplify = (axes * (gains - 1) @ axes.T).float()
+        kept = torch.zeros_like(energy)
+        for tile, change in zip(pieces, seen, strict=True):
+            rows = tile.merged.clone()
+            _amplify_(rows, tile.base, right, amplify)
+            kept += change.T @ ((_mean(tile.grid, rows) - tile.base) @ right).double()
+        ratio = sizes / (axes * (kept @ axes)).sum(0).clamp_min(1e-30)
+        gains = torch.where(sizes > 1e-9 * sizes[-1], gains * ratio.clamp(0.5, 2), gains).clamp(1, LOUDEST)
+    return (axes * (gains - 1) @ axes.T).float()
+
+
+def _mean(grid: Grid, rows: torch.Tensor) -> torch.Tensor:
+    """What dithering gives in the mean."""
+    lower, upper, p = grid.bracket(rows)
+    low = grid.values(lower)
+    share = p.sub_((1 - AMPLITUDE) / 2).div_(AMPLITUDE).clamp_(0, 1)
+    mean: torch.Tensor = low + share * (grid.values(upper) - low)
+    return mean
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """Some rows of a weight from `start` on: before and after the merge, float32, and their grid."""
+
+    start: int
+    base: torch.Tensor
+    merged: torch.Tensor
+    grid: Grid
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What `choose` took, and what it expects of nearest and of stochastic rounding."""
+
+    rounding: Rounding
+    nearest: float
+    stochastic: float
+
+
+def choose(key: int, sample: Sequence[Sample], elements: int, directions: Directions | None) -> Choice:
+    """The rounding for a weight of `elements` values, measured on some of its rows.
+
+    Nearest, where as much of the change survives it as survives stochastic rounding: the change is large against a
+    step, or the base does not stand on the grid; nearest then has the least noise. Everywhere else it deletes the
+    change, and stochastic rounding keeps it.
+    """
+    near = _expected(Nearest(), sample, elements, directions)
+    chance = _expected(Stochastic(key), sample, elements, directions)
+    return Choice(Nearest() if near >= chance else Stochastic(key), near, chance)
+
+
+def _expected(rounding: Rounding, sample: Sequence[Sample], elements: int, directions: Directions | None) -> float:
+    """Survival of the whole weight, from some of its rows.
+
+    Two parts make an error within the adapter's directions: what the change lacks along itself, which a few rows tell,
+    and the share of the noise that falls there by chance, as many dimensions as r x r has of all elements.
+    """
+    sums = Sums()
+    for tile in sample:
+        held = tile.grid.nearest(tile.base)
+        codes = rounding.codes(tile.merged, tile.grid, tile.start)
+        sums.see(tile.start, tile.grid.values(held), tile.merged - tile.base, tile.grid.values(codes), 0)
+    figures = sums.figures()
+    if figures.projection is None or figures.noise is None:
+        return 1.0
+    dimensions = 1 if directions is None else directions.dimensions
+    return 1 - math.hypot(1 - figures.projection, figures.noise * math.sqrt(dimensions / elements))
