@@ -126,6 +126,12 @@ def old_experts(tensors: Tensors, config: Config) -> tuple[Tensors, Config]:
     return out, config | {"peft_version": "0.18.1"}
 
 
+def oldest_experts(tensors: Tensors, config: Config) -> tuple[Tensors, Config]:
+    """The same before configs named the version that wrote them."""
+    tensors, config = old_experts(tensors, config)
+    return tensors, {key: value for key, value in config.items() if key != "peft_version"}
+
+
 def per_expert(model: str, **changes: Any) -> Callable[[Path], tuple[Tensors, Config]]:
     """An adapter as transformers 4 made it: one LoRA for each expert's linear, the dense ones and q_proj."""
 

@@ -155,6 +155,8 @@ _MERGED = (
     Case("qwen2_moe_shared_linears", "qwen2_moe", lora(r".*shared_expert\.(gate|up|down)_proj", use_dora=True)),
     Case("qwen2_moe_experts", "qwen2_moe", lora(["v_proj"], target_parameters=[GATE_UP, DOWN], use_rslora=True)),
     Case("qwen3_moe_square", "qwen3_moe", lora(["q_proj"], target_parameters=[GATE_UP, DOWN])),
+    Case("qwen3_moe_old_layout", "qwen3_moe", lora([], target_parameters=[DOWN], disguise=edits.old_experts)),
+    Case("qwen3_moe_no_version", "qwen3_moe", lora([], target_parameters=[DOWN], disguise=edits.oldest_experts)),
     Case("gpt_oss_both", "gpt_oss", lora(["q_proj"], target_parameters=[GATE_UP, DOWN])),
     Case("gpt_oss_square_down", "gpt_oss", lora([], target_parameters=[DOWN])),
     Case("gpt_oss_gate_up_router", "gpt_oss", lora([], target_parameters=[GATE_UP, "mlp.router.weight"])),
@@ -231,7 +233,15 @@ ROUNDED_TWICE = {
     *("embedding", "embedding_with_base_copy", "embedding_bert", "embedding_wpe", "vocabulary_targeted"),
     *("multihead_attention", "multihead_attention_rslora", "bdlora", "kasa", "mica"),
     *("mixtral_gate_up", "mixtral_down", "mixtral_both_and_router", "mixtral_old_layout", "mixtral_per_expert"),
-    *("qwen2_moe_experts", "qwen3_moe_square", "gpt_oss_both", "gpt_oss_square_down", "gpt_oss_gate_up_router"),
+    *(
+        "qwen2_moe_experts",
+        "qwen3_moe_square",
+        "qwen3_moe_old_layout",
+        "qwen3_moe_no_version",
+        "gpt_oss_both",
+        "gpt_oss_square_down",
+        "gpt_oss_gate_up_router",
+    ),
     *("sharded_experts", "two_adapters", "two_experts", "two_saved", "three_conv1d"),
 }
 
