@@ -98,10 +98,11 @@ def duplicate() -> bytes:
 
 
 def overlapping() -> bytes:
-    """Both storages claim the local header of the first."""
-    raw = archive(program())
-    first = struct.pack("<L", raw.index(b"archive/data/0") - 30)
-    return central(patched(b"archive/data/1", b"archive/data/2", raw=raw), "archive/data/2", 42, first)
+    """A member `data/2` that lies inside the bytes of `data/1`, with a good local header of its own there."""
+    inner = b"twenty bytes of data"
+    header = struct.pack("<4s5H3L2H", b"PK\3\4", 20, 0, 0, 0, 33, zlib.crc32(inner), 20, 20, 14, 0) + b"archive/data/2"
+    raw = archive(program(), {"data/1": header + inner, "data/2": inner})
+    return central(raw, "archive/data/2", 42, struct.pack("<L", raw.index(header)))
 
 
 def flipped(member_bytes: bytes, position: int, raw: bytes | None = None) -> bytes:
@@ -226,7 +227,7 @@ FILES: dict[str, tuple[bytes | Callable[[], bytes], Words] | tuple[bytes | Calla
     "same member twice": (duplicate, ("data/0", "twice")),
     "two roots": (lambda: patched(b"archive/data/1", b"another/data/1"), ("another/data/1", "one folder")),
     "no data.pkl": (lambda: patched(b"archive/data.pkl", b"archive/dato.pkl"), ("dato.pkl", "data.pkl")),
-    "members overlap": (overlapping, ("data/2",)),
+    "members overlap": (overlapping, ("data/1", "data/2", "overlap")),
     "member beyond the end": (
         central(archive(program()), "archive/data/1", 42, b"\xff\xff\xff\x7f"), ("data/1", "beyond"),
     ),
@@ -249,6 +250,9 @@ FILES: dict[str, tuple[bytes | Callable[[], bytes], Words] | tuple[bytes | Calla
     "zip64 locator into nowhere": (
         lambda: archive(program())[:-22] + struct.pack("<4sLQL", b"PK\6\7", 0, 2**60, 1) + archive(program())[-22:],
         ("zip64 locator",),
+    ),
+    "directory on another disk": (
+        lambda: archive(program())[:-14] + b"\3\0\4\0" + archive(program())[-10:], ("members",),
     ),
     "directory with a count of its own": (
         lambda: archive(program())[:-14] + b"\3\0\3\0" + archive(program())[-10:], ("members",),

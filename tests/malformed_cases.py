@@ -295,6 +295,14 @@ def config_case(name: str, data: bytes, words: tuple[str, ...], role: str) -> Ca
     return Case(f"{file}: {name}", role, build, file, words)
 
 
+def huge_header(folder: Path) -> Path:
+    """One byte more than the limit, all of it there."""
+    path = good_base(folder) / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", 100_000_001) + b"{")
+    os.truncate(path, 8 + 100_000_001)
+    return folder
+
+
 def huge_config(folder: Path) -> Path:
     os.truncate(good_base(folder) / "config.json", 2**30)
     return folder
@@ -328,6 +336,7 @@ def a_pipe(folder: Path) -> Path:
 
 
 FOLDERS = (
+    Case("header: 100000001 bytes that are there", "base", huge_header, "model.safetensors", ("100000001",)),
     Case("config.json: 1 GiB", "base", huge_config, "config.json", ("1073741824", "limit")),
     Case("config.json: a pipe", "base", pipe_config, "config.json", ("a pipe",)),
     Case("side file: link to nothing", "base", dangling_side_file, "tokenizer.json", ("do not exist",)),

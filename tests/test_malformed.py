@@ -83,7 +83,8 @@ OPEN: dict[str, Callable[[Path], Checkpoint]] = {"base": open_base, "adapter": o
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_refused(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refused(case: Case, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path = tmp_path_factory.mktemp("x")  # `tmp_path` has the words of the case in its name
     folder = tmp_path / "home" / "input"
     folder.parent.mkdir()
     path = case.build(folder)

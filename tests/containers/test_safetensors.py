@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -229,3 +230,17 @@ def test_a_file_that_cannot_be_opened_is_named(
     monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(error, match=rf"x\.safetensors: .*{words}"):
         open_safetensors(tmp_path / "x.safetensors")
+
+
+def test_a_pipe_put_in_the_place_of_a_file_does_not_stop_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    os.mkfifo(tmp_path / "x.safetensors")
+    regular = os.stat(tmp_path / "file")
+    monkeypatch.setattr(os, "stat", lambda path: regular)
+    signal.signal(signal.SIGALRM, lambda number, frame: pytest.fail("opening waits for a writer"))
+    signal.alarm(5)
+    with pytest.raises(InputError, match=r"x\.safetensors: is a pipe"):
+        open_safetensors(tmp_path / "x.safetensors")
+    signal.alarm(0)
