@@ -5,8 +5,8 @@ https://github.com/vllm-project/compressed-tensors/blob/main/src/compressed_tens
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from lora_merge.errors import InputError, UnsupportedError
@@ -122,9 +122,6 @@ class Scheme:
             return TOKEN | {"type": "float", "strategy": "group", "group_size": self.block_structure[1]}
         return dict(sorted((TOKEN | {"type": self.type}).items()))
 
-    def without_order(self) -> Scheme:
-        return replace(self, actorder=None)
-
     def __str__(self) -> str:
         kind = f"{self.type}{self.num_bits}"
         size = f" {self.group_size}" if self.group_size and self.format == PACK else ""
@@ -151,6 +148,15 @@ def preset(quant_type: str, bits: int, columns: int, group_size: int | None = No
     if presets[quant_type].num_bits != bits:
         raise UnsupportedError(f"{quant_type} weights have {presets[quant_type].num_bits} bits, not {bits}")
     return presets[quant_type]
+
+
+def uniform_group_size(widths: Iterable[int]) -> int:
+    """The largest group size that divides all these numbers of columns; -1 where none does.
+
+    Loaders that stack experts or dequantize while loading know only one scheme a model.
+    """
+    columns = set(widths)
+    return next((size for size in GROUPS if all(width % size == 0 for width in columns)), -1)
 
 
 def _whole(value: Any, key: str) -> int:

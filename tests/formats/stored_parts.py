@@ -1,0 +1,72 @@
+"""What the tests of quantized formats do to the parts of one weight."""
+
+import torch
+
+from lora_merge.spec import TensorSpec
+
+DTYPES = {
+    torch.int8: "I8", torch.int32: "I32", torch.int64: "I64", torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3",
+    torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32",
+}  # fmt: skip
+
+
+def specs(parts):
+    return {part: TensorSpec(DTYPES[value.dtype], tuple(value.shape)) for part, value in parts.items()}
+
+
+def raw(parts):
+    """The bytes of each part, laid at odd places of one buffer, as a block of a file lies in memory."""
+    data = {part: value.contiguous().view(-1).view(torch.uint8) for part, value in parts.items()}
+    buffer = torch.zeros(1 + sum(len(value) + 1 for value in data.values()), dtype=torch.uint8)
+    placed, begin = {}, 1
+    for part, value in data.items():
+        placed[part] = buffer[begin : begin + len(value)].copy_(value)
+        begin += len(value) + 1
+    return placed
+
+
+def decoded(format, data, weight):
+    out = torch.full(weight.shape, float("nan"))
+    format.decode(data, out)
+    return out
+
+
+def blank(format, weight):
+    """Room for every part of a weight, filled with what must not stay."""
+    return raw({part: torch.full((spec.nbytes,), 0xA5).byte() for part, spec in format.describe(weight).items()})
+
+
+def encoded(format, weight, rows):
+    """Bytes of each part, with scales that the format chooses."""
+    out = blank(format, weight)
+    format.encode(rows, out)
+    return out
+
+
+def kept(format, weight, data, rows):
+    """Bytes of each part, with the scales that are stored in `data`."""
+    _, grid = format.unpack(data, *weight.shape)
+    out = blank(format, weight)
+    format.pack(grid.nearest(rows), grid, out)
+    return out
+
+
+def by_tiles(format, weight, rows, step, encode):
+    """Bytes of each part written tile by tile, parts of the whole weight but once."""
+    whole = dict.fromkeys(format.describe(weight), b"")
+    for start in range(0, len(rows), step):
+        stop = min(len(rows), start + step)
+        cuts = format.slices(weight, rows.shape[1], start, stop)
+        out = {part: torch.full((end - begin,), 0xA5, dtype=torch.uint8) for part, (begin, end) in cuts.items()}
+        encode(rows[start:stop], start, stop, out)
+        for part, (begin, _) in cuts.items():
+            if part in format.shared:
+                whole[part] = out[part].numpy().tobytes()
+            else:
+                assert begin == len(whole[part])
+                whole[part] += out[part].numpy().tobytes()
+    return whole
+
+
+def same(found, expected):
+    return {part: torch.equal(found[part], expected[part]) for part in expected} == dict.fromkeys(found, True)

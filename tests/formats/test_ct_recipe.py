@@ -1,0 +1,152 @@
+"""quantization_config of compressed-tensors: read, written, and which modules it is about."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from lora_merge.errors import InputError, UnsupportedError
+from lora_merge.formats.ct_recipe import Recipe, choose, fused_set, quantization_config
+from lora_merge.formats.ct_schemes import FLOAT, INT, NAIVE, PACK, Scheme, preset, uniform_group_size
+from lora_merge.spec import TensorSpec
+
+FIXTURES = Path(__file__).parents[2] / "fixtures"
+CHECKPOINTS = sorted(path.name for path in FIXTURES.glob("ct_*") if (path / "config.json").exists())
+BODY = {"quant_method": "compressed-tensors", "format": PACK}
+
+
+def group(targets, scheme, **more):
+    return {"targets": targets, "weights": scheme.to_json(), "format": scheme.format} | more
+
+
+def recipe(*groups, **more):
+    body = BODY | {"config_groups": {f"group_{i}": one for i, one in enumerate(groups)}} | more
+    return Recipe.from_config({"quantization_config": body})
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_configs_are_written_as_llm_compressor_wrote_them(name):
+    config = json.loads((FIXTURES / name / "config.json").read_text())
+    scheme = Recipe.from_config(config).schemes("model.layers.0.mlp.up_proj")[0]
+    assert quantization_config({"model.layers.0.mlp.up_proj": scheme}, ["lm_head"]) == config["quantization_config"]
+
+
+def test_every_scheme_is_read_and_written_as_it_was():
+    for file in sorted((FIXTURES / "ct_schemes").glob("*.json")):
+        for name, body in json.loads(file.read_text())["configs"].items():
+            scheme = Recipe.from_config({"quantization_config": body}).schemes("x")[0]
+            again = quantization_config({"x": scheme}, body["ignore"])
+            if scheme.format == FLOAT and scheme.strategy == "block":  # the fixture's activations are its own
+                again["config_groups"]["group_0"]["input_activations"] = body["config_groups"]["group_0"][
+                    "input_activations"
+                ]
+            assert again == body, name
+
+
+def test_the_closest_name_wins():
+    named, pattern, other = (Scheme(PACK, bits, group_size=32) for bits in (2, 3, 4))
+    found = recipe(group(["Linear"], other), group(["re:.*q_proj"], pattern), group(["a.q_proj"], named))
+    assert found.schemes("a.q_proj")[0] == named
+    assert found.schemes("b.q_proj")[0] == pattern
+    assert found.schemes("b.k_proj")[0] == other
+    assert set(found.schemes("b.k_proj")) == {named, pattern, other}
+
+
+def test_older_files_have_one_format_and_other_places():
+    weights = {"num_bits": 8, "type": "int", "group_size": -1}
+    body = {"format": INT, "config_groups": {"g": {"targets": ["Linear"], "weights": weights}}, "ignore": ["lm_head"]}
+    for config in ({"compression_config": body}, {"text_config": {"quantization_config": body}}):
+        assert Recipe.from_config(config).schemes("x") == (Scheme(INT, 8, strategy="channel"),)
+    block = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": "128x64"}
+    found = recipe({"targets": ["Linear"], "weights": block}, format=NAIVE)
+    assert found.schemes("x")[0].block_structure == (128, 64)
+
+
+def test_other_methods_are_not_ours():
+    assert Recipe.from_config({}) is None
+    assert Recipe.from_config({"quantization_config": {"quant_method": "gptq", "format": "x"}}) is None
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"format": "marlin-24"}, "marlin-24"),
+        ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity sparse-24-bitmask"),
+        ({"transform_config": {"config_groups": {"R1": {}}}}, "transform R1.*Merge onto"),
+    ],
+)
+def test_sparse_and_rotated_weights_are_refused(more, message):
+    with pytest.raises(UnsupportedError, match=message):
+        recipe(group(["Linear"], Scheme(PACK, 4, group_size=32)), **more)
+
+
+@pytest.mark.parametrize(
+    ("weights", "error"),
+    [
+        ({"num_bits": 9}, UnsupportedError),
+        ({"num_bits": "4"}, InputError),
+        ({"num_bits": 4, "strategy": "group"}, InputError),
+        ({"num_bits": 4, "strategy": "block"}, UnsupportedError),
+        ({"num_bits": 4, "type": "float", "group_size": 16}, UnsupportedError),
+    ],
+)
+def test_schemes_that_make_no_sense_are_named(weights, error):
+    with pytest.raises(error, match=r"config\.json: "):
+        recipe({"targets": ["Linear"], "weights": weights})
+
+
+def test_presets_fall_to_what_the_width_allows():
+    assert [preset("int", 4, columns).group_size for columns in (256, 192, 96, 100)] == [128, 64, 32, None]
+    assert preset("int", 4, 100).strategy == "channel"
+    assert preset("int", 8, 256, 32) == Scheme(PACK, 8, group_size=32)
+    assert preset("int", 8, 256, -1).strategy == "channel"
+    assert preset("fp8", 8, 100).activations()["strategy"] == "token"
+    with pytest.raises(UnsupportedError, match="have 8 bits, not 4"):
+        preset("fp8", 4, 128)
+    with pytest.raises(UnsupportedError, match="no nf4"):
+        preset("nf4", 4, 128)
+
+
+def test_one_group_size_for_all_widths():
+    assert [uniform_group_size(widths) for widths in ([256, 512], [256, 704], [96, 128], [256, 100])] == [
+        128,
+        64,
+        32,
+        -1,
+    ]
+
+
+def test_a_second_scheme_names_its_modules():
+    wide, narrow = Scheme(PACK, 4, group_size=128), Scheme(PACK, 4, group_size=64)
+    body = quantization_config({"a.q": wide, "a.k": wide, "a.down": narrow}, ["lm_head"])
+    groups = body["config_groups"]
+    assert (groups["group_0"]["targets"], groups["group_1"]["targets"]) == (["Linear"], ["a.down"])
+    assert body["format"] == PACK
+    found = Recipe.from_config({"quantization_config": body})
+    assert [found.schemes(name)[0] for name in ("a.q", "a.down")] == [wide, narrow]
+    mixed = quantization_config({"a": wide, "b": preset("fp8", 8, 128)}, [])
+    assert mixed["format"] == "mixed-precision"
+
+
+def test_linears_are_chosen_by_class_or_by_name():
+    kept = ["lm_head", "model.layers.0.mlp.gate", "model.layers.0.mlp.shared_expert_gate", "model.embed_tokens"]
+    taken = [
+        "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.gate_proj", "model.layers.0.mlp.experts.3.down_proj",
+    ]  # fmt: skip
+    specs = {f"{module}.weight": TensorSpec("BF16", (64, 64)) for module in kept + taken}
+    specs |= {
+        "model.norm.weight": TensorSpec("BF16", (64,)),
+        "model.layers.0.self_attn.q_proj.bias": TensorSpec("BF16", (64,)),
+    }
+    assert choose(specs) == (taken, kept[:3])
+    linears = ["lm_head", *taken[:2]]
+    assert choose(specs, linears) == (taken[:2], ["lm_head"])
+    assert choose(specs, linears, re.compile("gate_proj")) == (taken[:1], ["lm_head", taken[1]])
+
+
+def test_fused_siblings_are_found_where_they_exist():
+    modules = {"a.q_proj", "a.k_proj", "a.v_proj", "m.gate_proj", "m.up_proj", "m.down_proj"}
+    assert set(fused_set("a.k_proj", modules)) == {"a.q_proj", "a.k_proj", "a.v_proj"}
+    assert fused_set("m.down_proj", modules) == ("m.down_proj",)
+    assert fused_set("x.q_proj", modules) == ("x.q_proj",)
