@@ -258,8 +258,8 @@ def _amplified(directions: Directions, expert: int, sample: Sequence[Sample]) ->
     energy = sum((change.T @ change for change in seen), torch.zeros(2 * (right.shape[1],), dtype=torch.float64))
     sizes, axes = torch.linalg.eigh(energy)
     gains = torch.ones_like(sizes)
+    amplify = torch.zeros_like(energy, dtype=torch.float32)
     for _ in range(STEPS):
-        amplify = (axes * (gains - 1) @ axes.T).float()
         kept = torch.zeros_like(energy)
         for tile, change in zip(pieces, seen, strict=True):
             rows = tile.merged.clone()
@@ -267,7 +267,8 @@ def _amplified(directions: Directions, expert: int, sample: Sequence[Sample]) ->
             kept += change.T @ ((_mean(tile.grid, rows) - tile.base) @ right).double()
         ratio = sizes / (axes * (kept @ axes)).sum(0).clamp_min(1e-30)
         gains = torch.where(sizes > 1e-9 * sizes[-1], gains * ratio.clamp(0.5, 2), gains).clamp(1, LOUDEST)
-    return (axes * (gains - 1) @ axes.T).float()
+        amplify = (axes * (gains - 1) @ axes.T).float()
+    return amplify
 
 
 def _mean(grid: Grid, rows: torch.Tensor) -> torch.Tensor:
