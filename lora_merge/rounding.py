@@ -34,9 +34,9 @@ PANEL = 64
 """Columns whose adjustment by earlier errors is one matrix product."""
 STRIP = 8
 """Columns within a panel that see the errors of earlier strips through one product, those of their own one by one."""
-STEPS = 6
-LOUDEST = 4.0
-"""Steps towards, and bound of, the amplification of `Dither`."""
+STEPS = 12
+LOUDEST = 8.0
+"""Steps towards, and bound of, the amplification of `Dither`; each goes half the way, as what is lost falls steeply."""
 MASK = (1 << 32) - 1
 
 
@@ -266,7 +266,7 @@ def _amplified(directions: Directions, expert: int, sample: Sequence[Sample]) ->
             _amplify_(rows, tile.base, right, amplify)
             kept += change.T @ ((_mean(tile.grid, rows) - tile.base) @ right).double()
         ratio = sizes / (axes * (kept @ axes)).sum(0).clamp_min(1e-30)
-        gains = torch.where(sizes > 1e-9 * sizes[-1], gains * ratio.clamp(0.5, 2), gains).clamp(1, LOUDEST)
+        gains = torch.where(sizes > 1e-9 * sizes[-1], gains * ratio.clamp(0.25, 4).sqrt(), gains).clamp(1, LOUDEST)
         amplify = (axes * (gains - 1) @ axes.T).float()
     return amplify
 
