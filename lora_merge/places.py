@@ -50,7 +50,7 @@ def check_free_space(out: Path, nbytes: int) -> None:
     if free is not None and free < nbytes:
         raise StorageError(
             f"{printable(out)}: needs {nbytes} bytes more, its file system has {free} free ({nbytes - free} are "
-            "missing); make room, or choose another disk; what is staged already is kept for --resume"
+            "missing); make room, or choose another disk; finished shards, if there are any, stay for --resume"
         )
 
 

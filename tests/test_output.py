@@ -503,6 +503,23 @@ def test_a_publishing_that_is_stopped_is_undone(
     assert {name: data for name, data in content(inside).items() if not name.startswith(".lora")} == WHOLE
 
 
+def test_an_undone_publishing_is_undone_once(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is at OUT again later must not be taken for a file that still waits to be moved back."""
+    (inside / "config.json").write_bytes(b"old")
+    with monkeypatch.context() as patch:
+        patch.setattr(Stage, "close", Stage._leave)
+        patch.setattr(publishing, "sync_folder", killed_after(0))  # every file was moved
+        with pytest.raises(KeyboardInterrupt):
+            make(inside, overwrite=True)
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr(Stage, "close", Stage._leave)
+            fail(inside, overwrite=True, resume=True)
+        assert (inside / "config.json").read_bytes() == b"old"
+    make(inside, overwrite=True, resume=True)
+    assert content(inside) == WHOLE
+
+
 def test_a_kill_between_two_renames_loses_nothing(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(out)
     (out / "mine").write_text("x")

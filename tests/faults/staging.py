@@ -1,13 +1,14 @@
 """Runs on a stage in a process of their own, to be killed and to get into each other's way. Imported by the tests too.
 
 `staging.py run OUT JOB WORD...`: stage a few small shards and publish; WORD is resume, restart or overwrite.
-`staging.py contend OUT COUNT`: open and close a stage so many times, and note whenever two processes are in at once.
+`staging.py contend OUT COUNT`: get into a stage so many times, and fail if another process is in at the same time.
 Both print a line when the imports are done. They exit as the command line would.
 """
 
 import os
 import random
 import sys
+import time
 from pathlib import Path
 
 from lora_merge.errors import LoraMergeError, OutputExistsError
@@ -45,16 +46,17 @@ def run(out: Path, job: str, words: list[str]) -> None:
 
 def contend(out: Path, count: int) -> None:
     mark = out.with_name("somebody is in")
-    won = 0
-    for _ in range(count):
+    won = refused = 0
+    while won < count:
         try:
             with Stage.open(out, "job"):
                 os.close(os.open(mark, os.O_CREAT | os.O_EXCL))
                 won += 1
                 os.unlink(mark)
         except OutputExistsError:
-            continue
-    print(won)
+            refused += 1
+        time.sleep(random.uniform(0, 0.002))
+    print(refused)
 
 
 def main(command: str, out: Path, *words: str) -> None:

@@ -79,14 +79,15 @@ def test_kills_at_random_moments(tmp_path: Path, start: Start, way: str) -> None
 
 
 def test_only_one_run_at_a_time(tmp_path: Path, start: Start) -> None:
-    runs = [start("contend", tmp_path / "out", 150) for _ in range(2)]
+    runs = [start("contend", tmp_path / "out", 100) for _ in range(2)]
     answers = [run.communicate(timeout=60) for run in runs]
     assert [error for _, error in answers] == ["", ""], "two were in at once"
-    assert all(int(won) > 0 for won, _ in answers) and list(tmp_path.iterdir()) == []
+    assert sum(int(refused) for refused, _ in answers) > 0, "they never met"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_of_two_runs_one_ends_at_once(tmp_path: Path, start: Start) -> None:
-    for number in range(10):
+    for number in range(6):
         out = tmp_path / f"out-{number}"
         runs = [start("run", out, "job") for _ in range(2)]
         errors = [run.communicate(timeout=60)[1] for run in runs]
