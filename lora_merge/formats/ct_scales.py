@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Magnitudes of the codes 0 to 7 of a 4-bit float; the fourth bit is the sign."""
+TIES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
+"""Midway between two magnitudes; the even code gets it."""
 LARGEST_E4M3 = 448.0
 LEAST_E4M3 = 0.125
 """What stands for a scale of zero in the e4m3 scales of NVFP4."""
-LEAST_FLOAT = 2.0**-149
 FIXED = {NVFP4: "F8_E4M3", MXFP4: "U8", MXFP8: "U8"}
 """dtype of `weight_scale` in the formats whose scales are no plain floats."""
 MX_OFFSETS = {4: 2, 8: 8}
@@ -42,8 +43,12 @@ class Fp4(Codebook):
     whole: torch.Tensor | None = None
 
     def _indices(self, levels: torch.Tensor) -> torch.Tensor:
-        # The two zeros compare equal, so the sign of a zero has to be looked at.
-        return super()._indices(levels.masked_fill((levels == 0) & levels.signbit(), -LEAST_FLOAT))
+        # Sixteen levels are compared faster than searched, and the two zeros, which compare equal, keep their sign.
+        magnitude = levels.abs()
+        code = (magnitude > TIES[0]).byte()
+        for number, tie in enumerate(TIES[1:], 1):
+            code += (magnitude >= tie) if number % 2 else (magnitude > tie)
+        return (len(E2M1) + code).where(~levels.signbit(), len(E2M1) - 1 - code)
 
 
 def fp4(scale: torch.Tensor, group: int, dtype: torch.dtype, whole: torch.Tensor | None = None) -> Fp4:
@@ -51,11 +56,7 @@ def fp4(scale: torch.Tensor, group: int, dtype: torch.dtype, whole: torch.Tensor
     import torch
 
     table = torch.tensor([-value for value in reversed(E2M1)] + list(E2M1), device=scale.device)
-    # The magnitude code above a midpoint is even for every second one; below zero "up" is towards zero.
-    up = torch.tensor([i % 2 == 1 for i in range(len(E2M1) - 1)])
-    towards_zero = torch.tensor([i % 2 == 0 for i in reversed(range(len(E2M1) - 1))])
-    ties = torch.cat([towards_zero, torch.tensor([True]), up]).to(scale.device)
-    return Fp4(table=table, up=ties, scale=scale, group=group, dtype=dtype, whole=whole)
+    return Fp4(table=table, scale=scale, group=group, dtype=dtype, whole=whole)
 
 
 def integer(
@@ -138,17 +139,14 @@ def loaded(part: torch.Tensor, whole: torch.Tensor | None) -> torch.Tensor:
 
 def extremes(rows: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Lowest and highest value of every group of columns: `[n, columns]` to two `[n, groups]`."""
-    import torch
-
-    low, high = torch.aminmax(_in_groups(rows, group), dim=-1)
-    return low, high
+    groups = _in_groups(rows, group)
+    return groups.amin(-1), groups.amax(-1)  # many times as fast as aminmax
 
 
 def largest(rows: torch.Tensor, group: int, together: int = 1) -> torch.Tensor:
     """Largest magnitude of every block of `together` rows and `group` columns, told for each of its rows:
     `[n, columns]` to `[n, groups]`."""
-    low, high = extremes(rows, group)
-    most = (-low).maximum(high)
+    most = _in_groups(rows.abs(), group).amax(-1)
     if together == 1:
         return most
     import torch

@@ -284,3 +284,34 @@ def test_measure_undoes_describe_and_values_stay_close(scheme, dtype, shape, spr
     }
     step = {"int": 2.0 ** (1 - scheme.num_bits), "fp8": 2.0**-3, "fp4": 2.0**-1.5}[scheme.coding]
     assert (sp.decoded(format, data, weight) - rows).abs().max() <= 1.02 * step * rows.abs().max()
+
+
+def test_neighbours_of_four_bit_floats_lie_on_either_side():
+    weight = TensorSpec("BF16", (4, 16))
+    format = CompressedTensors(Scheme(NVFP4, 4, "float", strategy="tensor_group", group_size=16)).settled(
+        weight, peak=6.0
+    )
+    rows = torch.linspace(-6, 6, 64).view(4, 16)
+    grid = format.fit(rows)
+    lower, upper, p = grid.bracket(rows)
+    below, above = grid.values(lower), grid.values(upper)
+    inside = (rows >= grid.values(torch.zeros_like(lower))) & (rows <= grid.values(torch.full_like(lower, 15)))
+    assert inside.sum() > 50
+    assert ((below <= rows) & (rows <= above))[inside].all()
+    assert torch.allclose((below + p * (above - below))[inside], rows[inside], atol=1e-6)
+    assert ((upper.int() - lower.int()) <= 1).all()
+
+
+def test_a_slice_of_a_grid_packs_its_own_rows():
+    weight = TensorSpec("BF16", (6, 32))
+    scheme = Scheme(NVFP4, 4, "float", strategy="tensor_group", group_size=16)
+    format = CompressedTensors(scheme).settled(weight, peak=4.0)
+    rows = torch.randn(6, 32, generator=torch.Generator().manual_seed(3))
+    grid = format.fit(rows)
+
+    def encode(tile, start, stop, out):
+        piece = grid.rows(start, stop)
+        format.pack(piece.nearest(tile), piece, out)
+
+    whole = {part: data.numpy().tobytes() for part, data in sp.encoded(format, weight, rows).items()}
+    assert sp.by_tiles(format, weight, rows, 4, encode) == whole
