@@ -48,7 +48,7 @@ class Fp4(Codebook):
         code = (magnitude > TIES[0]).byte()
         for number, tie in enumerate(TIES[1:], 1):
             code += (magnitude >= tie) if number % 2 else (magnitude > tie)
-        return (len(E2M1) + code).where(~levels.signbit(), len(E2M1) - 1 - code)
+        return (len(E2M1) + code).where(~levels.signbit(), len(E2M1) - 1 - code).int()
 
 
 def fp4(scale: torch.Tensor, group: int, dtype: torch.dtype, whole: torch.Tensor | None = None) -> Fp4:

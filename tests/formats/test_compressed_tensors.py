@@ -300,6 +300,8 @@ def test_neighbours_of_four_bit_floats_lie_on_either_side():
     assert ((below <= rows) & (rows <= above))[inside].all()
     assert torch.allclose((below + p * (above - below))[inside], rows[inside], atol=1e-6)
     assert ((upper.int() - lower.int()) <= 1).all()
+    places = grid.coordinate(rows)
+    assert torch.equal(grid.levels(grid.nearest(rows)), grid.snap_(places))
 
 
 def test_a_slice_of_a_grid_packs_its_own_rows():
