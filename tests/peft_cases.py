@@ -80,7 +80,7 @@ _MERGED = (
         lora(
             LLAMA,
             rank_pattern={"q_proj": 2, r"^model\.layers\.1\.mlp\.down_proj": 7, r"layers\.0\.mlp\..*": 3},
-            alpha_pattern={"v_proj": 20, r"model.layers.0.self_attn.o_proj": 1},
+            alpha_pattern={"v_proj": 20, r"model.layers.0.self_attn.o_proj": 1, "proj": 90, "attn.k_proj": 90},
         ),
     ),
     Case("rslora", "llama", lora(LLAMA, use_rslora=True)),
@@ -242,7 +242,7 @@ ROUNDED_TWICE = {
         "gpt_oss_square_down",
         "gpt_oss_gate_up_router",
     ),
-    *("sharded_experts", "two_adapters", "two_experts", "two_saved", "three_conv1d"),
+    *("sharded_experts", "two_adapters", "two_experts", "three_conv1d"),
 }
 
 _UNMERGED = (
