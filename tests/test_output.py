@@ -1,67 +1,25 @@
-"""The stage: what survives, what is refused, and that OUT appears whole or not at all."""
+"""The stage: what survives, what is refused, and what reaches the disk."""
 
 import errno
 import json
 import os
 import shutil
 import stat
-import subprocess
 import threading
-from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from trial import SHARDS, WHOLE, content, fail, make, put
 
 from lora_merge.errors import InputError, OutputExistsError, StorageError
-from lora_merge.output import Stage, files, journal, owner, publishing
-
-SHARDS = {"model-00001-of-00002.safetensors": b"a" * 5000, "model-00002-of-00002.safetensors": b"b" * 3000}
+from lora_merge.output import Stage, files, journal
 
 
 @pytest.fixture(autouse=True)
 def no_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Waiting for the disk proves nothing without cutting the power."""
     monkeypatch.setattr(os, "fsync", lambda fd: None)
-
-
-class Stopped(Exception):
-    """A run that was stopped by a test."""
-
-
-def put(stage: Stage, name: str, data: bytes) -> None:
-    writer = stage.shard(name, len(data))
-    writer.write(data[:1000])
-    writer.write(memoryview(data)[1000:])
-    writer.finish([{"name": name, "change": 0.1}])
-
-
-def make(out: Path, job: str = "job", stop_after: int | None = None, **words: bool) -> Stage:
-    """A whole run, or one that fails after so many shards."""
-    with Stage.open(out, job, **words) as stage:
-        for name, data in list(SHARDS.items())[:stop_after]:
-            if name not in stage.kept:
-                put(stage, name, data)
-        if stop_after is not None:
-            raise Stopped
-        stage.write("config.json", b"{}")
-        stage.write("sub/deep/notes.txt", b"notes")
-        stage.publish()
-    return stage
-
-
-def fail(out: Path, after: int = 1, **words: bool) -> Path:
-    """A run that fails after so many shards; its staging folder."""
-    with pytest.raises(Stopped):
-        make(out, stop_after=after, **words)
-    return out.parent / f".{out.name}.partial"
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-WHOLE = {**SHARDS, "config.json": b"{}", "sub/deep/notes.txt": b"notes"}
 
 
 @pytest.fixture
@@ -111,41 +69,6 @@ def test_an_out_that_is_a_file_is_refused(out: Path, overwrite: bool) -> None:
     with pytest.raises(OutputExistsError, match="is a file"):
         make(out, overwrite=overwrite)
     assert out.read_text() == "mine" and os.listdir(out.parent) == ["out"]
-
-
-@pytest.mark.parametrize("able", [True, False], ids=["exchange", "two renames"])
-def test_overwrite_replaces_everything(out: Path, able: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not able:
-        monkeypatch.setattr(publishing, "_renameat2", lambda *words: False)
-    out.mkdir()
-    (out / "old.safetensors").write_text("old")
-    make(out, overwrite=True)
-    assert content(out) == WHOLE and os.listdir(out.parent) == ["out"]
-
-
-def test_overwrite_leaves_out_alone_until_the_end(out: Path) -> None:
-    make(out)
-    (out / "mine").write_text("x")
-    fail(out, overwrite=True)
-    assert content(out) == {**WHOLE, "mine": b"x"}
-    make(out, overwrite=True, resume=True)
-    assert content(out) == WHOLE
-
-
-@pytest.mark.parametrize("place", ["", "project"])
-def test_overwrite_does_not_replace_home_or_the_current_folder(
-    tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "project").mkdir()
-    (tmp_path / "project/work").write_text("x")
-    monkeypatch.chdir(tmp_path / "project")
-    with pytest.raises(OutputExistsError, match="does not replace that"):
-        make(tmp_path / place, overwrite=True)
-    monkeypatch.chdir("/")
-    monkeypatch.setenv("HOME", str(tmp_path / "project"))
-    with pytest.raises(OutputExistsError, match="does not replace that"):
-        make(tmp_path / place, overwrite=True)
-    assert content(tmp_path) == {"project/work": b"x"}
 
 
 def test_a_link_as_out_leads_to_its_folder(out: Path, tmp_path: Path) -> None:
@@ -280,29 +203,6 @@ def test_links_planted_in_the_stage_are_not_followed(out: Path, tmp_path: Path) 
     assert content(tmp_path / "mine") == {"notes": b"x"}
 
 
-def test_what_appears_at_out_is_left_alone(out: Path) -> None:
-    with pytest.raises(OutputExistsError), Stage.open(out, "job") as stage:
-        put(stage, *next(iter(SHARDS.items())))
-        out.mkdir()
-        (out / "mine").write_text("x")
-        stage.publish()
-    assert content(out) == {"mine": b"x"}
-    shutil.rmtree(out)
-    make(out, resume=True)
-    assert content(out) == WHOLE
-
-
-def test_what_appears_at_the_very_last_moment_is_left_alone(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def intrude(folder: Path) -> None:
-        out.mkdir()
-        (out / "mine").write_text("x")
-
-    monkeypatch.setattr("lora_merge.output.sync_folders", intrude)
-    with pytest.raises(OutputExistsError, match="appeared"):
-        make(out)
-    assert content(out) == {"mine": b"x"}
-
-
 def test_side_files_are_copied_byte_for_byte(out: Path, tmp_path: Path) -> None:
     data = os.urandom(files.BLOCK + 12345)
     (tmp_path / "blob").write_bytes(data)
@@ -397,165 +297,3 @@ def test_odd_names(tmp_path: Path, name: str) -> None:
     fail(tmp_path / name, after=1) if len(name) < 200 else None
     make(tmp_path / name, resume=True)
     assert content(tmp_path / name) == WHOLE and os.listdir(tmp_path) == [name]
-
-
-def test_a_second_run_is_refused_while_the_first_lives(out: Path) -> None:
-    with Stage.open(out, "job") as stage:
-        put(stage, *next(iter(SHARDS.items())))
-        for words in ({}, {"resume": True}, {"restart": True}, {"overwrite": True}):
-            with pytest.raises(OutputExistsError, match=f"another run .process {os.getpid()} on .* is writing it"):
-                Stage.open(out, "job", **words)
-        stage.publish()
-    assert list(content(out)) == [next(iter(SHARDS))]
-
-
-def owner_file(out: Path, **words: object) -> Path:
-    """A stage as it was left by a run of these words, whose lock nobody holds."""
-    stage = fail(out)
-    run = owner.Run.current()
-    body = {"pid": run.pid, "host": run.host, "boot": run.boot, "started": run.started} | words
-    (stage / "owner").write_text(json.dumps(body))
-    return stage
-
-
-@pytest.mark.parametrize("words", [{"started": 1}, {"boot": "another"}, {"pid": 2**22 + 1}])
-def test_the_owner_after_a_kill_or_a_reboot_is_stale(out: Path, words: dict[str, object]) -> None:
-    owner_file(out, **words)
-    make(out, resume=True)
-    assert content(out) == WHOLE
-
-
-@pytest.mark.parametrize("words", [{}, {"boot": "another", "host": "faraway"}])
-def test_without_locks_the_owners_words_count(out: Path, words: dict[str, object]) -> None:
-    stage = owner_file(out, **words)
-    with pytest.raises(OutputExistsError, match=r"delete .*owner" if words else "another run"):
-        make(out, resume=True)
-    (stage / "owner").unlink()
-    make(out, resume=True)
-    assert content(out) == WHOLE
-
-
-def test_an_owner_file_without_words_is_stale(out: Path) -> None:
-    (fail(out) / "owner").write_text("")
-    make(out, resume=True)
-    assert content(out) == WHOLE
-
-
-# Where OUT cannot be renamed to, the work is done inside it.
-
-
-@pytest.fixture
-def inside(out: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    out.mkdir()
-    (out / "lost+found").mkdir()
-    monkeypatch.setattr("lora_merge.output.stages_inside", lambda real: True)
-    yield out
-
-
-def test_inside_a_mount_point(inside: Path) -> None:
-    number = inside.stat().st_ino
-    with pytest.raises(Stopped):
-        make(inside, stop_after=1)
-    assert sorted(os.listdir(inside)) == [".lora-merge-partial", "lost+found"]
-    make(inside, resume=True)
-    assert content(inside) == WHOLE and inside.stat().st_ino == number
-    with pytest.raises(OutputExistsError, match="--overwrite"):
-        make(inside)
-
-
-@pytest.mark.parametrize("stop", range(1, 9))
-@pytest.mark.parametrize("killed", [True, False])
-def test_a_publishing_that_is_stopped_is_undone(
-    inside: Path, stop: int, killed: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    old = {"config.json": b"old", "old.safetensors": b"old", "sub/other": b"old"}
-    for name, data in old.items():
-        (inside / name).parent.mkdir(exist_ok=True)
-        (inside / name).write_bytes(data)
-    move, moves = publishing._move, []
-
-    def stopping(source: Path, target: Path) -> None:
-        moves.append(target.name)
-        if len(moves) == stop:
-            raise Stopped
-        move(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(publishing, "_move", stopping)
-        if killed:  # nothing that would run after a kill runs
-            patch.setattr(Stage, "close", Stage._leave)
-        if stop < 8:
-            with pytest.raises(Stopped):
-                make(inside, overwrite=True)
-        else:
-            make(inside, overwrite=True)
-            assert moves[3:] == [*SHARDS, "sub", "config.json"]  # what makes it a checkpoint comes last
-    if not killed and stop < 8:
-        assert {name: data for name, data in content(inside).items() if not name.startswith(".lora")} == old
-    if stop < 8:
-        monkeypatch.setattr(publishing, "publish_inside", lambda *words: pytest.fail("published"))
-        with pytest.raises(Stopped):
-            make(inside, stop_after=1, overwrite=True, restart=True)
-        assert {name: data for name, data in content(inside).items() if not name.startswith(".lora")} == old
-        monkeypatch.undo()
-        monkeypatch.setattr("lora_merge.output.stages_inside", lambda real: True)
-        make(inside, overwrite=True, resume=True)
-    assert {name: data for name, data in content(inside).items() if not name.startswith(".lora")} == WHOLE
-
-
-def test_an_undone_publishing_is_undone_once(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is at OUT again later must not be taken for a file that still waits to be moved back."""
-    (inside / "config.json").write_bytes(b"old")
-    with monkeypatch.context() as patch:
-        patch.setattr(Stage, "close", Stage._leave)
-        patch.setattr(publishing, "sync_folder", killed_after(0))  # every file was moved
-        with pytest.raises(KeyboardInterrupt):
-            make(inside, overwrite=True)
-    for _ in range(2):
-        with monkeypatch.context() as patch:
-            patch.setattr(Stage, "close", Stage._leave)
-            fail(inside, overwrite=True, resume=True)
-        assert (inside / "config.json").read_bytes() == b"old"
-    make(inside, overwrite=True, resume=True)
-    assert content(inside) == WHOLE
-
-
-def test_a_kill_between_two_renames_loses_nothing(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make(out)
-    (out / "mine").write_text("x")
-    with monkeypatch.context() as patch:
-        patch.setattr(publishing, "_renameat2", lambda *words: False)
-        patch.setattr(publishing, "_rename_folder", lambda *words: os.rename("nothing", "nowhere"))
-        patch.setattr(publishing.os, "rename", killed_after(2 + 1))
-        patch.setattr(Stage, "close", Stage._leave)
-        with pytest.raises(KeyboardInterrupt):
-            make(out, overwrite=True)
-    assert not out.exists()
-    with pytest.raises(OutputExistsError):
-        make(out, restart=True)
-    assert content(out) == {**WHOLE, "mine": b"x"}
-
-
-def killed_after(count: int):  # type: ignore[no-untyped-def]
-    """A rename that works so many times; then nothing runs any more."""
-    rename, calls = os.rename, []
-
-    def renaming(source: Path, target: Path) -> None:
-        calls.append(target)
-        if len(calls) > count:
-            raise KeyboardInterrupt
-        rename(source, target)
-
-    return renaming
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
-def test_a_real_mount_point(out: Path) -> None:
-    out.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", out], capture_output=True).returncode:
-        pytest.skip("this machine does not let us mount")
-    try:
-        make(out)
-        assert content(out) == WHOLE
-    finally:
-        subprocess.run(["umount", out], check=True)

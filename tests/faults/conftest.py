@@ -2,13 +2,12 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from staging import Start
 
 STAGING = Path(__file__).with_name("staging.py")
-Start = Callable[..., "subprocess.Popen[str]"]
 
 
 @pytest.fixture

@@ -7,13 +7,16 @@ Both print a line when the imports are done. They exit as the command line would
 
 import os
 import random
+import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from lora_merge.errors import LoraMergeError, OutputExistsError
 from lora_merge.output import Stage
 
+Start = Callable[..., "subprocess.Popen[str]"]
 SHARDS, SIZE, BLOCK = 8, 300_000, 1 << 14
 
 

@@ -3,15 +3,11 @@
 import errno
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 import staging
 
 from lora_merge.errors import OutputExistsError, StorageError

@@ -2,16 +2,12 @@
 
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 import staging
-from conftest import Start
+from staging import Start
 
 from lora_merge.errors import StorageError
 from lora_merge.places import check_free_space

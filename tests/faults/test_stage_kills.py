@@ -2,16 +2,12 @@
 
 import random
 import shutil
-import sys
 import time
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 import staging
-from conftest import Start
+from staging import Start
 
 KILLS = 16
 OLD = {"config.json": b"old", "model.safetensors": b"old"}
