@@ -202,3 +202,12 @@ def test_refined_keeps_the_scale_of_zero_groups():
     grid = Affine(scale=torch.full((1, 1), 0.5), group=8, low=-8, high=7)
     assert refined(grid, torch.zeros(1, 8)).scale.item() == 0.5
     assert math.isfinite(refined(grid, torch.full((1, 8), 1e3)).scale.item())
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_float8_ends_are_the_largest_finite_numbers(kind):
+    grid = Float8(kind=kind, scale=torch.ones(1, 1), group=2)
+    largest = torch.finfo(kind).max
+    for codes in grid.bracket(torch.tensor([[largest, 2 * largest]]))[:2]:
+        assert grid.values(codes).tolist() == [[largest, largest]]
+    assert grid.values(grid.nearest(torch.tensor([[-1e9, 1e9]]))).tolist() == [[-largest, largest]]
