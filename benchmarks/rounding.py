@@ -5,7 +5,7 @@ scored in bits per byte on `eval.bin`. "Gain kept" is (base - written) / (base -
 strategy draws numbers, the median of the seeds and, in brackets, their standard deviation. The heavy adapter is
 trained here, hard, on the part of `eval.bin` that is not scored, until its change is above 30 % of the weights.
 
-    python benchmarks/rounding.py [--seeds 5] [--windows 64] [--only TEXT]
+    python benchmarks/rounding.py [--seeds 5] [--windows 64] [--only TEXT] [--strategies NAME ...]
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import argparse
 import hashlib
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -186,27 +186,28 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--windows", type=int, default=64, help="of the 64 that are scored")
     parser.add_argument("--only", default="", help="rows whose name holds this text")
+    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=STRATEGIES)
     words = parser.parse_args()
     torch.set_num_threads(1)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     model = Model(words.windows)
     adapters = {folder: stored_adapter(folder) for folder in ("adapter", "adapter-nf4")}
-    print("| base -> target | change | gain | " + " | ".join(HEADS.get(name, name) for name in STRATEGIES) + " |")
-    print("|---" * (3 + len(STRATEGIES)) + "|", flush=True)
+    print("| base -> target | change | gain | " + " | ".join(HEADS.get(name, name) for name in words.strategies) + " |")
+    print("|---" * (3 + len(words.strategies)) + "|", flush=True)
     for row in rows():
         if words.only not in str(row):
             continue
         if row.adapter not in adapters:
             adapters[row.adapter] = model.train(list(adapters["adapter"]))
         case = Case(row, model, adapters[row.adapter])
-        print(line(row, case, model, words.seeds), flush=True)
+        print(line(row, case, model, words.seeds, words.strategies), flush=True)
 
 
-def line(row: Row, case: Case, model: Model, seeds: int) -> str:
+def line(row: Row, case: Case, model: Model, seeds: int, strategies: Sequence[str]) -> str:
     change = statistics.median(((case.merged[n] - w).norm() / w.norm()).item() for n, w in case.base.items())
     cells = [str(row), f"{change:.1%}", f"{case.gain:.3f}"]
-    for strategy in STRATEGIES:
+    for strategy in strategies:
         if strategy == "fresh" and not case.kept:
             cells.append("as nearest")
             continue
