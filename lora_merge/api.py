@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -82,6 +82,7 @@ def verify(
         again = request(base, adapters, None, **words)
         with opened(again) as job:
             compare(job.executor(), job.plan, Path(out), progress)
+        found = replace(found, recomputed=True)
     elif adapters:
         raise UsageError("verify: adapters are compared together with their base; give --base too")
     return found
@@ -113,7 +114,8 @@ class OpenJob:
 
     @property
     def inputs(self) -> list[Path]:
-        return [self.base.path, *(adapter.path for adapter in self.adapters)]
+        """What the user named: a folder, or a single file whose neighbours are no inputs."""
+        return [self.request.base, *self.request.adapters]
 
     def executor(self) -> Any:
         from lora_merge.execute import Executor
@@ -148,6 +150,8 @@ def merge_request(request: Request, *, progress: Progress = _silent) -> MergeRes
     with opened(request) as job:
         plan = job.plan
         check_places(request.out, job.inputs)
+        if request.resume and (done := _published(request.out, plan.digest)) is not None:
+            return _result(job, done["weights"], len(plan.shards), began, "none")
         executor = job.executor()
         disk = plan.nbytes + _side_bytes(job)
         with Stage.open(
@@ -166,18 +170,39 @@ def merge_request(request: Request, *, progress: Progress = _silent) -> MergeRes
             if request.verify:
                 verify_output(stage.folder)
             stage.publish()
+        return _result(job, results, len(kept), began, executor.device)
+
+
+def _result(job: OpenJob, weights: Sequence[Mapping[str, Any]], resumed: int, began: float, device: str) -> MergeResult:
+    assert job.request.out is not None
     return MergeResult(
-        out=request.out,
-        job=plan.digest,
-        weights=tuple(map(MergedWeight.from_json, results)),
-        copied=sum(isinstance(item, Copy) for item in plan.jobs),
-        nbytes=plan.nbytes,
-        shards=tuple(shard.file for shard in plan.shards),
-        resumed=len(kept),
+        out=job.request.out,
+        job=job.plan.digest,
+        weights=tuple(map(MergedWeight.from_json, weights)),
+        copied=sum(isinstance(item, Copy) for item in job.plan.jobs),
+        nbytes=job.plan.nbytes,
+        shards=tuple(shard.file for shard in job.plan.shards),
+        resumed=resumed,
         seconds=time.monotonic() - began,
-        device=str(executor.machine.device),
-        notes=plan.notes,
+        device=device,
+        notes=job.plan.notes,
     )
+
+
+def _published(out: Path, digest: str) -> Mapping[str, Any] | None:
+    """The record of OUT where it is this very job, finished: killed after the last rename, it has nothing to resume.
+
+    Raises VerificationError where the record is of this job and the files are not.
+    """
+    try:
+        record: Mapping[str, Any] = json.loads((out / MANIFEST).read_bytes())
+        mine = record["job"] == digest
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if not mine:
+        return None
+    verify_output(out)
+    return record
 
 
 def _job_id(job: OpenJob) -> str:
@@ -215,7 +240,7 @@ def _manifest(job: OpenJob, stage: Stage, results: Sequence[Mapping[str, Any]]) 
 
 
 def _input(role: str, checkpoint: Checkpoint) -> dict[str, Any]:
-    """What names an input. A base is large: the digest of each header, which has every name, dtype, shape and offset."""
+    """What names an input. Of a large base it is each header: every name, dtype, shape and offset."""
     files = {file.path.name: identity(file) for file in checkpoint.files}
     if role == "adapter":
         for file in checkpoint.files:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from lora_merge.errors import NumericError, printable
 from lora_merge.jobs import Rewrite
+
+if TYPE_CHECKING:
+    import torch
 
 MEASURED_TILES = 8
 MEASURED = 1 << 16
@@ -35,6 +36,8 @@ class Change:
 
 def measure(job: Rewrite, before: torch.Tensor, written: Mapping[str, torch.Tensor]) -> Change:
     """What writing a tile changed, seen through the target format."""
+    import torch
+
     after = torch.empty_like(before)
     job.target.decode(written, after)
     changed = int((after != before).sum())
@@ -44,6 +47,8 @@ def measure(job: Rewrite, before: torch.Tensor, written: Mapping[str, torch.Tens
 
 def check_finite(job: Rewrite, rows: torch.Tensor, start: int) -> None:
     """Raise NumericError where rows hold a value that the target cannot: NaN, infinity, or an overflow of its dtype."""
+    import torch
+
     if not rows.numel():
         return
     limit = job.target.limit

@@ -12,13 +12,12 @@ import torch
 from lora_merge.checkpoint import Checkpoint
 from lora_merge.jobs import Rewrite, Shard
 from lora_merge.spec import TensorSpec
+from lora_merge.tiles import KEPT
 
 TORCH_DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
     "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
 }  # fmt: skip
-KEPT = 6
-"""Factors kept for the next weight that shares them: A and B of three stacks, as gate, up and down take turns."""
 
 
 class Reader:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from lora_merge.checkpoint import Checkpoint, open_adapter, open_base
 from lora_merge.formats import detect
 from lora_merge.results import InspectedTensor, Inspection
 
+FACTOR = re.compile(r"\.lora_[abAB](\.|$)")
 SHOWN = {
     "checkpoint": ("model_type", "architectures", "dtype", "torch_dtype", "tie_word_embeddings", "vocab_size"),
     "adapter": ("peft_type", "base_model_name_or_path", "r", "lora_alpha", "use_rslora", "use_dora", "peft_version"),
@@ -18,8 +20,8 @@ SHOWN = {
 
 def inspect_path(path: Path) -> Inspection:
     """Open `path` as what it is. Raises InputError where it is neither a checkpoint nor an adapter."""
-    role = "adapter" if _is_adapter(path) else "checkpoint"
-    with (open_adapter if role == "adapter" else open_base)(path) as opened:
+    with (open_adapter if _is_adapter(path) else open_base)(path) as opened:
+        role = "adapter" if _is_adapter(path) or any(map(FACTOR.search, opened.tensors)) else "checkpoint"
         config = opened.config or {}
         dtypes: Counter[str] = Counter()
         for spec in opened.tensors.values():

@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
-import torch
-
 from lora_merge.adapters.base import Needs
-from lora_merge.errors import MemoryLimitError, UnsupportedError, printable
-from lora_merge.execute import TILE, Machine, slots_of, tile_rows
-from lora_merge.factors import KEPT
+from lora_merge.errors import MemoryLimitError, printable
+from lora_merge.execute import COPIED, Machine, slots_of
 from lora_merge.jobs import Plan, Rewrite
 from lora_merge.request import Request
+from lora_merge.tiles import KEPT, TILE, tile_rows
 
 BLOCK_TILES = 1
 MOST_THREADS = 8
@@ -24,12 +23,17 @@ INTERPRETER = 200 * 10**6
 
 def fit(request: Request, plan: Plan) -> Machine:
     """The fastest cut that stays within `max_memory`. Raises MemoryLimitError that names the largest weight."""
-    device = pick_device(request.device)
+    if request.device not in ("auto", "cpu"):
+        from lora_merge.device import pick_device  # imports torch: a device that is not there is refused at once
+
+        pick_device(request.device)
     threads = request.threads or min(MOST_THREADS, os.cpu_count() or 1)
+    if request.max_memory is None:
+        return Machine(threads, BLOCK_TILES, request.device)
     taken = anonymous_memory()
     for count, tiles in _cuts(threads):
-        machine = Machine(count, tiles, device)
-        if request.max_memory is None or taken + working_set(plan, machine) <= request.max_memory:
+        machine = Machine(count, tiles, request.device)
+        if taken + working_set(plan, machine) <= request.max_memory:
             return machine
     name, nbytes = _heaviest(plan)
     raise MemoryLimitError(
@@ -47,30 +51,11 @@ def _cuts(threads: int) -> Iterator[tuple[int, int]]:
     yield from ((1, tiles) for tiles in sorted({BLOCK_TILES, 1}, reverse=True))
 
 
-def pick_device(word: str) -> torch.device:
-    """`auto`: the first CUDA device if there is one. Raises UnsupportedError for a device that is not there."""
-    if word == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(word)
-    except RuntimeError:
-        raise UnsupportedError(f"--device {word!r} is not a device; use auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UnsupportedError(f"--device {word}: only cpu and cuda are supported")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UnsupportedError(
-            f"--device {word}: torch finds no CUDA device; use --device cpu or a torch built for CUDA"
-        )
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UnsupportedError(f"--device {word}: there are {torch.cuda.device_count()} CUDA devices")
-    return device
-
-
 def working_set(plan: Plan, machine: Machine) -> int:
     """Bytes that a run holds beyond Python and torch: buffers in flight, factors, weights seen whole, headers."""
     widest = max((tile_rows(job) * job.weight.matrix(job.stacked)[1] for job in plan.rewrites), default=TILE)
     tile = max(widest, 1) * 4
-    slot = 2 * machine.block_tiles * max(tile, TILE * 4) // 2 + 3 * tile
+    slot = 2 * machine.block_tiles * max(tile, TILE * 4) // 2 + 3 * tile + COPIED
     lanes = min(machine.threads, len(plan.shards))
     slots = slots_of(machine.threads) if lanes <= 1 else lanes
     weights = 2 if lanes <= 1 < machine.threads else lanes
@@ -80,7 +65,7 @@ def working_set(plan: Plan, machine: Machine) -> int:
 
 def least_memory(plan: Plan) -> int:
     """Bytes of anonymous memory with which this plan still runs."""
-    return anonymous_memory() + working_set(plan, Machine(1, 1, torch.device("cpu")))
+    return anonymous_memory() + working_set(plan, Machine(1, 1, "cpu"))
 
 
 def _heaviest(plan: Plan) -> tuple[str, int]:
@@ -107,7 +92,8 @@ def _held(job: Rewrite) -> int:
 
 
 def anonymous_memory() -> int:
-    """Bytes of anonymous memory that this process holds now."""
+    """Bytes of anonymous memory that this process holds with torch imported and nothing begun."""
+    import_module("torch")
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

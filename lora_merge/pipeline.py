@@ -17,7 +17,7 @@ Slot = TypeVar("Slot")
 Result = TypeVar("Result")
 
 
-def each(items: Iterable[Item], work: Callable[[Item], None], threads: int, starting: Callable[[], None]) -> None:
+def each(items: Iterable[Item], work: Callable[[Item], None], threads: int) -> None:
     """`work` on every item, `threads` of them at a time. After an error nothing new is begun, and it is raised here.
 
     A `run` under way in another lane stops before its next item.
@@ -34,7 +34,7 @@ def each(items: Iterable[Item], work: Callable[[Item], None], threads: int, star
                 return
             work(item)
 
-    with ThreadPoolExecutor(threads, initializer=starting) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         try:
             for done in as_completed([pool.submit(lane) for _ in range(threads)]):
                 done.result()
@@ -57,13 +57,11 @@ def run(
     *,
     slots: list[Slot],
     threads: int,
-    starting: Callable[[], None] = lambda: None,
 ) -> None:
     """Give every item to `work` with a free slot (its buffers), and every result to `sink`, in the order of `items`.
 
     slots: reusable workspaces; their number bounds what is in flight. A slot is free again after `sink` returned.
     threads: workers beside the caller; 1 means none, all runs on the calling thread with the first slot.
-    starting: called once on each worker.
     """
     if threads <= 1:
         halt = getattr(_halts, "event", None)
@@ -80,7 +78,7 @@ def run(
         sink(item, future.result())
         free.append(slot)
 
-    with ThreadPoolExecutor(threads, initializer=starting) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         try:
             for item in items:
                 while not free:

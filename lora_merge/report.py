@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +108,7 @@ def _planned(weights: Sequence[PlannedWeight], verbose: bool) -> Iterable[str]:
     for family, names in groups.items():
         first = by_name[names[0]]
         times = f" x{len(names)}" if len(names) > 1 else ""
-        by = ", ".join(first.kinds) or first.action
+        by = ", ".join(first.kinds) or ("copy" if first.action == "copy" else "conversion")
         rows.append((printable(family) + times, str(list(first.shape)), first.source, first.target, by))
     return table(rows)
 
@@ -121,7 +122,8 @@ def show_result(result: MergeResult, *, as_json: bool) -> None:
     rate = result.nbytes / max(result.seconds, 1e-9)
     resumed = f", {result.resumed} shards kept from the earlier run" if result.resumed else ""
     print(
-        f"\n{len(result.weights)} tensors merged, {result.copied} copied{resumed}: {size(result.nbytes)} in "
+        f"\n{len(result.weights)} tensors {'merged' if any(w.kinds for w in result.weights) else 'converted'}, "
+        f"{result.copied} copied{resumed}: {size(result.nbytes)} in "
         f"{result.seconds:.1f} s ({size(int(rate))}/s, {result.device})"
     )
     say(f"note: {printable(note)}" for note in result.notes)
@@ -136,7 +138,8 @@ def _merged(weights: Sequence[MergedWeight]) -> Iterable[str]:
         times = f" x{len(names)}" if len(names) > 1 else ""
         change = _mean([member.relative_change for member in members])
         changed = _mean([member.changed for member in members])
-        rows.append((family + times, ", ".join(members[0].kinds), share(change, 2), share(changed)))
+        by = ", ".join(members[0].kinds) or "conversion"
+        rows.append((family + times, by, share(change, 2), share(changed)))
     return table(rows)
 
 
@@ -166,6 +169,7 @@ def show_inspection(found: Inspection, *, as_json: bool, verbose: bool) -> None:
 def show_verification(found: Verification, *, as_json: bool) -> None:
     """What was proved."""
     if as_json:
-        show_json({"files": found.files, "tensors": found.tensors, "nbytes": found.nbytes})
+        show_json(asdict(found))
         return
-    print(f"verified: {found.files} files, {found.tensors} tensors, {size(found.nbytes)}; all as recorded")
+    again = ", and as base and adapters give it again" if found.recomputed else ""
+    print(f"verified: {found.files} files, {found.tensors} tensors, {size(found.nbytes)}; all as recorded{again}")

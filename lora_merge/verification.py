@@ -43,11 +43,15 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What was proved: files read, tensors of the model, bytes of all files."""
+    """What was proved: files read, tensors of the model, bytes of all files.
+
+    recomputed: every weight was also computed again from base and adapters, and compared.
+    """
 
     files: int
     tensors: int
     nbytes: int
+    recomputed: bool = False
 
 
 def sealed(body: Mapping[str, Any]) -> bytes:

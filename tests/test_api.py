@@ -339,3 +339,59 @@ def test_public_names_are_all_there():
         "print(all(getattr(m, name) for name in m.__all__), callable(m.plan), callable(m.verify))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "True True True\n"
+
+
+def test_a_resume_of_what_is_finished_finds_it_finished(job):
+    path = job[0]
+    lora_merge.merge(path / "base", path / "adapter", path / "out")
+    before = contents(path / "out")
+    again = lora_merge.merge(path / "base", path / "adapter", path / "out", resume=True)
+    assert again.resumed == 3 and len(again.weights) == 4 and contents(path / "out") == before
+    with pytest.raises(OutputExistsError):
+        lora_merge.merge(path / "base", path / "adapter", path / "out", resume=True, weight=0.5)
+    (path / "out/tokenizer.json").write_bytes(b"{}")
+    with pytest.raises(VerificationError, match=r"tokenizer\.json"):
+        lora_merge.merge(path / "base", path / "adapter", path / "out", resume=True)
+
+
+def test_a_loralib_file_beside_the_output(job):
+    path, base, _ = job
+    name = "model.layers.1.up_proj"
+    factors = {f"{name}.lora_a": torch.randn(4, small.NARROW), f"{name}.lora_b": torch.randn(small.WIDE, 4) * 0.02}
+    torch.save({key: value.half() for key, value in factors.items()}, path / "lora.pt")
+    assert lora_merge.inspect(path / "lora.pt").role == "adapter"
+    with pytest.raises(UsageError, match="--alpha"):
+        lora_merge.merge(path / "base", path / "lora.pt", path / "out")
+    lora_merge.merge(path / "base", path / "lora.pt", path / "out", alpha=32)
+    delta = 8 * factors[f"{name}.lora_b"].half().float() @ factors[f"{name}.lora_a"].half().float()
+    close(tensors(path / "out")[f"{name}.weight"], (base[f"{name}.weight"].float() + delta).to(torch.bfloat16))
+
+
+def test_saved_counters_that_are_no_floats_are_replaced(tmp_path):
+    base = small.write_base(tmp_path / "base", shards=1, layers=1)
+    save_file(base | {"norm.num_batches_tracked": torch.tensor(3)}, tmp_path / "base/model.safetensors")
+    saved = {"base_model.model.norm.num_batches_tracked": torch.tensor(11)}
+    small.save_adapter(tmp_path / "adapter", saved, modules_to_save=["norm"])
+    lora_merge.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert load_file(tmp_path / "out/model.safetensors")["norm.num_batches_tracked"].item() == 11
+
+
+def test_factors_that_several_weights_share_are_read_once_and_let_go(monkeypatch):
+    from lora_merge.factors import Reader
+    from lora_merge.tiles import KEPT
+
+    class Counted:
+        loads = 0
+
+        def load(self, name):
+            Counted.loads += 1
+            return torch.ones(2)
+
+    reader = Reader(Counted(), torch.device("cpu"), {"shared": 3, "alone": 1})
+    for name in ("shared", "alone", "shared", "shared"):
+        assert reader(name).sum() == 2
+    assert Counted.loads == 2 and not reader.kept
+    many = Reader(Counted(), torch.device("cpu"), {str(n): 2 for n in range(20)})
+    for n in range(20):
+        many(str(n))
+    assert len(many.kept) == KEPT

@@ -83,10 +83,22 @@ def test_the_first_error_ends_the_run(threads, where):
     assert landed == list(range(len(landed))) and len(landed) <= 7
 
 
-def test_every_worker_is_started_once():
-    started = []
-    pipeline.run(
-        range(20), lambda item, slot: time.sleep(0.002), lambda item, result: None,
-        slots=[1, 2], threads=2, starting=lambda: started.append(threading.get_ident()),
-    )  # fmt: skip
-    assert len(started) == len(set(started)) and 1 <= len(started) <= 2
+def test_lanes_do_every_item_once():
+    seen = []
+    pipeline.each(range(30), seen.append, 3)
+    assert sorted(seen) == list(range(30))
+
+
+def test_an_error_in_one_lane_stops_the_others_before_their_next_item():
+    begun, landed = threading.Event(), []
+
+    def lane(item):
+        if item == 0:
+            begun.wait(5)
+            raise KeyError("first")
+        pipeline.run(range(10_000), lambda n, slot: time.sleep(0.001), lambda n, _: (landed.append(n), begun.set()),
+                     slots=[1], threads=1)  # fmt: skip
+
+    with pytest.raises(KeyError, match="first"):
+        pipeline.each([0, 1], lane, 2)
+    assert 1 <= len(landed) < 5_000
