@@ -24,6 +24,7 @@ from lora_merge.replication import replicate
 from lora_merge.request import Request
 from lora_merge.skeleton import build
 from lora_merge.spec import PLAIN_FLOATS, TensorSpec
+from lora_merge.ties import is_vocabulary
 
 CONFIG = "config.json"
 INDEX = "{}.safetensors.index.json"
@@ -182,11 +183,21 @@ def _content(adapter: Checkpoint) -> list[str]:
 
 
 def _follow_vocabulary(draft: Draft, jobs: Sequence[Job]) -> None:
-    """Where embeddings got another number of rows, the config says it."""
+    """Where embeddings got another number of rows, the config says it.
+
+    Raises AdapterError where only one of embedding and head did: no model has two vocabularies.
+    """
     specs = draft.specs
-    paths = vocab_paths(draft.config)
-    for job in jobs:
-        if isinstance(job, Rewrite) and job.name in specs and job.weight.shape != specs[job.name].shape:
-            old, new = specs[job.name].shape[0], job.weight.shape[0]
-            draft.notes.append(f"{job.name} has {new} rows instead of {old}; take the tokenizer of the adapter")
-            draft.changes |= dict.fromkeys(paths, new)
+    after = {job.name: (job.weight if isinstance(job, Rewrite) else job.spec).shape for job in jobs}
+    resized = [name for name, shape in after.items() if name in specs and shape != specs[name].shape]
+    for name in resized:
+        old, new = specs[name].shape[0], after[name][0]
+        draft.notes.append(f"{name} has {new} rows instead of {old}; take the tokenizer of the adapter")
+        draft.changes |= dict.fromkeys(vocab_paths(draft.config), new)
+    rows = {name: shape[0] for name, shape in after.items() if name in resized or is_vocabulary(name)}
+    if resized and len(set(rows.values())) > 1:
+        told = listed(f"{name} {count}" for name, count in rows.items())
+        raise AdapterError(
+            f"the adapter resizes only a part of the vocabulary; rows after the merge: {told}. Save the adapter again "
+            "with save_embedding_layers=True, so that it brings embedding and head alike"
+        )

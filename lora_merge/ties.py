@@ -171,6 +171,11 @@ class TieAction:
     note: str | None = None
 
 
+def is_vocabulary(name: str) -> bool:
+    """Whether a tensor of this name has a row for each token: a text embedding or a head."""
+    return name in HEADS or bool(EMBEDDING.match(name) and not TOWER.search(name))
+
+
 def tied(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec], skeleton: Skeleton | None = None) -> Tie | None:
     """The tie of this checkpoint, or None where embedding and head are apart or there is no head.
 
