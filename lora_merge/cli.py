@@ -101,7 +101,7 @@ def merge(paths: tuple[Path, ...], dry_run: bool, as_json: bool, quiet: bool, ve
     if len(paths) < 2:
         raise UsageError("BASE and OUT are both needed: lora-merge BASE ADAPTER OUT")
     words.pop("debug", None)
-    words.pop("bits", None)
+    words["bits"] = int(words["bits"]) if words["bits"] else None
     request = Request(base=paths[0], adapters=paths[1:-1], out=paths[-1], **words)
     from lora_merge import api
 

@@ -15,7 +15,7 @@ from lora_merge.checkpoint import digest as file_digest
 from lora_merge.config_paths import vocab_paths
 from lora_merge.draft import Draft
 from lora_merge.effects import Wish, Wishes
-from lora_merge.errors import AdapterError, UnsupportedError, listed, printable
+from lora_merge.errors import AdapterError, UnsupportedError, UsageError, listed, printable
 from lora_merge.formats import Stored, detect
 from lora_merge.formats.plain import PART, WRITABLE, Plain
 from lora_merge.jobs import Copy, Job, Plan, Rewrite
@@ -37,6 +37,8 @@ def make(request: Request, base: Checkpoint, adapters: Sequence[Checkpoint]) -> 
 
     Raises AdapterError where an adapter does not fit, UnsupportedError where a weight cannot be merged or written.
     """
+    if request.bits == 16 and not request.dtype:
+        _check_sixteen_bits(base)
     draft = Draft(base, {name: name for name in base.tensors}, notes=list(base.notes))
     asked = Options(request.alpha, request.base_is_residual, draft.config.get("model_type"))
     readings = [effects.read(adapter, asked, request.allow_unused) for adapter in adapters]
@@ -46,6 +48,17 @@ def make(request: Request, base: Checkpoint, adapters: Sequence[Checkpoint]) -> 
     wishes = _resolve(draft, adapters, readings, request.allow_unused)
     jobs = _jobs(draft, wishes, request)
     return _assembled(draft, jobs, request, adapters)
+
+
+def _check_sixteen_bits(base: Checkpoint) -> None:
+    """UsageError where 16 bits leave open which: a wider base says neither bfloat16 nor float16."""
+    wide = [name for name, spec in base.tensors.items() if spec.dtype in ("F32", "F64")]
+    size = sum(base.tensors[name].nbytes for name in wide)
+    if size * 2 > sum(spec.nbytes for spec in base.tensors.values()):
+        raise UsageError(
+            f"{printable(base.path)}: --bits 16 does not say which: {len(wide)} tensors are wider ({listed(wide, 2)}); "
+            "choose --dtype bfloat16 or --dtype float16"
+        )
 
 
 def options(request: Request) -> dict[str, Any]:

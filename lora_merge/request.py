@@ -19,6 +19,7 @@ class Request:
     base: Path
     adapters: tuple[Path, ...]
     out: Path | None
+    bits: int | None = None
     dtype: str | None = None
     weight: tuple[float, ...] = ()
     alpha: float | None = None
@@ -36,6 +37,10 @@ class Request:
     def __post_init__(self) -> None:
         if self.weight and len(self.weight) != len(self.adapters):
             raise UsageError(f"--weight: {len(self.weight)} given for {len(self.adapters)} adapters; give one for each")
+        if self.bits not in (None, 16):
+            raise UsageError(f"--bits: {self.bits!r} cannot be written; 16 is the only width yet")
+        if self.bits == 16 and self.dtype == "float32":
+            raise UsageError("--bits 16 and --dtype float32 exclude each other")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise UsageError(f"--dtype: {self.dtype!r} is not one of {', '.join(DTYPES)}")
         if self.resume and self.restart:

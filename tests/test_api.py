@@ -409,3 +409,16 @@ def test_half_a_new_vocabulary_is_refused(job):
     lora_merge.merge(path / "base", path / "both", path / "out")
     assert tensors(path / "out")["lm_head.weight"].shape == (310, small.NARROW)
     assert json.loads((path / "out/config.json").read_bytes())["vocab_size"] == 310
+
+
+def test_sixteen_bits_of_a_wider_base_need_a_dtype(tmp_path):
+    base = small.write_base(tmp_path / "base", shards=1, dtype=torch.float32, layers=1)
+    small.write_adapter(tmp_path / "adapter", base)
+    with pytest.raises(UsageError, match="--dtype bfloat16 or --dtype float16"):
+        lora_merge.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", bits=16)
+    with pytest.raises(UsageError, match="exclude each other"):
+        lora_merge.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", bits=16, dtype="float32")
+    with pytest.raises(UsageError, match="only width"):
+        lora_merge.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", bits=4)
+    lora_merge.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", bits=16, dtype="float16")
+    assert tensors(tmp_path / "out")["lm_head.weight"].dtype == torch.float16
