@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ class Adapter:
 
 
 def config_of(adapter: Adapter) -> PeftConfig:
-    words = dict(adapter.lora)
+    words = deepcopy(dict(adapter.lora))  # PEFT edits the lists that it is given
     if words.pop("peft_type", "LORA") == "TRAINABLE_TOKENS":
         return TrainableTokensConfig(**words)
     return LoraConfig(**{"r": 4, "lora_alpha": 8, **words})
