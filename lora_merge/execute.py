@@ -10,6 +10,7 @@ change no bit.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 COPIED = 1 << 23
 """Bytes of a copied block: large, since while torch is imported every call waits for the interpreter."""
+PATIENCE = 0.0005
+"""Seconds that a lane waits for the interpreter, which the import of torch holds; Python's own are 0.005."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,11 +126,14 @@ class Executor:
                 progress(name, nbytes)
 
         first = threading.Thread(target=self._import)
+        patience = sys.getswitchinterval()
+        sys.setswitchinterval(PATIENCE)
         first.start()
         try:
             largest_first = sorted(shards, key=lambda shard: -shard.nbytes)
             pipeline.each(largest_first, lambda shard: self._make(shard, stage, told, threads), max(lanes, 1))
         finally:
+            sys.setswitchinterval(patience)
             first.join()
             if self._rewriter is not None:
                 self._rewriter.close()
