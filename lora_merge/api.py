@@ -229,7 +229,10 @@ def _manifest(job: OpenJob, stage: Stage, results: Sequence[Mapping[str, Any]]) 
     body = {
         "lora_merge": __version__,
         "job": job.plan.digest,
-        "inputs": [_input("base", job.base), *(_input("adapter", adapter) for adapter in job.adapters)],
+        "inputs": [
+            _input("base", job.base, {}),
+            *(_input("adapter", *pair) for pair in zip(job.adapters, job.plan.adapter_digests, strict=True)),
+        ],
         "options": planning.options(job.request),
         "versions": {"torch": str(torch.__version__)},
         "notes": list(job.plan.notes),
@@ -239,12 +242,11 @@ def _manifest(job: OpenJob, stage: Stage, results: Sequence[Mapping[str, Any]]) 
     return sealed(body)
 
 
-def _input(role: str, checkpoint: Checkpoint) -> dict[str, Any]:
+def _input(role: str, checkpoint: Checkpoint, digests: Mapping[str, str]) -> dict[str, Any]:
     """What names an input. Of a large base it is each header: every name, dtype, shape and offset."""
     files = {file.path.name: identity(file) for file in checkpoint.files}
-    if role == "adapter":
-        for file in checkpoint.files:
-            files[file.path.name]["sha256"] = digest(file.path)
+    for name, sha256 in digests.items():
+        files[name]["sha256"] = sha256
     configs = ("adapter_config.json", "config.json")
     small = {name: {"sha256": digest(checkpoint.path / name)} for name in configs if (checkpoint.path / name).is_file()}
     return {"role": role, "name": checkpoint.path.resolve().name, "files": files | small}

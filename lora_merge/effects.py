@@ -87,7 +87,8 @@ def resolve(
                 notes.append(resolution.note)
             if not targets and claim.order == 0 and claim.module.split(".")[0] in NEW_HEADS:
                 targets = (Target(f"{claim.module}.{claim.parameter}"),)
-                added.append(targets[0].tensor)
+                if targets[0].tensor not in resolver.tensors:  # else it is there, with other labels
+                    added.append(targets[0].tensor)
             for target in targets:
                 by_tensor[target.tensor].append(Wish(index, claim, target))
             if not targets and not _allowed(claim, allow_unused):

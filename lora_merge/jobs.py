@@ -73,6 +73,7 @@ class Plan:
     files: small files written beside the shards (index, changed config), by relative path.
     side_files: relative paths copied from the base as bytes.
     digest: names the job; equal for equal inputs and options.
+    adapter_digests: SHA-256 of each adapter's weight files, by file name.
     """
 
     shards: tuple[Shard, ...]
@@ -81,6 +82,7 @@ class Plan:
     config_changes: Mapping[ConfigPath, Any]
     notes: tuple[str, ...]
     digest: str
+    adapter_digests: tuple[Mapping[str, str], ...]
 
     @property
     def jobs(self) -> Iterator[Job]:

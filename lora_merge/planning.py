@@ -12,7 +12,7 @@ from lora_merge import __version__, effects, shards
 from lora_merge.adapters.base import Options, Reading
 from lora_merge.checkpoint import Checkpoint, identity
 from lora_merge.checkpoint import digest as file_digest
-from lora_merge.config_paths import vocab_paths
+from lora_merge.config_paths import at, vocab_paths
 from lora_merge.draft import Draft
 from lora_merge.effects import Wish, Wishes
 from lora_merge.errors import AdapterError, UnsupportedError, UsageError, listed, printable
@@ -185,14 +185,12 @@ def _assembled(draft: Draft, jobs: list[tuple[str, Job]], request: Request, adap
     if changes:
         files[CONFIG] = shards.changed_config(draft.config, changes)
     side = tuple(str(path) for path in base.side_files if str(path) not in files)
-    inputs = [[identity(file) for file in base.files], [_content(adapter) for adapter in adapters]]
+    digests = tuple({file.path.name: file_digest(file.path) for file in adapter.files} for adapter in adapters)
+    configs = [adapter.config for adapter in adapters]
+    inputs = [[identity(file) for file in base.files], digests, configs]
     settings = [(shard.file, shard.header.hex()) for shard in laid]
     name = digest(__version__, options(request), inputs, settings, {".".join(k): v for k, v in changes.items()})
-    return Plan(laid, files, side, changes, tuple(dict.fromkeys(draft.notes)), name)
-
-
-def _content(adapter: Checkpoint) -> list[str]:
-    return [file_digest(file.path) for file in adapter.files] + [json.dumps(adapter.config, sort_keys=True)]
+    return Plan(laid, files, side, changes, tuple(dict.fromkeys(draft.notes)), name, digests)
 
 
 def _follow_vocabulary(draft: Draft, jobs: Sequence[Job]) -> None:
@@ -202,11 +200,17 @@ def _follow_vocabulary(draft: Draft, jobs: Sequence[Job]) -> None:
     """
     specs = draft.specs
     after = {job.name: (job.weight if isinstance(job, Rewrite) else job.spec).shape for job in jobs}
-    resized = [name for name, shape in after.items() if name in specs and shape != specs[name].shape]
-    for name in resized:
+    paths = vocab_paths(draft.config)
+    tokens = {at(draft.config, path) for path in paths}
+    resized = []
+    for name in [name for name, shape in after.items() if name in specs and shape != specs[name].shape]:
         old, new = specs[name].shape[0], after[name][0]
+        if not (is_vocabulary(name) or old in tokens):  # a classifier with other labels
+            draft.notes.append(f"{name} has {new} rows instead of {old}; config.json must name as many labels")
+            continue
+        resized.append(name)
         draft.notes.append(f"{name} has {new} rows instead of {old}; take the tokenizer of the adapter")
-        draft.changes |= dict.fromkeys(vocab_paths(draft.config), new)
+        draft.changes |= dict.fromkeys(paths, new)
     rows = {name: shape[0] for name, shape in after.items() if name in resized or is_vocabulary(name)}
     if resized and len(set(rows.values())) > 1:
         told = listed(f"{name} {count}" for name, count in rows.items())

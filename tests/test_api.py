@@ -1,7 +1,9 @@
 """The public functions on real files: values, determinism, errors, what is left behind."""
 
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -422,3 +424,25 @@ def test_sixteen_bits_of_a_wider_base_need_a_dtype(tmp_path):
         lora_merge.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", bits=4)
     lora_merge.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", bits=16, dtype="float16")
     assert tensors(tmp_path / "out")["lm_head.weight"].dtype == torch.float16
+
+
+def test_a_classifier_with_other_labels_is_no_vocabulary(job):
+    path, base, _ = job
+    shutil.rmtree(path / "base")
+    small.write_base(path / "base", shards=1)
+    save_file(base | {"score.weight": torch.ones(2, small.NARROW)}, path / "base/model.safetensors")
+    (path / "base/config.json").write_text(json.dumps({"model_type": "made_up", "vocab_size": 300}))
+    saved = {"base_model.model.score.weight": torch.ones(5, small.NARROW)}
+    small.save_adapter(path / "labels", saved, modules_to_save=["score"])
+    result = lora_merge.merge(path / "base", path / "labels", path / "out")
+    assert tensors(path / "out")["score.weight"].shape == (5, small.NARROW)
+    assert json.loads((path / "out/config.json").read_bytes())["vocab_size"] == 300
+    assert any("labels" in note for note in result.notes)
+
+
+def test_the_record_names_adapters_by_their_digest(job):
+    path = job[0]
+    lora_merge.merge(path / "base", path / "adapter", path / "out")
+    inputs = json.loads((path / "out/lora_merge.json").read_bytes())["inputs"]
+    data = (path / "adapter/adapter_model.safetensors").read_bytes()
+    assert inputs[1]["files"]["adapter_model.safetensors"]["sha256"] == hashlib.sha256(data).hexdigest()
