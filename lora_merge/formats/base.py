@@ -2,23 +2,59 @@
 
 A *weight* is a logical float tensor, usually `[out, in]`; its *parts* are stored tensors, named by what follows the
 module path (`weight`, `weight_scale`, `qweight`, ...). `describe` and `measure` are pure and undo each other;
-`decode` and `encode` move rows. A format that can only be read lacks `encode` (`writable` is False).
+`decode` and `encode` move rows. A format that can only be read lacks `fit` and `pack` (`writable` is False).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from lora_merge.spec import TensorSpec
 
 if TYPE_CHECKING:
     import torch
+    from typing_extensions import Self
 
     from lora_merge.grids import Grid
 
 Parts = Mapping[str, TensorSpec]
+ReadPart = Callable[[str], bytes]
+"""The bytes of a small part, by part name, while a weight's format is looked for."""
+ConfigPath = tuple[str, ...]
+GONE = object()
+"""Value of a config change that takes the key away."""
+
+
+class Cut(NamedTuple):
+    """Which bytes of a part: `[begin, end)` of each of `lines` lines, each `stride` bytes long; one line is the usual
+    piece in one run. Formats that store a weight turned round, `[in, out]`, need many."""
+
+    begin: int
+    end: int
+    lines: int = 1
+    stride: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return (self.end - self.begin) * self.lines
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What the user asks of a quantized output; None leaves it to the format.
+
+    dtype: safetensors name of the dtype of the plain weights: scales that are floats are stored in it where the format
+        leaves that open, and the weights decode to it.
+    """
+
+    bits: int
+    dtype: str = "BF16"
+    quant_type: str | None = None
+    group_size: int | None = None
+    double_quant: bool = False
 
 
 class Format(Protocol):
@@ -47,63 +83,153 @@ class Format(Protocol):
     def rows_at_once(self, weight: TensorSpec) -> int:
         """The smallest number of rows that can be coded alone."""
 
-    def slices(self, weight: TensorSpec, columns: int, start: int, stop: int) -> dict[str, tuple[int, int]]:
-        """Bytes `[begin, end)` of each part that hold rows `[start, stop)` of the view with `columns` columns."""
+    def slices(self, weight: TensorSpec, columns: int, start: int, stop: int) -> dict[str, Cut]:
+        """The bytes of each part that hold rows `[start, stop)` of the view with `columns` columns."""
 
     def decode(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
-        """Fill float32 `out` `[n, columns]` from the bytes (uint8, 1-D) that `slices` names."""
+        """Fill float32 `out` `[n, columns]` from the bytes (uint8, 1-D; lines one behind the other) that `slices`
+        names."""
 
     def encode(self, rows: torch.Tensor, out: Mapping[str, torch.Tensor]) -> None:
         """Round float32 rows `[n, columns]` onto this format, into the bytes (uint8, 1-D) that `slices` names."""
 
 
-class Quantized(Format, Protocol):
-    """A format of codes on a grid. It says where bits go and which scales fit; the grid does the arithmetic.
+class Quantized(ABC):
+    """A format of codes on a grid, the base class of all. It says where bits go and which scales fit; the grid does the
+    arithmetic.
 
     `decode` is `unpack` and the grid's values; `encode` is `fit`, the grid's nearest codes and `pack`. Any other
     rounding, and scales kept from the stored weight, come in between.
-
-    coding: dtype (safetensors name) in which `fit` and the nearest codes are computed: F32, unless the bytes must be
-        those of a library that computes in the weight's own dtype.
-    shared: parts that belong to the whole weight. `slices` names them whole for any rows; they are written once.
     """
 
     name: ClassVar[str]
+    writable: ClassVar[bool] = True
     part_names: ClassVar[tuple[str, ...]]
-    """Every part that a weight of this format may have."""
+    """Every part that a weight of this format may have. Parts named `bias`, `input_scale`, ... that a merge leaves as
+    they are do not count."""
+    marks: ClassVar[tuple[str, ...]]
+    """Parts one of which every weight of this format has, and which a plain weight has not."""
+    joint: ClassVar[str] = "."
+    """What stands between the module (`stem`) and the part: tensor = stem + joint + part."""
+    logical: ClassVar[str] = ".weight"
+    """The weight's own name, as a model without quantization has it: stem + logical."""
+    stacked: ClassVar[bool] = False
+    """Weights are stacks `[experts, a, b]`, worked on as rows `experts * a`."""
+    own_file: ClassVar[str | None] = None
+    """A JSON file beside config.json in which this format's loaders look for `quantization_config`, too."""
+    fused: ClassVar[bool] = False
+    """Weights that a server computes as one matrix must share what `survey` sees."""
+
+    @classmethod
+    @abstractmethod
+    def detect(cls, parts: Parts, config: Mapping[str, Any], module: str, read: ReadPart) -> Self | None:
+        """The format of the parts of one module, or None where they are another format's.
+
+        config: config.json of the checkpoint; `quantization_config` in it may come from the format's `own_file`.
+        Raises InputError where the parts contradict each other, UnsupportedError where they cannot be read.
+        """
+
+    @classmethod
+    def preset(cls, wanted: Wanted, weights: Mapping[str, TensorSpec]) -> Self:
+        """The format to write all these weights in, by module. Raises UnsupportedError for what it does not have."""
+        raise NotImplementedError
+
+    @classmethod
+    def config_changes(
+        cls, written: Mapping[str, Self], kept: Sequence[str], config: Mapping[str, Any]
+    ) -> dict[ConfigPath, Any]:
+        """What config.json must say of an output. GONE takes a key away.
+
+        written: format of each quantized module, in the order of the model; kept: its other linears, which stay plain
+        (the head among them). config: that of the base.
+        """
+        raise NotImplementedError
 
     @property
+    @abstractmethod
     def bits(self) -> int: ...
 
     @property
-    def coding(self) -> str: ...
+    def shared(self) -> tuple[str, ...]:
+        """Parts that belong to the whole weight. `slices` names them whole for any rows; `pack` may fill them each
+        time with the same; they are written once."""
+        return ()
 
     @property
-    def shared(self) -> tuple[str, ...]: ...
+    def needs_survey(self) -> bool:
+        """Whether `fit` needs to know of the whole weight, and has not yet been told by `settled`."""
+        return False
+
+    def survey(self, rows: torch.Tensor) -> torch.Tensor:
+        """What `settled` must see of these float32 rows (a multiple of `rows_at_once`), float32 `[k]`: the largest
+        magnitude, the scales, ...; those of all rows in order, one behind the other, are told to it."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def settled(self, weight: TensorSpec, coding: str = "F32", seen: torch.Tensor | None = None) -> Self:
+        """This format for this one weight.
+
+        coding: dtype (safetensors name) in which `fit` and the nearest codes are computed: F32, unless the bytes must
+            be those of a library that computes in the weight's own dtype.
+        seen: what `survey` said of all its rows (and, where the format is `fused`, of those that it is fused with).
+        """
 
     @property
-    def needs_peak(self) -> bool:
-        """Whether `fit` takes a scale from the largest magnitude of the whole weight, not yet told by `settled`."""
+    @abstractmethod
+    def limit(self) -> float: ...
 
-    def settled(self, weight: TensorSpec, coding: str = "F32", peak: float | None = None) -> Quantized:
-        """This format for this one weight: computing in `coding`; with the largest magnitude of all its values, and of
-        those of the weights that must share its scale."""
+    @abstractmethod
+    def describe(self, weight: TensorSpec) -> dict[str, TensorSpec]: ...
+
+    @abstractmethod
+    def measure(self, parts: Parts) -> TensorSpec: ...
+
+    @abstractmethod
+    def refusal(self, weight: TensorSpec) -> str | None: ...
+
+    @abstractmethod
+    def rows_at_once(self, weight: TensorSpec) -> int: ...
+
+    def rows_within(self, weight: TensorSpec) -> int | None:
+        """Rows at whose multiples a piece must end, since `slices` cannot name a piece across them; None: nowhere."""
+        return None
+
+    @abstractmethod
+    def slices(self, weight: TensorSpec, columns: int, start: int, stop: int) -> dict[str, Cut]: ...
 
     def fit(self, rows: torch.Tensor) -> Grid:
         """The scales that the format's own library would choose for float32 rows `[n, columns]`; whole multiples of
         `rows_at_once`, unless they are the last."""
+        raise NotImplementedError
 
+    @abstractmethod
     def unpack(self, parts: Mapping[str, torch.Tensor], rows: int, columns: int) -> tuple[torch.Tensor, Grid]:
         """Codes `[rows, columns]` and their grid, from the bytes that `slices` names."""
 
     def pack(self, codes: torch.Tensor, grid: Grid, out: Mapping[str, torch.Tensor]) -> None:
-        """Codes and the scales of their grid into the bytes that `slices` names; undoes `unpack`."""
+        """Codes and the scales of their grid into the bytes that `slices` names; undoes `unpack` bit for bit."""
+        raise NotImplementedError
+
+    def decode(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
+        codes, grid = self.unpack(parts, *out.shape)
+        grid.values(codes, out)
+
+    def encode(self, rows: torch.Tensor, out: Mapping[str, torch.Tensor]) -> None:
+        grid = self.fit(rows)
+        self.pack(grid.nearest(rows), grid, out)
+
+
+def same_grid(one: Format | Quantized, other: Format | Quantized, weight: TensorSpec) -> bool:
+    """Whether what one format's `unpack` gives can be kept by the other's `pack`."""
+    if not isinstance(one, Quantized) or not isinstance(other, Quantized):
+        return False
+    return one.settled(weight) == other.settled(weight)
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
     """A weight of an open checkpoint: its format, its logical spec, and the tensor name of each part."""
 
-    format: Format
+    format: Format | Quantized
     weight: TensorSpec
     parts: Mapping[str, str]

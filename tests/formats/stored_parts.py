@@ -51,21 +51,27 @@ def kept(format, weight, data, rows):
     return out
 
 
+def gathered(data, cut):
+    """The bytes of one cut of a whole part, lines one behind the other."""
+    lines = data.view(cut.lines, -1) if cut.lines > 1 else data.view(1, -1)
+    return lines[:, cut.begin : cut.end].reshape(-1)
+
+
 def by_tiles(format, weight, rows, step, encode):
     """Bytes of each part written tile by tile, parts of the whole weight but once."""
-    whole = dict.fromkeys(format.describe(weight), b"")
+    whole = {part: torch.full((spec.nbytes,), 0xA5).byte() for part, spec in format.describe(weight).items()}
+    filled = dict.fromkeys(whole, 0)
     for start in range(0, len(rows), step):
         stop = min(len(rows), start + step)
         cuts = format.slices(weight, rows.shape[1], start, stop)
-        out = {part: torch.full((end - begin,), 0xA5, dtype=torch.uint8) for part, (begin, end) in cuts.items()}
+        out = {part: torch.full((cut.nbytes,), 0xA5, dtype=torch.uint8) for part, cut in cuts.items()}
         encode(rows[start:stop], start, stop, out)
-        for part, (begin, _) in cuts.items():
-            if part in format.shared:
-                whole[part] = out[part].numpy().tobytes()
-            else:
-                assert begin == len(whole[part])
-                whole[part] += out[part].numpy().tobytes()
-    return whole
+        for part, cut in cuts.items():
+            lines = whole[part].view(cut.lines, -1) if cut.lines > 1 else whole[part].view(1, -1)
+            lines[:, cut.begin : cut.end] = out[part].view(cut.lines, -1)
+            filled[part] = cut.nbytes if part in format.shared else filled[part] + cut.nbytes
+    assert filled == {part: len(data) for part, data in whole.items()}
+    return {part: data.numpy().tobytes() for part, data in whole.items()}
 
 
 def same(found, expected):
