@@ -1,19 +1,66 @@
-"""How one weight is stored as parts. The table of formats, and which of them a weight of a checkpoint is in."""
+"""How one weight is stored as parts. The table of formats, and which of them the weights of a checkpoint are in."""
 
 from __future__ import annotations
 
-from lora_merge.formats.base import Format, Parts, Stored
-from lora_merge.formats.plain import Plain
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
-FORMATS: dict[str, type[Plain]] = {
-    "plain": Plain,
+from lora_merge.formats.base import Cut, Format, Parts, Quantized, Stored, Wanted
+from lora_merge.formats.chatglm import ChatGLM
+from lora_merge.formats.compressed_tensors import CompressedTensors
+from lora_merge.formats.plain import PART, Plain
+from lora_merge.spec import TensorSpec
+
+QUANTIZED: dict[str, type[Quantized]] = {
+    "chatglm": ChatGLM,
+    "compressed-tensors": CompressedTensors,
 }
+FORMATS: dict[str, type[Plain | Quantized]] = {"plain": Plain, **QUANTIZED}
+"""By the word on the command line, which is the `quant_method` of config.json. The first that knows the parts of a
+weight has it: the tensors decide, not the config."""
 
 
-def detect(parts: Parts) -> Format | None:
-    """The format that these parts of one weight are in, or None. The tensors decide, not the config."""
-    found = (kind.detect(parts) for kind in FORMATS.values())
-    return next((format for format in found if format), None)
+def weights(
+    tensors: Mapping[str, TensorSpec], config: Mapping[str, Any], read: Callable[[str], bytes]
+) -> dict[str, Stored]:
+    """Every weight of a checkpoint by the name that it has without quantization; tensors that are no weights (scales of
+    activations, counters, buffers) are not among them.
+
+    read: the bytes of a small tensor. Raises InputError and UnsupportedError as `Quantized.detect` does.
+    """
+    found: dict[str, Stored] = {}
+    taken: set[str] = set()
+    for kind in QUANTIZED.values():
+        for stem in _stems(kind, tensors):
+            names = {part: stem + kind.joint + part for part in kind.part_names}
+            parts = {part: name for part, name in names.items() if name in tensors and name not in taken}
+            if stored := _stored(kind, stem, parts, tensors, config, read):
+                found[stem + kind.logical] = stored
+                taken.update(stored.parts.values())
+    for name, spec in tensors.items():
+        format = Plain.detect({PART: spec})
+        if format and name not in taken and name not in found:
+            found[name] = Stored(format, spec, {PART: name})
+    return found
 
 
-__all__ = ["FORMATS", "Format", "Parts", "Stored", "detect"]
+def _stems(kind: type[Quantized], tensors: Mapping[str, TensorSpec]) -> Iterator[str]:
+    """Modules that have a part by which this format's weights are known."""
+    ends = tuple(kind.joint + mark for mark in kind.marks)
+    return iter(dict.fromkeys(name.removesuffix(end) for name in tensors for end in ends if name.endswith(end)))
+
+
+def _stored(
+    kind: type[Quantized],
+    stem: str,
+    names: Mapping[str, str],
+    tensors: Mapping[str, TensorSpec],
+    config: Mapping[str, Any],
+    read: Callable[[str], bytes],
+) -> Stored | None:
+    specs = {part: tensors[name] for part, name in names.items()}
+    format = kind.detect(specs, config, stem, lambda part: read(names[part]))
+    return Stored(format, format.measure(specs), names) if format else None
+
+
+__all__ = ["FORMATS", "QUANTIZED", "Cut", "Format", "Parts", "Plain", "Quantized", "Stored", "Wanted", "weights"]

@@ -24,8 +24,10 @@ Parts = Mapping[str, TensorSpec]
 ReadPart = Callable[[str], bytes]
 """The bytes of a small part, by part name, while a weight's format is looked for."""
 ConfigPath = tuple[str, ...]
-GONE = object()
+GONE = None
 """Value of a config change that takes the key away."""
+SECTIONS = ("quantization_config", "compression_config")
+"""Where config.json, or the text model in it, says how weights are quantized; the second in files of early versions."""
 
 
 class Cut(NamedTuple):
@@ -145,6 +147,19 @@ class Quantized(ABC):
         """
         raise NotImplementedError
 
+    @classmethod
+    def plain_changes(cls, config: Mapping[str, Any]) -> dict[ConfigPath, Any]:
+        """What config.json must say of an output whose weights are no longer in this format."""
+        found = [(key,) for key in SECTIONS if key in config]
+        text = config.get("text_config")
+        found += [("text_config", key) for key in SECTIONS if isinstance(text, Mapping) and key in text]
+        return dict.fromkeys(found, GONE)
+
+    @classmethod
+    def quantizes(cls, module: str, config: Mapping[str, Any]) -> bool | None:
+        """Whether this format's loader has this module quantized; None where config.json decides."""
+        return None
+
     @property
     @abstractmethod
     def bits(self) -> int: ...
@@ -197,9 +212,9 @@ class Quantized(ABC):
     @abstractmethod
     def slices(self, weight: TensorSpec, columns: int, start: int, stop: int) -> dict[str, Cut]: ...
 
-    def fit(self, rows: torch.Tensor) -> Grid:
-        """The scales that the format's own library would choose for float32 rows `[n, columns]`; whole multiples of
-        `rows_at_once`, unless they are the last."""
+    def fit(self, rows: torch.Tensor, start: int = 0) -> Grid:
+        """The scales that the format's own library would choose for float32 rows `[n, columns]`, the first of them row
+        `start` of the weight; whole multiples of `rows_at_once`, unless they are the last."""
         raise NotImplementedError
 
     @abstractmethod

@@ -16,13 +16,13 @@ head, which hold the same values. https://huggingface.co/THUDM/chatglm3-6b/blob/
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_merge import bits as codec
-from lora_merge.errors import InputError
-from lora_merge.formats.base import Parts
+from lora_merge.errors import InputError, UnsupportedError, listed
+from lora_merge.formats.base import ConfigPath, Cut, Parts, Quantized, ReadPart, Wanted
 from lora_merge.formats.plain import LIMITS
 from lora_merge.formats.raw import fill, numbers, torch_dtype
 from lora_merge.spec import BITS, TensorSpec
@@ -44,7 +44,7 @@ SHARED = ("transformer.word_embeddings", "lm_head")
 
 
 @dataclass(frozen=True, slots=True)
-class ChatGLM:
+class ChatGLM(Quantized):
     """Codes of 4 or 8 bits with one scale per row.
 
     scale: dtype of the stored scale. coding: dtype in which `fit` and the nearest codes are computed, F32 unless the
@@ -56,13 +56,11 @@ class ChatGLM:
     coding: str = "F32"
 
     name: ClassVar[str] = "chatglm"
-    writable: ClassVar[bool] = True
     part_names: ClassVar[tuple[str, ...]] = ("weight", "weight_scale")
-    shared: ClassVar[tuple[str, ...]] = ()
-    needs_peak: ClassVar[bool] = False
+    marks: ClassVar[tuple[str, ...]] = ("weight_scale",)
 
     @classmethod
-    def detect(cls, parts: Parts, config: Mapping[str, Any] | None = None, module: str = "") -> ChatGLM | None:
+    def detect(cls, parts: Parts, config: Mapping[str, Any], module: str, read: ReadPart) -> ChatGLM | None:
         """The format of these parts, or None. The width comes from `config` where the shapes leave it open.
 
         Raises InputError where neither tells it.
@@ -74,7 +72,44 @@ class ChatGLM:
             return None
         if scale.shape != weight.shape[:1]:
             return None
-        return cls(_width(weight.shape[1], config or {}, module), scale.dtype)
+        return cls(_width(weight.shape[1], config, module), scale.dtype)
+
+    @classmethod
+    def preset(cls, wanted: Wanted, weights: Mapping[str, TensorSpec]) -> ChatGLM:
+        """Scales are halves, as the official files have them."""
+        if wanted.bits not in WIDTHS:
+            raise UnsupportedError(f"ChatGLM has weights of {' and '.join(map(str, WIDTHS))} bits, not {wanted.bits}")
+        if wanted.quant_type or wanted.group_size or wanted.double_quant:
+            raise UnsupportedError(
+                "ChatGLM has one scale per row and integer codes; leave --quant-type and "
+                "--group-size out, or choose another --format"
+            )
+        return cls(wanted.bits)
+
+    @classmethod
+    def config_changes(
+        cls, written: Mapping[str, ChatGLM], kept: Sequence[str], config: Mapping[str, Any]
+    ) -> dict[ConfigPath, Any]:
+        left = [module for module in kept if cls.quantizes(module, config)]
+        widths = {format.bits for format in written.values()}
+        if left or len(widths) != 1:
+            raise UnsupportedError(
+                f"ChatGLM's loader takes every linear of its layers at one width: {listed(left) or sorted(widths)} "
+                "cannot differ; leave --keep out, or write --format compressed-tensors"
+            )
+        return {("quantization_bit",): widths.pop()}
+
+    @classmethod
+    def plain_changes(cls, config: Mapping[str, Any]) -> dict[ConfigPath, Any]:
+        """A plain checkpoint that still says 8 loads without an error and with every linear zero, so the 0 stays."""
+        keys = {("quantization_bit",): 0, ("quantization_embeddings",): False}
+        return {path: value for path, value in keys.items() if path[0] in config}
+
+    @classmethod
+    def quantizes(cls, module: str, config: Mapping[str, Any]) -> bool | None:
+        if LINEARS.fullmatch(module):
+            return True
+        return module in SHARED and bool(config.get("quantization_embeddings"))
 
     @property
     def top(self) -> int:
@@ -106,14 +141,14 @@ class ChatGLM:
     def rows_at_once(self, weight: TensorSpec) -> int:
         return 1
 
-    def slices(self, weight: TensorSpec, columns: int, start: int, stop: int) -> dict[str, tuple[int, int]]:
+    def slices(self, weight: TensorSpec, columns: int, start: int, stop: int) -> dict[str, Cut]:
         row, scale = columns * self.bits // 8, BITS[self.scale] // 8
-        return {"weight": (start * row, stop * row), "weight_scale": (start * scale, stop * scale)}
+        return {"weight": Cut(start * row, stop * row), "weight_scale": Cut(start * scale, stop * scale)}
 
-    def settled(self, weight: TensorSpec, coding: str = "F32", peak: float | None = None) -> ChatGLM:
+    def settled(self, weight: TensorSpec, coding: str = "F32", seen: torch.Tensor | None = None) -> ChatGLM:
         return replace(self, coding=coding)
 
-    def fit(self, rows: torch.Tensor) -> Affine:
+    def fit(self, rows: torch.Tensor, start: int = 0) -> Affine:
         import torch
 
         coding, dtype = torch_dtype(self.coding), torch_dtype(self.scale)
@@ -136,14 +171,6 @@ class ChatGLM:
         fill(out["weight"], codec.pack(codes, self.bits, torch.uint8, order="high"))
         fill(out["weight_scale"], grid.scale.to(torch_dtype(self.scale)))
 
-    def decode(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
-        codes, grid = self.unpack(parts, *out.shape)
-        out.copy_(grid.values(codes))
-
-    def encode(self, rows: torch.Tensor, out: Mapping[str, torch.Tensor]) -> None:
-        grid = self.fit(rows)
-        self.pack(grid.nearest(rows), grid, out)
-
     def __str__(self) -> str:
         return f"chatglm int{self.bits}"
 
@@ -160,24 +187,6 @@ class ChatGLM:
 def is_chatglm(config: Mapping[str, Any]) -> bool:
     """Whether config.json is that of a ChatGLM of the first three generations."""
     return config.get("model_type") == "chatglm"
-
-
-def quantizes(module: str, config: Mapping[str, Any]) -> bool:
-    """Whether the model's own loader keeps this module quantized once `quantization_bit` is set."""
-    if LINEARS.fullmatch(module):
-        return True
-    return module in SHARED and bool(config.get("quantization_embeddings"))
-
-
-def config_changes(bits: int | None, config: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
-    """What config.json must say for codes of this width; None: for plain weights.
-
-    A plain checkpoint that still says 8 loads without an error and with every linear zero, so the 0 is not left out.
-    """
-    if bits is not None:
-        return {("quantization_bit",): bits}
-    keys = {("quantization_bit",): 0, ("quantization_embeddings",): False}
-    return {path: value for path, value in keys.items() if path[0] in config}
 
 
 def _width(stored: int, config: Mapping[str, Any], module: str) -> int:

@@ -27,16 +27,17 @@ https://github.com/vllm-project/compressed-tensors/tree/main/src/compressed_tens
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from lora_merge.errors import InputError, UnsupportedError
 from lora_merge.formats import ct_codes as layout
 from lora_merge.formats import ct_scales as scales
-from lora_merge.formats.base import Parts
-from lora_merge.formats.ct_recipe import Recipe
-from lora_merge.formats.ct_schemes import NVFP4, PACK, Scheme
+from lora_merge.formats.base import ConfigPath, Cut, Parts, Quantized, ReadPart, Wanted
+from lora_merge.formats.ct_recipe import Recipe, quantization_config, section
+from lora_merge.formats.ct_schemes import NVFP4, PACK, Scheme, preset, uniform_group_size
 from lora_merge.formats.plain import LIMITS
 from lora_merge.formats.raw import fill, numbers, torch_dtype
 from lora_merge.spec import BITS, TensorSpec
@@ -51,7 +52,7 @@ CODES = {"int": "I8", "fp8": "F8_E4M3", "fp4": "U8"}
 
 
 @dataclass(frozen=True, slots=True)
-class CompressedTensors:
+class CompressedTensors(Quantized):
     """One scheme for one weight.
 
     dtype:   in which the weight decodes; also that of `weight_scale` where it is stored as a plain float.
@@ -69,27 +70,20 @@ class CompressedTensors:
     shape: tuple[int, int] | None = None
 
     name: ClassVar[str] = "compressed-tensors"
-    writable: ClassVar[bool] = True
+    marks: ClassVar[tuple[str, ...]] = ("weight_scale",)
     part_names: ClassVar[tuple[str, ...]] = (
         "weight_packed", "weight", "weight_scale", "weight_global_scale", "weight_zero_point", "weight_shape",
         "weight_g_idx",
     )  # fmt: skip
 
     @classmethod
-    def detect(
-        cls,
-        parts: Parts,
-        config: Mapping[str, Any] | None = None,
-        module: str = "",
-        shape: tuple[int, int] | None = None,
-    ) -> CompressedTensors | None:
+    def detect(cls, parts: Parts, config: Mapping[str, Any], module: str, read: ReadPart) -> CompressedTensors | None:
         """The format of these parts, or None where they are not quantized so.
 
         The scheme is that of the config group which names the module, unless its parts say that it is another's.
-        `shape` is what `weight_shape` holds; without it, a weight with one scale per row is taken to fill its words.
-         Raises InputError where no group fits, UnsupportedError where the scheme cannot be read.
+        Raises InputError where no group fits, UnsupportedError where the scheme cannot be read.
         """
-        recipe = Recipe.from_config(config or {})
+        recipe = Recipe.from_config(config)
         if recipe is None or "weight_scale" not in parts or not {"weight", "weight_packed"} & set(parts):
             return None
         if any(len(spec.shape) > 2 for spec in parts.values()):
@@ -97,6 +91,7 @@ class CompressedTensors:
                 f"{module}: its parts are {_listed(parts)}; stacked experts are read only one by one. "
                 "Save the model with its experts as separate linears"
             )
+        shape = _shape(read("weight_shape"), module) if "weight_shape" in parts else None
         schemes = recipe.schemes(module)
         fitting = (found for scheme in schemes if (found := cls._fitting(scheme, parts, shape)))
         if found := next(fitting, None):
@@ -105,6 +100,22 @@ class CompressedTensors:
             f"{module or 'a weight'}: its parts are {_listed(parts)}, and quantization_config in config.json says "
             f"{', or '.join(map(str, schemes)) or 'nothing of it'}; these do not belong together, fetch both again"
         )
+
+    @classmethod
+    def preset(cls, wanted: Wanted, weights: Mapping[str, TensorSpec]) -> CompressedTensors:
+        """One scheme for all weights: `int` has the largest group that divides them all, as some loaders need."""
+        quant_type = wanted.quant_type or "int"
+        size = wanted.group_size or uniform_group_size(weight.shape[-1] for weight in weights.values())
+        scheme = preset(quant_type, wanted.bits, 0, size)
+        return cls(scheme, wanted.dtype if scheme.format not in scales.FIXED else "BF16")
+
+    @classmethod
+    def config_changes(
+        cls, written: Mapping[str, CompressedTensors], kept: Sequence[str], config: Mapping[str, Any]
+    ) -> dict[ConfigPath, Any]:
+        body = quantization_config({module: format.scheme for module, format in written.items()}, kept)
+        body["kv_cache_scheme"] = (section(config) or {}).get("kv_cache_scheme")
+        return {**cls.plain_changes(config), ("quantization_config",): body}
 
     @classmethod
     def _fitting(cls, scheme: Scheme, parts: Parts, shape: tuple[int, int] | None) -> CompressedTensors | None:
@@ -131,11 +142,16 @@ class CompressedTensors:
         return (*whole, "weight_shape", "weight_g_idx", "weight_global_scale")
 
     @property
-    def needs_peak(self) -> bool:
+    def needs_survey(self) -> bool:
         return self.scheme.strategy in ("tensor", "tensor_group") and self.peak is None
 
-    def settled(self, weight: TensorSpec, coding: str = "F32", peak: float | None = None) -> CompressedTensors:
+    def survey(self, rows: torch.Tensor) -> torch.Tensor:
+        """The largest magnitude."""
+        return rows.abs().amax().view(1)
+
+    def settled(self, weight: TensorSpec, coding: str = "F32", seen: torch.Tensor | None = None) -> CompressedTensors:
         rows, columns = weight.shape
+        peak = None if seen is None else seen.max().item()
         return replace(self, coding=coding, peak=peak, shape=(rows, columns))
 
     def describe(self, weight: TensorSpec) -> dict[str, TensorSpec]:
@@ -197,22 +213,22 @@ class CompressedTensors:
             return layout.together(self.bits, self.dense)
         return self._grain(weight.shape[1])[0]
 
-    def slices(self, weight: TensorSpec, columns: int, start: int, stop: int) -> dict[str, tuple[int, int]]:
+    def slices(self, weight: TensorSpec, columns: int, start: int, stop: int) -> dict[str, Cut]:
         return {part: self._slice(part, spec, start, stop) for part, spec in self.describe(weight).items()}
 
-    def _slice(self, part: str, spec: TensorSpec, start: int, stop: int) -> tuple[int, int]:
+    def _slice(self, part: str, spec: TensorSpec, start: int, stop: int) -> Cut:
         if part in self.shared:
-            return 0, spec.nbytes
+            return Cut(0, spec.nbytes)
         if part == "weight_zero_point" and self.scheme.format == PACK:
             start, stop = self._words(start), self._words(stop)
         elif part != self.scheme.codes_part:
             tall = self._grain(0)[0]
             start, stop = -(-start // tall), -(-stop // tall)
         row = spec.shape[1] * BITS[spec.dtype] // 8
-        return start * row, stop * row
+        return Cut(start * row, stop * row)
 
-    def fit(self, rows: torch.Tensor) -> Grid:
-        assert not self.needs_peak, "a scale of the whole weight is asked for, and its peak was not told"
+    def fit(self, rows: torch.Tensor, start: int = 0) -> Grid:
+        assert not self.needs_survey, "a scale of the whole weight is asked for, and its peak was not told"
         scheme, coding, dtype = self.scheme, torch_dtype(self.coding), torch_dtype(self.dtype)
         tall, wide = self._grain(rows.shape[1])
         if scheme.strategy == "tensor":
@@ -270,14 +286,6 @@ class CompressedTensors:
             assert self.shape, "the shape of the weight was not told"
             fill(out["weight_shape"], torch.tensor(self.shape))
 
-    def decode(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
-        codes, grid = self.unpack(parts, *out.shape)
-        grid.values(codes, out)
-
-    def encode(self, rows: torch.Tensor, out: Mapping[str, torch.Tensor]) -> None:
-        grid = self.fit(rows)
-        self.pack(grid.nearest(rows), grid, out)
-
     def __str__(self) -> str:
         return str(self.scheme)
 
@@ -327,6 +335,14 @@ class CompressedTensors:
         return Affine(
             low=-half, high=half - 1, scale=scale, zero=zero, group=group, index=index, dtype=dtype, coding=coding
         )
+
+
+def _shape(data: bytes, module: str) -> tuple[int, int]:
+    """`weight_shape`: two integers."""
+    if len(data) != 16:
+        raise InputError(f"{module}.weight_shape: {len(data)} bytes are not two int64; fetch the checkpoint again")
+    rows, columns = struct.unpack("<2q", data)
+    return rows, columns
 
 
 def _same(described: Parts, found: Parts) -> bool:

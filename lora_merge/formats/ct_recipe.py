@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_merge.errors import InputError, UnsupportedError, listed
+from lora_merge.formats.base import SECTIONS
 from lora_merge.formats.ct_schemes import Scheme
 from lora_merge.spec import PLAIN_FLOATS, TensorSpec
 
-KEYS = ("quantization_config", "compression_config")
-"""Where config.json has it; the second in files of the first versions."""
 METHOD = "compressed-tensors"
 VERSION = "0.20.0"
 """The version whose layout is written."""
@@ -68,7 +67,7 @@ class Recipe:
 def section(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The part of config.json that is compressed-tensors' own, also where a text model has it inside; or None."""
     for place in (config, config.get("text_config")):
-        for key in KEYS if isinstance(place, Mapping) else ():
+        for key in SECTIONS if isinstance(place, Mapping) else ():
             body = place.get(key) if isinstance(place, Mapping) else None
             if isinstance(body, Mapping) and (body.get("quant_method") or METHOD) == METHOD and "format" in body:
                 return body

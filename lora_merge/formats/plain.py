@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from lora_merge.formats.base import Parts
+from lora_merge.formats.base import Cut, Parts
 from lora_merge.spec import BITS, PLAIN_FLOATS, TensorSpec
 
 if TYPE_CHECKING:
@@ -55,9 +55,9 @@ class Plain:
     def rows_at_once(self, weight: TensorSpec) -> int:
         return 1
 
-    def slices(self, weight: TensorSpec, columns: int, start: int, stop: int) -> dict[str, tuple[int, int]]:
+    def slices(self, weight: TensorSpec, columns: int, start: int, stop: int) -> dict[str, Cut]:
         row = columns * BITS[self.dtype] // 8
-        return {PART: (start * row, stop * row)}
+        return {PART: Cut(start * row, stop * row)}
 
     @property
     def limit(self) -> float:

@@ -10,14 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from lora_merge.errors import InputError
-from lora_merge.formats.chatglm import ChatGLM, config_changes, is_chatglm, quantizes
+from lora_merge.errors import InputError, UnsupportedError
+from lora_merge.formats.base import Wanted
+from lora_merge.formats.chatglm import ChatGLM, is_chatglm
 from lora_merge.spec import TensorSpec
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 CHECKPOINTS = ["chatglm1_int4", "chatglm1_int8", "chatglm3_int4", "chatglm3_int8"]
 WRITTEN_IN = {"chatglm1": "F32", "chatglm3": "F16"}
 """The first generation quantizes on the CPU in float32, the third in the dtype of its weights."""
+
+
+def detect(parts, config, module="x"):
+    return ChatGLM.detect(parts, config, module, lambda part: b"")
 
 
 def checkpoint(name):
@@ -32,7 +37,7 @@ def checkpoint(name):
 def weights(name):
     config, modules = checkpoint(name)
     for module, parts in modules.items():
-        format = ChatGLM.detect(sp.specs(parts), config, module)
+        format = detect(sp.specs(parts), config, module)
         yield module, format, format.measure(sp.specs(parts)), sp.raw(parts)
 
 
@@ -49,7 +54,7 @@ def test_fixtures_decode_bit_for_bit(name):
 def test_describe_predicts_what_the_official_quantizer_wrote(name):
     config, modules = checkpoint(name)
     for module, parts in modules.items():
-        format = ChatGLM.detect(sp.specs(parts), config, module)
+        format = detect(sp.specs(parts), config, module)
         assert format.bits == config["quantization_bit"]
         assert format.describe(format.measure(sp.specs(parts))) == sp.specs(parts)
 
@@ -75,16 +80,16 @@ def test_exactly_the_official_modules_are_quantized(name):
     config, modules = checkpoint(name)
     originals = load_file(FIXTURES / name / "original.safetensors")
     matrices = [key.removesuffix(".weight") for key in originals if key.endswith(".weight")]
-    assert {module for module in matrices if quantizes(module, config)} == set(modules)
+    assert {module for module in matrices if ChatGLM.quantizes(module, config)} == set(modules)
     assert is_chatglm(config)
 
 
 def test_embedding_and_head_of_the_first_generation_are_quantized_on_demand():
     shared = ["transformer.word_embeddings", "lm_head"]
-    assert all(quantizes(module, {"quantization_embeddings": True}) for module in shared)
-    assert not any(quantizes(module, {}) for module in shared)
+    assert all(ChatGLM.quantizes(module, {"quantization_embeddings": True}) for module in shared)
+    assert not any(ChatGLM.quantizes(module, {}) for module in shared)
     for module in ("transformer.embedding.word_embeddings", "transformer.output_layer", "transformer.prefix_encoder.x"):
-        assert not quantizes(module, {"quantization_embeddings": True})
+        assert not ChatGLM.quantizes(module, {"quantization_embeddings": True})
 
 
 def test_nibbles_are_signed_and_the_upper_one_is_the_even_column():
@@ -135,12 +140,12 @@ def test_a_row_of_zeros_is_code_zero():
 
 def test_the_width_comes_from_the_shapes_where_they_tell_it():
     parts = {"weight": TensorSpec("I8", (8, 16)), "weight_scale": TensorSpec("F16", (8,))}
-    assert ChatGLM.detect(parts, {"hidden_size": 32, "quantization_bit": 8}).bits == 4
-    assert ChatGLM.detect(parts, {"hidden_size": 16}).bits == 8
-    assert ChatGLM.detect(parts, {"hidden_size": 16, "ffn_hidden_size": 32, "quantization_bit": 4}).bits == 4
-    assert ChatGLM.detect(parts, {"quantization_bit": 8}).bits == 8
+    assert detect(parts, {"hidden_size": 32, "quantization_bit": 8}).bits == 4
+    assert detect(parts, {"hidden_size": 16}).bits == 8
+    assert detect(parts, {"hidden_size": 16, "ffn_hidden_size": 32, "quantization_bit": 4}).bits == 4
+    assert detect(parts, {"quantization_bit": 8}).bits == 8
     with pytest.raises(InputError, match=r"some\.module: 16 bytes a row.*set quantization_bit"):
-        ChatGLM.detect(parts, {"hidden_size": 100}, "some.module")
+        detect(parts, {"hidden_size": 100}, "some.module")
 
 
 def test_other_parts_are_not_taken_for_chatglms():
@@ -152,15 +157,31 @@ def test_other_parts_are_not_taken_for_chatglms():
         good | {"weight_scale": TensorSpec("F16", (16,))},
         good | {"weight_zero_point": TensorSpec("I8", (8,))},
     ]
-    assert ChatGLM.detect(good, {"quantization_bit": 8})
-    assert not any(ChatGLM.detect(parts, {"quantization_bit": 8}) for parts in others)
+    assert detect(good, {"quantization_bit": 8})
+    assert not any(detect(parts, {"quantization_bit": 8}) for parts in others)
 
 
 def test_config_says_the_width_or_zero():
-    assert config_changes(4, {}) == {("quantization_bit",): 4}
+    module = "transformer.layers.0.mlp.dense_h_to_4h"
+    assert ChatGLM.config_changes({module: ChatGLM(4)}, ["lm_head"], {}) == {("quantization_bit",): 4}
     old = {"quantization_bit": 8, "quantization_embeddings": True}
-    assert config_changes(None, old) == {("quantization_bit",): 0, ("quantization_embeddings",): False}
-    assert config_changes(None, {"hidden_size": 1}) == {}
+    assert ChatGLM.plain_changes(old) == {("quantization_bit",): 0, ("quantization_embeddings",): False}
+    assert ChatGLM.plain_changes({"hidden_size": 1}) == {}
+
+
+def test_a_linear_that_the_loader_quantizes_cannot_stay_plain():
+    module = "transformer.layers.0.mlp.dense_h_to_4h"
+    with pytest.raises(UnsupportedError, match="dense_4h_to_h"):
+        ChatGLM.config_changes({module: ChatGLM(4)}, [module.replace("h_to_4h", "4h_to_h")], {})
+    with pytest.raises(UnsupportedError, match="one width"):
+        ChatGLM.config_changes({module: ChatGLM(4), "b": ChatGLM(8)}, [], {})
+
+
+def test_what_chatglm_has_not_is_refused():
+    assert ChatGLM.preset(Wanted(8), {}) == ChatGLM(8)
+    for wanted in (Wanted(3), Wanted(4, group_size=128), Wanted(4, quant_type="nf4")):
+        with pytest.raises(UnsupportedError, match="ChatGLM has"):
+            ChatGLM.preset(wanted, {})
 
 
 def test_what_cannot_be_stored_is_refused():
