@@ -31,13 +31,15 @@ SECTIONS = ("quantization_config", "compression_config")
 
 
 class Cut(NamedTuple):
-    """Which bytes of a part: `[begin, end)` of each of `lines` lines, each `stride` bytes long; one line is the usual
-    piece in one run. Formats that store a weight turned round, `[in, out]`, need many."""
+    """Which bytes of a part: `[begin, end)` of each of the lines `[first, first + lines)`, all `stride` bytes long; one
+    line (without a stride, the whole part) is the usual piece in one run. Formats that store a weight turned round,
+    `[in, out]`, need many; a stack of such weights has those of each expert one behind the other."""
 
     begin: int
     end: int
     lines: int = 1
     stride: int = 0
+    first: int = 0
 
     @property
     def nbytes(self) -> int:

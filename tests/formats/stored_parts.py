@@ -51,10 +51,15 @@ def kept(format, weight, data, rows):
     return out
 
 
+def window(data, cut):
+    """The bytes of one cut of a whole part, `[lines, end - begin]`, as they lie in it."""
+    lines = data.view(-1, cut.stride) if cut.stride else data.view(1, -1)
+    return lines[cut.first : cut.first + cut.lines, cut.begin : cut.end]
+
+
 def gathered(data, cut):
     """The bytes of one cut of a whole part, lines one behind the other."""
-    lines = data.view(cut.lines, -1) if cut.lines > 1 else data.view(1, -1)
-    return lines[:, cut.begin : cut.end].reshape(-1)
+    return window(data, cut).reshape(-1)
 
 
 def by_tiles(format, weight, rows, step, encode):
@@ -67,8 +72,7 @@ def by_tiles(format, weight, rows, step, encode):
         out = {part: torch.full((cut.nbytes,), 0xA5, dtype=torch.uint8) for part, cut in cuts.items()}
         encode(rows[start:stop], start, stop, out)
         for part, cut in cuts.items():
-            lines = whole[part].view(cut.lines, -1) if cut.lines > 1 else whole[part].view(1, -1)
-            lines[:, cut.begin : cut.end] = out[part].view(cut.lines, -1)
+            window(whole[part], cut).copy_(out[part].view(cut.lines, -1))
             filled[part] = cut.nbytes if part in format.shared else filled[part] + cut.nbytes
     assert filled == {part: len(data) for part, data in whole.items()}
     return {part: data.numpy().tobytes() for part, data in whole.items()}
