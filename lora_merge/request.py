@@ -9,6 +9,15 @@ from pathlib import Path
 from lora_merge.errors import UsageError
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+WIDTHS = (2, 3, 4, 5, 6, 7, 8, 16)
+FORMATS = (
+    "plain", "chatglm", "compressed-tensors", "bitsandbytes", "gptq", "awq", "fp8", "fbgemm_fp8", "modelopt", "mxfp4",
+)  # fmt: skip
+"""What `--format` takes: the formats that can be written, by the names under which config.json has them."""
+QUANT_TYPES = ("int", "fp8", "nf4", "fp4", "nvfp4", "mxfp4", "mxfp8")
+ROUNDINGS = ("auto", "nearest", "stochastic", "dither", "adapter-aware")
+SCALES = ("auto", "keep", "fresh")
+TRAINED_ON = ("as-is", "nf4", "fp4", "int8")
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
@@ -20,7 +29,18 @@ class Request:
     adapters: tuple[Path, ...]
     out: Path | None
     bits: int | None = None
+    format: str | None = None
     dtype: str | None = None
+    quant_type: str | None = None
+    double_quant: bool = False
+    group_size: int | None = None
+    scales: str = "auto"
+    rounding: str = "auto"
+    seed: int = 0
+    keep: tuple[str, ...] = ()
+    trained_on: str = "as-is"
+    adapter_base: str | None = None
+    min_survival: float = 0.3
     weight: tuple[float, ...] = ()
     alpha: float | None = None
     base_is_residual: bool = False
@@ -37,28 +57,46 @@ class Request:
     def __post_init__(self) -> None:
         if self.weight and len(self.weight) != len(self.adapters):
             raise UsageError(f"--weight: {len(self.weight)} given for {len(self.adapters)} adapters; give one for each")
-        if self.bits not in (None, 16):
-            raise UsageError(f"--bits: {self.bits!r} cannot be written; 16 is the only width yet")
+        for option, value, known in (
+            ("bits", self.bits, WIDTHS), ("format", self.format, FORMATS), ("dtype", self.dtype, tuple(DTYPES)),
+            ("quant-type", self.quant_type, QUANT_TYPES), ("rounding", self.rounding, ROUNDINGS),
+            ("scales", self.scales, SCALES), ("trained-on", self.trained_on, TRAINED_ON),
+        ):  # fmt: skip
+            if value is not None and value not in known:
+                raise UsageError(f"--{option}: {value!r} is not one of {', '.join(map(str, known))}")
+        if self.format == "plain" and self.bits not in (None, 16):
+            raise UsageError(f"--format plain has 16 bits or what --dtype says, not {self.bits}")
+        if self.bits == 16 and self.format not in (None, "plain"):
+            raise UsageError(f"--bits 16 is plain; {self.format} has fewer")
+        if self.group_size is not None and self.group_size != -1 and self.group_size < 1:
+            raise UsageError(f"--group-size: {self.group_size} is neither a positive number nor -1 (one per row)")
         if self.bits == 16 and self.dtype == "float32":
             raise UsageError("--bits 16 and --dtype float32 exclude each other")
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise UsageError(f"--dtype: {self.dtype!r} is not one of {', '.join(DTYPES)}")
         if self.resume and self.restart:
             raise UsageError("--resume and --restart exclude each other")
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"--threads: {self.threads} is not a positive number")
-        if self.allow_unused is not None:
-            try:
-                re.compile(self.allow_unused)
-            except re.error as error:
-                raise UsageError(
-                    f"--allow-unused: {self.allow_unused!r} is not a regular expression: {error}"
-                ) from None
+        for option, patterns in (("allow-unused", (self.allow_unused,)), ("keep", self.keep)):
+            for pattern in filter(None, patterns):
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise UsageError(f"--{option}: {pattern!r} is not a regular expression: {error}") from None
 
     @property
     def strengths(self) -> tuple[float, ...]:
         """The factor of each adapter's effect."""
         return self.weight or (1.0,) * len(self.adapters)
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether a quantized output is asked for."""
+        return self.bits not in (None, 16) or self.format not in (None, "plain")
+
+    @property
+    def decodes(self) -> bool:
+        """Whether a plain output is asked for."""
+        return self.bits == 16 or self.format == "plain"
 
     @property
     def target_dtype(self) -> str | None:
