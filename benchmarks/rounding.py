@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from lora_merge.adapters.lowrank import BoundLowRank
 from lora_merge.grids import Affine, Grid, refined
 from lora_merge.rounding import AdapterAware, Dither, Nearest, Rounding, Sample, Stochastic, choose, key
 from lora_merge.survival import Directions, Sums
@@ -164,7 +165,8 @@ class Case:
 
     def _rounding(self, strategy: str, name: str, seed: int, grid: Grid) -> Rounding:
         a, b = self.factors[name]
-        directions = Directions.of([b.unsqueeze(0)], [a.unsqueeze(0)])
+        directions = Directions.of([BoundLowRank(b.unsqueeze(0), a.unsqueeze(0), 1.0)])
+        assert directions is not None
         sample = [Sample(0, self.base[name], self.merged[name], grid)]
         if strategy == "stochastic":
             return Stochastic(key(seed, name))

@@ -121,41 +121,58 @@ class AdapterAware:
     from where the best answer of all later columns to these errors would put it. Rows do not see each other. A block
     should have a thousand rows and more: the columns go one by one.
 
-    gains: float32 `[experts, columns, r]`, `_gains` of V.
+    gains: float32 `[columns, r]` for each sector, `_gains` of its V.
     """
 
     directions: Directions
-    gains: torch.Tensor
+    gains: tuple[torch.Tensor, ...]
     name: ClassVar[str] = "adapter-aware"
 
     @classmethod
     def of(cls, directions: Directions, strength: float = STRENGTH) -> AdapterAware:
-        return cls(directions, torch.stack([_gains(right, strength) for right in directions.right]))
+        return cls(directions, tuple(_gains(sector.right, strength) for sector in directions.sectors))
 
     def codes(self, rows: torch.Tensor, grid: Grid, start: int, base: torch.Tensor | None = None) -> torch.Tensor:
-        codes = grid.nearest(rows)
-        for expert, low, high in self.directions.pieces(start, start + len(rows)):
-            low, high = low - start, high - start
-            right = self.directions.right[expert].to(rows)
-            codes[low:high] = _shaped(rows[low:high], grid.rows(low, high), right, self.gains[expert].to(rows))
+        stop = start + len(rows)
+        codes = torch.empty_like(rows, dtype=grid.codes(rows[:1, :1]).dtype)
+        done = start
+        for number, low, high in self.directions.pieces(start, stop):
+            _nearest_(codes, rows, grid, done - start, low - start)
+            part, done = slice(low - start, high - start), high
+            right = self.directions.sectors[number].narrow
+            codes[part] = _shaped(rows[part], grid.rows(part.start, part.stop), right, self.gains[number])
+        _nearest_(codes, rows, grid, done - start, stop - start)
         return codes
+
+
+def _nearest_(codes: torch.Tensor, rows: torch.Tensor, grid: Grid, low: int, high: int) -> None:
+    """Rows `[low, high)`, on which no adapter acts."""
+    if low < high:
+        codes[low:high] = grid.rows(low, high).nearest(rows[low:high])
 
 
 def _gains(right: torch.Tensor, strength: float) -> torch.Tensor:
     """How far column j must move per unit of P, so that it and all later columns answer best: `[columns, r]`.
 
-    g_j = strength * M_j v_j with M_j = (I + strength * sum of v_i v_i^T over i >= j)^-1, from the last column
-    backwards by rank-one updates of the inverse; in float64.
+    g_j = strength * M_j v_j with M_j = (I + strength * sum of v_i v_i^T over i >= j)^-1. The inverse behind each panel
+    of columns is computed afresh; within the panels, all at once, rank-one updates lead from the last column to the
+    first; in float64.
     """
-    vectors = right.double().cpu().numpy()
-    inverse = torch.eye(right.shape[1], dtype=torch.float64).numpy()
-    gains = torch.zeros_like(right, dtype=torch.float64, device="cpu")
-    into = gains.numpy()
-    for j in range(len(vectors) - 1, -1, -1):
-        vector = inverse @ vectors[j]
-        into[j] = vector * (strength / (1.0 + strength * (vector @ vectors[j])))
-        inverse -= vector[:, None] * into[j]
-    return gains.to(device=right.device, dtype=torch.float32)
+    columns, r = right.shape
+    panels = -(-columns // PANEL)
+    vectors = right.new_zeros(panels * PANEL, r)
+    vectors[:columns] = right
+    vectors = vectors.view(panels, PANEL, r)
+    grams = vectors.transpose(1, 2) @ vectors
+    behind = grams.flip(0).cumsum(0).flip(0) - grams
+    inverse = torch.linalg.inv(torch.eye(r, dtype=right.dtype, device=right.device) + strength * behind)
+    gains = torch.empty_like(vectors)
+    for j in range(PANEL - 1, -1, -1):
+        vector = vectors[:, j].unsqueeze(1)  # [panels, 1, r]
+        moved = vector @ inverse
+        gains[:, j] = (moved * (strength / (1.0 + strength * (moved * vector).sum(-1, keepdim=True)))).squeeze(1)
+        inverse -= moved.transpose(1, 2) * gains[:, j].unsqueeze(1)
+    return gains.view(-1, r)[:columns].float()
 
 
 def _shaped(rows: torch.Tensor, grid: Grid, right: torch.Tensor, gains: torch.Tensor) -> torch.Tensor:
@@ -215,26 +232,24 @@ class Dither:
     """Stochastic rounding with less noise: a value moves up only when it is near enough to the upper code.
 
     That deletes the smallest changes, so the change is first amplified along each direction by what is lost there in
-    the mean. amplify: float32 `[experts, r, r]`, what is added of the change in the coordinates of `directions.right`.
+    the mean. amplify: float32 `[r, r]` for each sector, what is added of the change in the coordinates of its V.
     """
 
     key: int
     directions: Directions
-    amplify: torch.Tensor
+    amplify: tuple[torch.Tensor, ...]
     name: ClassVar[str] = "dither"
 
     @classmethod
     def of(cls, key: int, directions: Directions, sample: Sequence[Sample]) -> Dither:
-        amplify = [_amplified(directions, expert, sample) for expert in range(len(directions.right))]
-        return cls(key, directions, torch.stack(amplify))
+        return cls(key, directions, tuple(_amplified(directions, n, sample) for n in range(len(directions.sectors))))
 
     def codes(self, rows: torch.Tensor, grid: Grid, start: int, base: torch.Tensor | None = None) -> torch.Tensor:
         assert base is not None
         rows = rows.clone()
-        for expert, low, high in self.directions.pieces(start, start + len(rows)):
-            piece = rows[low - start : high - start]
-            right = self.directions.right[expert].to(rows)
-            _amplify_(piece, base[low - start : high - start], right, self.amplify[expert].to(rows))
+        for number, low, high in self.directions.pieces(start, start + len(rows)):
+            part = slice(low - start, high - start)
+            _amplify_(rows[part], base[part], self.directions.sectors[number].narrow, self.amplify[number])
         shift = uniform(self.key, start, len(rows), rows.shape[1], rows.device).sub_(0.5).mul_(AMPLITUDE).add_(0.5)
         return grid.dithered(rows, shift)
 
@@ -244,15 +259,15 @@ def _amplify_(rows: torch.Tensor, base: torch.Tensor, right: torch.Tensor, ampli
     rows.addmm_((rows - base) @ right @ amplify, right.T)
 
 
-def _amplified(directions: Directions, expert: int, sample: Sequence[Sample]) -> torch.Tensor:
-    """The gains less one that keep an expert's change in the mean, in a few multiplicative steps on the sample."""
-    right = directions.right[expert].float()
+def _amplified(directions: Directions, number: int, sample: Sequence[Sample]) -> torch.Tensor:
+    """The gains less one that keep a sector's change in the mean, in a few multiplicative steps on the sample."""
+    right = directions.sectors[number].narrow
     pieces = [
         Sample(low, tile.base[low - tile.start : high - tile.start], tile.merged[low - tile.start : high - tile.start],
                tile.grid.rows(low - tile.start, high - tile.start))
         for tile in sample
         for found, low, high in directions.pieces(tile.start, tile.start + len(tile.base))
-        if found == expert
+        if found == number
     ]  # fmt: skip
     seen = [((tile.merged - tile.base) @ right).double() for tile in pieces]
     energy = sum((change.T @ change for change in seen), torch.zeros(2 * (right.shape[1],), dtype=torch.float64))

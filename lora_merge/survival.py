@@ -14,52 +14,89 @@ With Q0 the base as the target format holds it, D the wanted change, Q the value
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Protocol
 
 import torch
 
 
-@dataclass(frozen=True, eq=False)
-class Directions:
-    """In which directions an adapter acts on a weight: one pair of bases for each expert, a plain weight is one.
-
-    left: float64 `[experts, height, r]`, right: float64 `[experts, columns, r]`; orthonormal columns, or zero ones
-    where the factors have a smaller rank. Expert e lies at rows `[first + e * height, first + (e + 1) * height)`.
-    """
+class Update(Protocol):
+    """A low-rank change of the rows from `first` on: left `[experts, height, r]`, right `[experts, r, columns]`."""
 
     left: torch.Tensor
     right: torch.Tensor
-    first: int = 0
+    first: int
+
+
+@dataclass(frozen=True, eq=False)
+class Sector:
+    """The rows from `first` on, as many as `left` has, in which an adapter acts within one pair of bases.
+
+    left: float64 `[height, r]`, right: float64 `[columns, s]`; orthonormal columns, or zero ones where the factors have
+    a smaller rank. narrow: `right` in float32.
+    """
+
+    first: int
+    left: torch.Tensor
+    right: torch.Tensor
+    narrow: torch.Tensor
+
+    @property
+    def end(self) -> int:
+        return self.first + len(self.left)
+
+
+@dataclass(frozen=True, eq=False)
+class Directions:
+    """In which directions adapters act on a weight: sectors in the order of their rows, none over another.
+
+    A plain weight is one sector, a stack of experts has one for each, a fused weight one for each module in it.
+    """
+
+    sectors: tuple[Sector, ...]
 
     @classmethod
-    def of(cls, lefts: Sequence[torch.Tensor], rights: Sequence[torch.Tensor], first: int = 0) -> Directions:
-        """Of all low-rank changes to a weight: lefts `[experts, height, r]`, rights `[experts, r, columns]`."""
-        left = torch.cat([factor.double() for factor in lefts], 2)
-        right = torch.cat([factor.double().transpose(1, 2) for factor in rights], 2)
-        return cls(orthonormal(left), orthonormal(right), first)
+    def of(cls, updates: Sequence[Update]) -> Directions | None:
+        """Of all low-rank changes to a weight; those of the same rows act together. None where rows overlap otherwise:
+        no pair of bases belongs to a row then."""
+        found: dict[tuple[int, int], list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        for update in updates:
+            height = update.left.shape[1]
+            for expert, pair in enumerate(zip(update.left, update.right, strict=True)):
+                found.setdefault((update.first + expert * height, height), []).append(pair)
+        ranges = sorted(found)
+        if any(first + height > following for (first, height), (following, _) in pairwise(ranges)):
+            return None
+        return cls(tuple(_sector(first, found[first, height]) for first, height in ranges))
 
     @property
     def dimensions(self) -> int:
         """Of the space of all changes that lie within these directions."""
-        return len(self.left) * self.left.shape[2] * self.right.shape[2]
+        return sum(sector.left.shape[1] * sector.right.shape[1] for sector in self.sectors)
 
     def pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """Experts that lie in rows `[start, stop)`, each with the rows of it that do."""
-        experts, height, _ = self.left.shape
-        for expert in range(experts):
-            top = self.first + expert * height
-            low, high = max(start, top), min(stop, top + height)
-            if low < high:
-                yield expert, low, high
+        """Numbers of the sectors that lie in rows `[start, stop)`, each with the rows of it that do."""
+        past = bisect_right(self.sectors, start, key=lambda sector: sector.end)
+        for number, sector in enumerate(self.sectors[past:], past):
+            if sector.first >= stop:
+                return
+            yield number, max(start, sector.first), min(stop, sector.end)
+
+
+def _sector(first: int, factors: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Sector:
+    right = orthonormal(torch.cat([right.T.double() for _, right in factors], 1))
+    return Sector(first, orthonormal(torch.cat([left.double() for left, _ in factors], 1)), right, right.float())
 
 
 def orthonormal(columns: torch.Tensor) -> torch.Tensor:
-    """An orthonormal basis of each matrix's columns `[..., n, r]`, `[..., n, min(n, r)]`, zero beyond its rank."""
+    """An orthonormal basis of the columns `[n, r]`, `[n, min(n, r)]`, zero beyond their rank."""
     basis, rest = torch.linalg.qr(columns)
     turn, sizes, _ = torch.linalg.svd(rest, full_matrices=False)
-    kept = sizes > sizes[..., :1] * max(columns.shape[-2:]) * torch.finfo(columns.dtype).eps
-    product: torch.Tensor = basis @ turn * kept.unsqueeze(-2)
+    kept = sizes > sizes[:1] * max(columns.shape) * torch.finfo(columns.dtype).eps
+    product: torch.Tensor = basis @ turn * kept
     return product
 
 
@@ -80,7 +117,7 @@ class Sums:
 
     directions: Directions | None = None
     core: dict[int, torch.Tensor] = field(default_factory=dict)
-    """U^T E V by expert, float64 `[r, r]`."""
+    """U^T E V by number of the sector, float64 `[r, s]`."""
     wanted: float = 0.0
     missed: float = 0.0
     base: float = 0.0
@@ -101,11 +138,10 @@ class Sums:
         self.changed += changed
         if self.directions is None:
             return
-        for expert, low, high in self.directions.pieces(start, start + len(base)):
-            top = self.directions.first + expert * self.directions.left.shape[1]
-            left = self.directions.left[expert, low - top : high - top]
-            right = self.directions.right[expert].to(error)
-            self._join(expert, left.T @ (error[low - start : high - start] @ right).double())
+        for number, low, high in self.directions.pieces(start, start + len(base)):
+            sector = self.directions.sectors[number]
+            left = sector.left[low - sector.first : high - sector.first]
+            self._join(number, left.T @ (error[low - start : high - start] @ sector.narrow).double())
 
     def add(self, other: Sums) -> None:
         self.wanted += other.wanted
@@ -114,11 +150,11 @@ class Sums:
         self.product += other.product
         self.elements += other.elements
         self.changed += other.changed
-        for expert, core in other.core.items():
-            self._join(expert, core)
+        for number, core in other.core.items():
+            self._join(number, core)
 
-    def _join(self, expert: int, core: torch.Tensor) -> None:
-        self.core[expert] = self.core[expert] + core if expert in self.core else core
+    def _join(self, number: int, core: torch.Tensor) -> None:
+        self.core[number] = self.core[number] + core if number in self.core else core
 
     def figures(self) -> Survival:
         changed = self.changed / self.elements if self.elements else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from hashlib import sha256
 
 import pytest
@@ -34,6 +35,15 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@dataclass
+class Pair:
+    """An update as adapters hand it over."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+    first: int = 0
+
+
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -54,7 +64,7 @@ class Case:
         self.delta = left @ right
         self.delta *= relative * self.base.norm() / self.delta.norm()
         self.merged = self.base + self.delta
-        self.directions = Directions.of([left.unsqueeze(0)], [right.unsqueeze(0)])
+        self.directions = Directions.of([Pair(left.unsqueeze(0), right.unsqueeze(0))])
         self.sample = [Sample(0, self.base, self.merged, self.grid)]
 
     def figures(self, rounding: Rounding) -> Survival:
@@ -218,21 +228,21 @@ GRIDS = {
 def test_adapter_aware_is_the_recursion(fit):
     weight = normal(32, COLUMNS)
     grid = fit(weight)
-    directions = Directions.of([normal(1, 32, R, seed=1)], [normal(1, R, COLUMNS, seed=2)])
-    expected = column_by_column(weight, grid, directions.right[0], 1000.0)
+    directions = Directions.of([Pair(normal(1, 32, R, seed=1), normal(1, R, COLUMNS, seed=2))])
+    right = directions.sectors[0].right
+    expected = column_by_column(weight, grid, right, 1000.0)
     got = grid.values(AdapterAware.of(directions).codes(weight, grid, 0))
     # A near tie decided otherwise changes the rest of its row, by a step here and there.
     same_rows = torch.isclose(got.double(), expected, atol=1e-5).all(1).float().mean()
     assert same_rows > 0.7
-    wanted = weight.double() @ directions.right[0]
-    assert ((got.double() @ directions.right[0] - wanted).norm()
-            < 0.5 * (grid.values(grid.nearest(weight)).double() @ directions.right[0] - wanted).norm())  # fmt: skip
+    by_nearest = grid.values(grid.nearest(weight))
+    assert ((got - weight).double() @ right).norm() < 0.5 * ((by_nearest - weight).double() @ right).norm()
 
 
 def test_adapter_aware_minimises_what_it_says():
     """|E|^2 + strength |E V|^2 is smaller than that of nearest, and the more it weighs E V, the smaller E V."""
     case = Case(0.03)
-    right = case.directions.right[0].float()
+    right = case.directions.sectors[0].right.float()
 
     def cost(codes: torch.Tensor, strength: float) -> float:
         error = case.grid.values(codes) - case.merged
@@ -259,15 +269,44 @@ def test_adapter_aware_takes_each_expert_by_itself():
     left, right = normal(3, rows, 4, seed=1), normal(3, 4, 128, seed=2)
     weight = normal(first + 3 * rows, 128)
     grid = int4(weight)
-    stack = AdapterAware.of(Directions.of([left], [right], first))
+    stack = AdapterAware.of(Directions.of([Pair(left, right, first)]))
     whole = stack.codes(weight, grid, 0)
     assert torch.equal(whole[:first], grid.nearest(weight)[:first])
     for e in range(3):
         low, high = first + e * rows, first + (e + 1) * rows
-        alone = AdapterAware.of(Directions.of([left[e : e + 1]], [right[e : e + 1]]))
+        alone = AdapterAware.of(Directions.of([Pair(left[e : e + 1], right[e : e + 1])]))
         assert torch.equal(alone.codes(weight[low:high], grid.rows(low, high), 0), whole[low:high])
     part = stack.codes(weight[30:100], grid.rows(30, 100), 30)
     assert (part != whole[30:100]).float().mean() < 1e-3
+
+
+def test_modules_of_a_fused_weight_are_rounded_each_by_its_own_factors():
+    """As three weights one under the other, with their ranks; rows between them are nearest or drawn plainly."""
+    heights, ranks, firsts = (40, 24, 24), (8, 4, 6), (0, 50, 74)
+    pairs = [Pair(normal(1, h, r, seed=h + r), normal(1, r, 128, seed=r), f)
+             for h, r, f in zip(heights, ranks, firsts, strict=True)]  # fmt: skip
+    weight = normal(98, 128)
+    grid = int4(weight)
+    base = grid.values(grid.nearest(weight))
+    merged = base.clone()
+    for pair, height in zip(pairs, heights, strict=True):
+        merged[pair.first : pair.first + height] += 0.01 * (pair.left @ pair.right)[0]
+    directions = Directions.of(pairs)
+    sample = [
+        Sample(0, base[:60], merged[:60], grid.rows(0, 60)),
+        Sample(60, base[60:], merged[60:], grid.rows(60, 98)),
+    ]
+    aware, dither = AdapterAware.of(directions), Dither.of(5, directions, sample)
+    by_feedback, drawn = aware.codes(merged, grid, 0), dither.codes(merged, grid, 0, base)
+    for pair, height in zip(pairs, heights, strict=True):
+        low, high = pair.first, pair.first + height
+        own = Directions.of([Pair(pair.left, pair.right)])
+        rows, places = merged[low:high], grid.rows(low, high)
+        assert torch.equal(AdapterAware.of(own).codes(rows, places, 0), by_feedback[low:high])
+        alone = Dither.of(5, Directions.of([pair]), sample)
+        assert torch.equal(alone.codes(rows, places, low, base[low:high]), drawn[low:high])
+    assert torch.equal(by_feedback[40:50], grid.nearest(base)[40:50])
+    assert torch.equal(drawn[40:50], grid.nearest(base)[40:50])
 
 
 def test_nearest_deletes_a_small_change_and_the_others_keep_it():
@@ -284,7 +323,7 @@ def test_nearest_deletes_a_small_change_and_the_others_keep_it():
 def test_dither_amplifies_what_it_would_lose():
     case = Case(0.04)
     dither = case.rounding("dither")
-    plain = Dither(dither.key, dither.directions, torch.zeros_like(dither.amplify))
+    plain = Dither(dither.key, dither.directions, (torch.zeros(R, R),))
     assert case.figures(plain).projection < 0.97
     assert case.figures(dither).projection == pytest.approx(1, abs=0.04)
     # The gains are measured on a part of the rows as well.

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
 from lora_merge.survival import Directions, Sums, orthonormal
 
 OUT, COLUMNS, R = 50, 70, 6
+
+
+@dataclass
+class Pair:
+    """An update as adapters hand it over."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+    first: int = 0
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -20,7 +31,7 @@ class Case:
         self.base = normal(OUT, COLUMNS, seed=2)
         self.delta = 0.05 * self.left @ self.right
         self.written = self.base + self.delta * 0.7 + 0.1 * normal(OUT, COLUMNS, seed=3)
-        self.directions = Directions.of([self.left.unsqueeze(0)], [self.right.unsqueeze(0)])
+        self.directions = Directions.of([Pair(self.left.unsqueeze(0), self.right.unsqueeze(0))])
 
     def seen(self, sums: Sums, start: int = 0, stop: int = OUT) -> Sums:
         part = slice(start, stop)
@@ -72,7 +83,8 @@ def test_kept_and_deleted_changes():
 
 def test_an_error_outside_the_directions_is_noise_alone():
     case = Case()
-    left, right = case.directions.left[0], case.directions.right[0]
+    [sector] = case.directions.sectors
+    left, right = sector.left, sector.right
     other = normal(OUT, COLUMNS, seed=5).double()
     other -= left @ (left.T @ other @ right) @ right.T
     case.written = (case.base + case.delta + 0.5 * other).float()
@@ -104,7 +116,7 @@ def test_stacked_experts_have_their_own_bases():
     first = 5
     delta = torch.cat([torch.zeros(first, 30), (left @ right).flatten(0, 1), torch.zeros(2, 30)])
     error = normal(first + 60 + 2, 30, seed=2)
-    directions = Directions.of([left], [right], first)
+    directions = Directions.of([Pair(left, right, first)])
     sums = Sums(directions)
     for start, stop in ((0, 3), (3, 33), (33, 67)):
         part = slice(start, stop)
@@ -123,12 +135,58 @@ def test_stacked_experts_have_their_own_bases():
     assert directions.dimensions == 3 * 16
 
 
-def test_several_adapters_share_one_pair_of_bases():
+def test_modules_of_a_fused_weight_have_their_own_bases_and_ranks():
+    """q, k and v of one stored weight: three row ranges, each with its own factors, in any order; one has none."""
+    heights, ranks = (30, 10, 12), (6, 3, 4)
+    firsts = (0, 30, 45)
+    pairs = [
+        Pair(normal(1, height, r, seed=i), normal(1, r, COLUMNS, seed=10 + i), first)
+        for i, (height, r, first) in enumerate(zip(heights, ranks, firsts, strict=True))
+    ]
+    directions = Directions.of(pairs[::-1])
+    assert [(s.first, s.end) for s in directions.sectors] == [(0, 30), (30, 40), (45, 57)]
+    assert directions.dimensions == 36 + 9 + 16
+    assert list(directions.pieces(29, 46)) == [(0, 29, 30), (1, 30, 40), (2, 45, 46)]
+    assert list(directions.pieces(40, 45)) == []
+    delta = torch.zeros(60, COLUMNS)
+    for pair, height in zip(pairs, heights, strict=True):
+        delta[pair.first : pair.first + height] += (pair.left @ pair.right)[0]
+    error = normal(60, COLUMNS, seed=20)
+    sums = Sums(directions)
+    for start, stop in ((33, 60), (0, 33)):
+        zeros = torch.zeros(stop - start, COLUMNS)
+        sums.see(start, zeros, delta[start:stop], (delta + error)[start:stop], 0)
+    lost = 0.0
+    for pair, height in zip(pairs, heights, strict=True):
+        u, _ = torch.linalg.qr(pair.left[0])
+        v, _ = torch.linalg.qr(pair.right[0].T)
+        lost += float((u.T @ error[pair.first : pair.first + height] @ v).square().sum())
+    assert sums.figures().survival == pytest.approx(1 - lost**0.5 / float(delta.norm()), abs=1e-5)
+
+
+def test_several_adapters_on_the_same_rows_act_together():
     case = Case()
-    again = Directions.of([case.left.unsqueeze(0)] * 2, [case.right.unsqueeze(0)] * 2)
-    one = case.seen(Sums(case.directions)).figures()
-    two = case.seen(Sums(again)).figures()
+    pair = Pair(case.left.unsqueeze(0), case.right.unsqueeze(0))
+    one, two = (case.seen(Sums(Directions.of([pair] * times))).figures() for times in (1, 2))
     assert two.survival == pytest.approx(one.survival, abs=1e-5), "the same directions twice are the same directions"
+    other = Pair(normal(1, OUT, 3, seed=7), normal(1, 3, COLUMNS, seed=8))
+    both = case.seen(Sums(Directions.of([pair, other]))).figures()
+    u, _ = torch.linalg.qr(torch.cat([case.left, other.left[0]], 1))
+    v, _ = torch.linalg.qr(torch.cat([case.right, other.right[0]]).T)
+    error = case.written - case.base - case.delta
+    assert both.survival == pytest.approx(float(1 - (u.T @ error @ v).norm() / case.delta.norm()), abs=1e-5)
+    # A stack and its experts one by one are the same rows, too.
+    stack = Pair(normal(2, 25, 3, seed=7), normal(2, 3, COLUMNS, seed=8))
+    alone = [Pair(stack.left[e : e + 1], stack.right[e : e + 1], 25 * e) for e in range(2)]
+    assert [s.left.shape for s in Directions.of([stack, *alone]).sectors] == [(25, 6)] * 2
+
+
+def test_rows_under_two_different_ranges_have_no_directions():
+    whole = Pair(normal(1, 40, 3), normal(1, 3, COLUMNS))
+    part = Pair(normal(1, 10, 3), normal(1, 3, COLUMNS), 20)
+    assert Directions.of([whole, part]) is None
+    assert Directions.of([part, Pair(part.left, part.right, 29)]) is None
+    assert Directions.of([part, Pair(part.left, part.right, 30)]) is not None
 
 
 def test_bases_of_any_rank():
