@@ -62,12 +62,18 @@ def gathered(data, cut):
     return window(data, cut).reshape(-1)
 
 
+def pieces(format, weight, rows, step):
+    """Rows `[start, stop)` of every tile; one ends where `slices` cannot go on."""
+    within = format.rows_within(weight) or rows
+    for first in range(0, rows, within):
+        yield from ((start, min(start + step, first + within)) for start in range(first, first + within, step))
+
+
 def by_tiles(format, weight, rows, step, encode):
     """Bytes of each part written tile by tile, parts of the whole weight but once."""
     whole = {part: torch.full((spec.nbytes,), 0xA5).byte() for part, spec in format.describe(weight).items()}
     filled = dict.fromkeys(whole, 0)
-    for start in range(0, len(rows), step):
-        stop = min(len(rows), start + step)
+    for start, stop in pieces(format, weight, len(rows), step):
         cuts = format.slices(weight, rows.shape[1], start, stop)
         out = {part: torch.full((cut.nbytes,), 0xA5, dtype=torch.uint8) for part, cut in cuts.items()}
         encode(rows[start:stop], start, stop, out)
