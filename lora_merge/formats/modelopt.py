@@ -1,0 +1,274 @@
+"""NVIDIA ModelOpt's FP8 and NVFP4, as TensorRT-LLM and vLLM deploy them.
+
+quant_algo                 part            dtype    shape                        meaning
+FP8                        weight          F8_E4M3  [out, in]                    codes; w = code * scale
+                           weight_scale    F32      []
+FP8_PER_CHANNEL_PER_TOKEN  weight_scale    F32      [out]
+fp8_pb_wo                  weight_scale    F32      [out/128, 1, in/128, 1]      rounded up; [] where there is but one
+MXFP8                      weight_scale    U8       [out, in/32]                 2^(byte - 127)
+NVFP4, W4A16_NVFP4         weight          U8       [out, in/2]                  4-bit floats, even column in the lower
+W4A8_NVFP4_FP8                                                                   nibble; w = code * (scale * scale_2)
+                           weight_scale    F8_E4M3  [out, in/16]                 in/32 in W4A8_NVFP4_FP8
+                           weight_scale_2  F32      []                           the same for q, k, v and for gate, up
+
+Products are float32, rounded to the dtype of the model. Static scales of activations (`input_scale`) lie beside. New
+weights get FP8_PER_CHANNEL_PER_TOKEN or W4A16_NVFP4, which need none. config.json has it as `quantization_config`;
+older checkpoints only `hf_quant_config.json`, under other names.
+https://github.com/NVIDIA/Model-Optimizer/blob/main/modelopt/torch/export/quant_utils.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+from lora_merge.errors import InputError, UnsupportedError
+from lora_merge.formats import ct_codes as layout
+from lora_merge.formats import fp8_scales as scales
+from lora_merge.formats.base import ConfigPath, Cut, Parts, ReadPart, Wanted
+from lora_merge.formats.ct_scales import E2M1, LARGEST_E4M3, Fp4, fp4, largest
+from lora_merge.formats.ct_schemes import NVFP4, Scheme
+from lora_merge.formats.fp8 import FP8, ROW, listed, model_dtype, section, still_skipped
+from lora_merge.formats.raw import fill, numbers, torch_dtype
+from lora_merge.spec import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+    from typing_extensions import Self
+
+    from lora_merge.grids import Grid
+
+NIBBLES = Scheme(NVFP4, 4, "float")
+PRODUCER = {"name": "modelopt", "version": "0.47.0"}
+"""Whose layout is written."""
+ROTATED = ("pre_quant_scale", "svdquant_lora_a", "svdquant_lora_b")
+"""Parts of weights that are stored multiplied by something (AWQ, SVDQuant)."""
+LEAST_E4M3 = 2.0**-9
+NAMES = {"ignore": "exclude_modules", "quant_algo": "quant_algo", "quantized_layers": "quantized_layers"}
+"""Keys of `quantization_config`, and what `hf_quant_config.json` calls them."""
+FP8_KV = {"dynamic": False, "num_bits": 8, "type": "float"}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOpt(FP8):
+    """8-bit floats by ModelOpt's rules; its 4-bit floats are `ModelOptFP4`."""
+
+    part: str = "weight_scale"
+
+    name: ClassVar[str] = "modelopt"
+    marks: ClassVar[tuple[str, ...]] = ("weight_scale",)
+    part_names: ClassVar[tuple[str, ...]] = ("weight", "weight_scale", "weight_scale_2", *ROTATED)
+    beside: ClassVar[tuple[str, ...]] = ("input_scale",)
+    methods: ClassVar[tuple[str, ...]] = ("modelopt",)
+    own_file: ClassVar[str | None] = "hf_quant_config.json"
+
+    @classmethod
+    def detect(cls, parts: Parts, config: Mapping[str, Any], module: str, read: ReadPart) -> ModelOpt | None:
+        """The format of these parts, or None where neither they nor `config` are ModelOpt's.
+
+        Raises UnsupportedError for what is neither FP8 nor NVFP4, InputError where the scales fit no block.
+        """
+        body = section(config)[1]
+        codes, scale, whole = (parts.get(part) for part in ("weight", "weight_scale", "weight_scale_2"))
+        if not codes or not scale or (body.get("quant_method") not in cls.methods and not whole):
+            return None
+        if {*parts} <= {"weight", "weight_scale", "weight_scale_2"} and len(codes.shape) == 2:
+            if whole and (codes.dtype, scale.dtype) == ("U8", "F8_E4M3") and whole.dtype == "F32" and whole.numel == 1:
+                return ModelOptFP4._sized(codes, scale, len(whole.shape), config, module)
+            if not whole and codes.dtype == "F8_E4M3" and scale.dtype in ("F32", "U8"):
+                return cls._of(codes, scale, "weight_scale", config, body, module)
+        raise UnsupportedError(
+            f"{module}: its parts are {listed(parts)} ({_algorithm(body, module)}); of ModelOpt only FP8 and NVFP4 "
+            "linears are read. Merge onto the checkpoint that it was made from"
+        )
+
+    @classmethod
+    def preset(cls, wanted: Wanted, weights: Mapping[str, TensorSpec]) -> ModelOpt:
+        kind = wanted.quant_type or {8: "fp8", 4: "nvfp4"}.get(wanted.bits)
+        if (kind, wanted.bits) not in (("fp8", 8), ("nvfp4", 4)) or wanted.double_quant:
+            raise UnsupportedError(
+                "modelopt has 8-bit floats (--bits 8) and NVFP4 (--bits 4), and no double quantization"
+            )
+        if wanted.group_size not in (None, 16) or (kind == "fp8" and wanted.group_size):
+            raise UnsupportedError("modelopt's group size is fixed, 16 for NVFP4; leave out --group-size")
+        if kind == "nvfp4":
+            return ModelOptFP4(dtype=wanted.dtype)
+        return ModelOpt(dtype=wanted.dtype, block=ROW, rank=1)
+
+    @classmethod
+    def config_changes(
+        cls, written: Mapping[str, Self], kept: Sequence[str], config: Mapping[str, Any]
+    ) -> dict[ConfigPath, Any]:
+        path, old = section(config)
+        body = dict(old) if old.get("quant_method") in cls.methods else _section(next(iter(written.values())))
+        body["ignore"] = still_skipped(body.get("ignore") or (), written, kept)
+        return {path: body} if body != old else {}
+
+    @property
+    def algorithm(self) -> str:
+        """`quant_algo` of new weights."""
+        return "FP8_PER_CHANNEL_PER_TOKEN"
+
+    def _fresh(self, most: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return scales.quotient(most, LARGEST_E4M3, self.power), None
+
+    def _grid(self, scale: torch.Tensor, inverse: torch.Tensor | None, columns: int) -> Grid:
+        # A scale that is no matrix does not widen the weight: the library's quotient is rounded to the weight's dtype.
+        grid = FP8._grid(self, scale, inverse, columns)
+        return replace(grid, coding=torch_dtype(self.coding)) if self._single and self.coding != "F32" else grid
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOptFP4(ModelOpt):
+    """NVFP4. top: what the largest magnitude of the weight is divided by to give `weight_scale_2`."""
+
+    codes: str = "U8"
+    scale: str = "F8_E4M3"
+    rank: int = 0
+    block: tuple[int, int] = (1, 16)
+    top: float = LARGEST_E4M3 * E2M1[-1]
+
+    fused: ClassVar[bool] = True
+
+    @classmethod
+    def _sized(
+        cls, codes: TensorSpec, scale: TensorSpec, rank: int, config: Mapping[str, Any], module: str
+    ) -> ModelOptFP4:
+        """The format of codes and scales of these specs; `weight_scale_2` has `rank` dimensions."""
+        rows, stored = codes.shape
+        groups = scale.shape[-1] if scale.shape[:-1] == (rows,) else 0
+        if not groups or stored * 2 % groups:
+            raise InputError(f"{module}: scales {scale} do not fit 4-bit codes {codes}; fetch the checkpoint again")
+        eight = _algorithm(section(config)[1], module).startswith("W4A8")  # its kernel turns the weights into FP8
+        own = cls(rank=rank, block=(1, stored * 2 // groups), dtype=model_dtype(config))
+        return replace(own, top=LARGEST_E4M3) if eight else own
+
+    @property
+    def bits(self) -> int:
+        return 4
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        return ("weight_scale_2",)
+
+    @property
+    def needs_survey(self) -> bool:
+        return self.peak is None
+
+    @property
+    def algorithm(self) -> str:
+        return "W4A16_NVFP4"
+
+    def describe(self, weight: TensorSpec) -> dict[str, TensorSpec]:
+        rows, columns = weight.shape
+        return {
+            "weight": TensorSpec("U8", (rows, columns // 2)),
+            "weight_scale": TensorSpec("F8_E4M3", (rows, columns // self.block[1])),
+            "weight_scale_2": TensorSpec("F32", (1,) * self.rank),
+        }
+
+    def measure(self, parts: Parts) -> TensorSpec:
+        rows, stored = parts["weight"].shape
+        return TensorSpec(self.dtype, (rows, stored * 2))
+
+    def refusal(self, weight: TensorSpec) -> str | None:
+        if len(weight.shape) == 2 and weight.shape[1] % self.block[1]:
+            return f"{weight.shape[1]} columns do not divide into groups of {self.block[1]}"
+        return FP8.refusal(self, weight)
+
+    def slices(self, weight: TensorSpec, columns: int, start: int, stop: int) -> dict[str, Cut]:
+        row, groups = columns // 2, columns // self.block[1]
+        marks = Cut(start * groups, stop * groups)
+        return {"weight": Cut(start * row, stop * row), "weight_scale": marks, "weight_scale_2": Cut(0, 4)}
+
+    def fit(self, rows: torch.Tensor, start: int = 0) -> Grid:
+        import torch
+
+        assert not self.needs_survey, "a scale of the whole weight is asked for, and its peak was not told"
+        peak = torch.tensor(cast(float, self.peak), device=rows.device)
+        whole = peak / self.top if peak > 0 else torch.ones_like(peak)
+        marks = largest(rows, self.block[1]) / (E2M1[-1] * whole)
+        marks = marks.masked_fill(marks == 0, 1.0).clamp(LEAST_E4M3, LARGEST_E4M3).to(torch.float8_e4m3fn)
+        return self._marked(marks, whole, fresh=True)
+
+    def unpack(self, parts: Mapping[str, torch.Tensor], rows: int, columns: int) -> tuple[torch.Tensor, Grid]:
+        stored = numbers(parts["weight"], "U8", columns // 2)
+        marks = numbers(parts["weight_scale"], "F8_E4M3", columns // self.block[1])
+        whole = numbers(parts["weight_scale_2"], "F32", 1)[0, 0]
+        return layout.unpacked(stored, NIBBLES, True, columns), self._marked(marks, whole)
+
+    def pack(self, codes: torch.Tensor, grid: Grid, out: Mapping[str, torch.Tensor]) -> None:
+        assert isinstance(grid, MarkedFp4) and grid.whole is not None
+        fill(out["weight"], layout.packed(codes, NIBBLES, True))
+        fill(out["weight_scale"], grid.marks)
+        fill(out["weight_scale_2"], grid.whole)
+
+    def __str__(self) -> str:
+        return f"modelopt nvfp4 {self.block[1]}"
+
+    def _marked(self, marks: torch.Tensor, whole: torch.Tensor, fresh: bool = False) -> MarkedFp4:
+        plain = fp4(marks.float() * whole, self.block[1], torch_dtype(self.dtype), whole)
+        return MarkedFp4(
+            table=plain.table, scale=plain.scale, group=plain.group, dtype=plain.dtype, whole=whole, marks=marks,
+            fresh=fresh,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class MarkedFp4(Fp4):
+    """The grid of NVFP4: `scale` is `marks * whole`, which are what is stored.
+
+    fresh: whether the codes of -0 and 0 are one, as for weights that were never stored so.
+    """
+
+    marks: torch.Tensor
+    fresh: bool = False
+
+    def coordinate(self, rows: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return Fp4.coordinate(self, rows + 0.0 if self.fresh else rows, dtype)
+
+    def rows(self, start: int, stop: int) -> Self:
+        return replace(self, scale=self.scale[start:stop], marks=self.marks[start:stop])
+
+
+def from_own_file(body: Mapping[str, Any]) -> dict[str, Any]:
+    """`quantization_config` for the content of hf_quant_config.json."""
+    told = body.get("quantization")
+    told = told if isinstance(told, Mapping) else {}
+    found = {key: told[name] for key, name in NAMES.items() if told.get(name) is not None}
+    cache = told.get("kv_cache_quant_algo")
+    found |= {"kv_cache_scheme": FP8_KV if cache == "FP8" else cache} if cache else {}
+    found |= {"producer": body["producer"]} if "producer" in body else {}
+    return found | {"quant_method": "modelopt"}
+
+
+def to_own_file(body: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The content of hf_quant_config.json, which TensorRT-LLM reads, for a `quantization_config`.
+
+    before: what the base has there, whose other keys stay.
+    """
+    old = before or {}
+    told = old.get("quantization")
+    quantization = dict(told) if isinstance(told, Mapping) else {"kv_cache_quant_algo": None}
+    quantization |= {name: body[key] for key, name in NAMES.items() if key in body}
+    if body.get("quant_algo") == ModelOptFP4().algorithm:
+        quantization.setdefault("group_size", ModelOptFP4().block[1])
+    return {**old, "producer": body.get("producer", PRODUCER), "quantization": quantization}
+
+
+def _section(format: ModelOpt) -> dict[str, Any]:
+    """`quantization_config` of weights that are written anew, less the list of what stays plain."""
+    body: dict[str, Any] = {"quant_algo": format.algorithm, "producer": PRODUCER, "quant_method": "modelopt"}
+    if isinstance(format, ModelOptFP4):
+        weights = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": format.block[1]}
+        body["config_groups"] = {"group_0": {"weights": weights, "targets": ["Linear"]}}
+    return body
+
+
+def _algorithm(body: Mapping[str, Any], module: str) -> str:
+    """`quant_algo` of a module, in checkpoints of several its own."""
+    layers = body.get("quantized_layers")
+    own = layers.get(module) if isinstance(layers, Mapping) else None
+    place = own if isinstance(own, Mapping) else body
+    return str(place.get("quant_algo") or "quant_algo is not told")
