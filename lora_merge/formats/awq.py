@@ -48,8 +48,8 @@ PER_WORD = 8
 """Codes in 32 bits."""
 TOP = 15
 SCALES = ("F16", "BF16", "F32")
-GROUP_SIZES = (128, 64, 32, 16, -1)
-"""What kernels know; -1: a whole row."""
+GROUP_SIZES = (128, 64, 32, 16)
+"""What the kernels of every loader know. Files with one scale a row (-1) are read, and kept so."""
 LEAST = 1e-5
 """The narrowest range of values that a group gets, so that a group of zeros has a scale."""
 WOVEN = 4
@@ -168,14 +168,14 @@ class AWQ(Layout):
         if wanted.quant_type not in (None, "int") or wanted.double_quant:
             raise UnsupportedError("AWQ has integer codes and plain scales; leave --quant-type and --double-quant out")
         size = wanted.group_size or uniform_group_size(weight.shape[-1] for weight in weights.values())
-        if size not in GROUP_SIZES:
+        if wanted.group_size and size not in GROUP_SIZES:
             known = ", ".join(map(str, GROUP_SIZES))
-            raise UnsupportedError(f"no AWQ kernel knows groups of {size}; choose a --group-size of {known}")
-        if size == -1 and wanted.group_size is None:
+            raise UnsupportedError(f"AWQ's loaders know groups of {known}, not {size}; choose one with --group-size")
+        if size == -1:
             odd = [f"{name} has {weight.shape[-1]}" for name, weight in weights.items() if weight.shape[-1] % 32]
             raise UnsupportedError(
                 f"AWQ groups 128, 64 or 32 columns, and {len(odd)} weights do not divide so ({listed(odd)}); "
-                "choose a --group-size of 16 or -1 (whole rows), or another --format"
+                "try --group-size 16, or choose another --format"
             )
         return cls(size, wanted.dtype if wanted.dtype == "BF16" else "F16")
 
