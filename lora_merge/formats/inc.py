@@ -22,7 +22,7 @@ def refuse(tensors: Iterable[str]) -> None:
     """Raise UnsupportedError where a checkpoint with tensors of these names is one of raw Gaudi weights."""
     if raw := [name for name in tensors if SCALE.search(name)]:
         raise UnsupportedError(
-            f"{listed(raw)}: FP8 weights of Intel Neural Compressor as a Gaudi holds them, which differ from machine to "
-            'machine. Save the model with its save(model, folder, format="vllm"), which writes compressed-tensors, and '
+            f"{listed(raw)}: FP8 weights of Intel Neural Compressor as Gaudis hold them, which differ from one to "
+            'another. Save the model with its save(model, folder, format="vllm"), which writes compressed-tensors, and '
             "merge onto that, or merge onto the checkpoint that it was made from"
         )
