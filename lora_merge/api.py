@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from lora_merge import __version__, planning
 from lora_merge.checkpoint import Checkpoint, digest, identity, open_adapter, open_base
-from lora_merge.errors import UsageError
+from lora_merge.errors import NumericError, UsageError, listed, printable
 from lora_merge.inspection import inspect_path
 from lora_merge.jobs import Copy, Plan, Rewrite
 from lora_merge.output import Stage
@@ -164,6 +164,7 @@ def merge_request(request: Request, *, progress: Progress = _silent) -> MergeRes
             executor.run(left, stage, lambda name, nbytes: progress(name, nbytes, total))
             _write_small_files(job, stage)
             results = [line for shard in plan.shards for line in stage.records[shard.file].results]
+            _check_survival(request, results)
             stage.write(MANIFEST, _manifest(job, stage, results))
             for checkpoint in (job.base, *job.adapters):
                 checkpoint.check_unchanged()
@@ -186,6 +187,22 @@ def _result(job: OpenJob, weights: Sequence[Mapping[str, Any]], resumed: int, be
         seconds=time.monotonic() - began,
         device=device,
         notes=job.plan.notes,
+    )
+
+
+def _check_survival(request: Request, lines: Sequence[Mapping[str, Any]]) -> None:
+    """NumericError that names the weights whose change rounding has all but deleted, and says what would keep it."""
+    known = [line for line in lines if line.get("survival") is not None]
+    lost = [line for line in known if line["survival"] < request.min_survival]
+    if not lost:
+        return
+    named = listed((f"{line['name']} ({line['survival']:.2f})" for line in lost), 6)
+    ways = [] if request.rounding == "auto" else ["--rounding auto"]
+    ways += ["--bits 8", "--bits 16", "or --keep REGEX for these weights alone"]
+    raise NumericError(
+        f"{printable(request.out)}: rounding leaves less than {request.min_survival:g} of the adapter's change to "
+        f"{len(lost)} of {len(known)} weights: {named}. Keep it with "
+        f"{', '.join(ways)}; or take them as they are with --min-survival 0 --resume"
     )
 
 

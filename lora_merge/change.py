@@ -8,10 +8,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.errors import NumericError, printable
+from lora_merge.formats import Quantized
 from lora_merge.jobs import Rewrite
 
 if TYPE_CHECKING:
+    from typing import TypeAlias
+
     import torch
+
+    from lora_merge.survival import Sums
+
+    Measured: TypeAlias = "Change | Sums"
+    """What adds up over the tiles of a weight."""
 
 MEASURED_TILES = 8
 MEASURED = 1 << 16
@@ -35,11 +43,12 @@ class Change:
 
 
 def measure(job: Rewrite, before: torch.Tensor, written: Mapping[str, torch.Tensor]) -> Change:
-    """What writing a tile changed, seen through the target format."""
+    """What writing a tile of a plain weight changed, seen on its first rows, which were `before`."""
     import torch
 
     after = torch.empty_like(before)
-    job.target.decode(written, after)
+    cuts = job.target.slices(job.weight, before.shape[1], 0, len(before))
+    job.target.decode({part: written[part][: cut.end] for part, cut in cuts.items()}, after)
     changed = int((after != before).sum())
     delta = torch.linalg.vector_norm(after.sub_(before)).item() ** 2
     return Change(torch.linalg.vector_norm(before).item() ** 2, delta, before.numel(), changed)
@@ -71,14 +80,30 @@ def check_finite(job: Rewrite, rows: torch.Tensor, start: int) -> None:
     )
 
 
-def result(job: Rewrite, change: Change) -> dict[str, Any]:
-    """What is recorded of one rewritten weight."""
-    return {
+def result(job: Rewrite, measured: Measured | None, words: Mapping[str, str]) -> dict[str, Any]:
+    """What is recorded of one rewritten weight. words: how it was coded."""
+    line: dict[str, Any] = {
         "name": job.name,
+        "parts": _checked(job),
         "kinds": [effect.patch.kind for effect in job.effects],
         "adapters": sorted({effect.adapter for effect in job.effects}),
         "format": str(job.target),
         "shape": list(job.weight.shape),
-        "relative_change": math.sqrt(change.delta / change.base) if change.base else None,
-        "changed": change.changed / change.elements if change.elements else None,
+        "relative_change": None,
+        "changed": None,
+        **words,
     }
+    if isinstance(measured, Change):
+        line["relative_change"] = math.sqrt(measured.delta / measured.base) if measured.base else None
+        line["changed"] = measured.changed / measured.elements if measured.elements else None
+    elif measured is not None:
+        figures = measured.figures()
+        line |= {"relative_change": figures.relative, "changed": figures.changed, "survival": figures.survival}
+        line |= {"projection": figures.projection, "noise": figures.noise, "change_norm": math.sqrt(measured.wanted)}
+    return line
+
+
+def _checked(job: Rewrite) -> list[str]:
+    """Output tensors of a weight whose dtype says what their bytes are: `verify` looks for NaN in them."""
+    opaque = job.target.opaque if isinstance(job.target, Quantized) else ()
+    return [job.names[part] for part in job.target.describe(job.weight) if part not in opaque]

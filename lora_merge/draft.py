@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from lora_merge.adapters.base import Patch
 from lora_merge.checkpoint import Checkpoint
 from lora_merge.effects import Wish, Wishes, patches
-from lora_merge.jobs import ConfigPath
+from lora_merge.formats import QUANTIZED, Stored
+from lora_merge.formats import weights as gathered
+from lora_merge.formats.base import SECTION, ConfigPath
+from lora_merge.jsonfile import read_json
 from lora_merge.spec import TensorSpec
 from lora_merge.ties import Extra, Tie, Touch, tied, untie
 
@@ -20,24 +24,51 @@ CHUNK = 1 << 22
 
 @dataclass(slots=True)
 class Draft:
-    """Where each output tensor comes from, what changes in the config, what to tell.
+    """Where each output tensor comes from, what the weights are, what changes in the config, what to tell.
 
-    sources: output name -> base tensor. changes: config values by path.
+    sources: output tensor -> base tensor. config: of the base, with what another file says of its quantization.
+    weights: by the name without quantization; parts are output tensors. changes: config values by path.
     """
 
     base: Checkpoint
     sources: dict[str, str]
+    config: dict[str, Any]
+    weights: dict[str, Stored] = field(default_factory=dict)
     changes: dict[ConfigPath, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
+    @classmethod
+    def of(cls, base: Checkpoint) -> Draft:
+        """Everything as it is in the base."""
+        return cls(base, {name: name for name in base.tensors}, _config(base), notes=list(base.notes))
+
+    def gather(self) -> None:
+        """Find the weights among the tensors, once it is known which layers there are."""
+        self.weights = gathered(self._tensors, self.config, self._read)
+
     @property
-    def config(self) -> dict[str, Any]:
-        return self.base.config or {}
+    def _tensors(self) -> dict[str, TensorSpec]:
+        return {name: self.base.tensors[source] for name, source in self.sources.items()}
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
-        """Specs in the base, by output name."""
-        return {name: self.base.tensors[source] for name, source in self.sources.items()}
+        """What an adapter can name: every weight without quantization, and the tensors that are no weights."""
+        homes = {part: name for name, stored in self.weights.items() for part in stored.parts.values()}
+        named = {homes.get(tensor, tensor): tensor for tensor in self.sources}
+        return {
+            name: self.weights[name].weight if name in self.weights else self.base.tensors[self.sources[tensor]]
+            for name, tensor in named.items()
+        }
+
+    def source(self, stored: Stored) -> Stored:
+        """The same weight with its parts as the base names them."""
+        return replace(stored, parts={part: self.sources[name] for part, name in stored.parts.items()})
+
+    def _read(self, name: str) -> bytes:
+        """The bytes of a small tensor."""
+        data = bytearray(self.base.tensors[self.sources[name]].nbytes)
+        self.base.read_into(self.sources[name], 0, memoryview(data))
+        return bytes(data)
 
     def tie(self) -> Tie | None:
         """The tied embedding and head of the base, if it has them."""
@@ -68,7 +99,7 @@ class Draft:
                 by_tensor[tie.embedding] = _moved(sides[1], tie.embedding)
         leading = by_tensor.get(tie.embedding if tie.embedding_on_disk else tie.head, ())
         for name in action.mirror:
-            if self._same_bytes(self.sources[name], self.sources[tie.embedding]):
+            if self._same(name, tie.embedding):
                 by_tensor[name] = _moved(leading, name)
         for extra in action.write:
             by_tensor[extra.name] = self._extra(extra, by_tensor)
@@ -78,9 +109,13 @@ class Draft:
         return replace(wishes, by_tensor={name: side for name, side in by_tensor.items() if side})
 
     def _extra(self, extra: Extra, by_tensor: Mapping[str, tuple[Wish, ...]]) -> tuple[Wish, ...]:
-        """Start a tensor that the base does not store from another; the wishes that it takes."""
-        self.sources[extra.name] = self.sources[extra.source]
-        spec = self.base.tensors[self.sources[extra.source]]
+        """Start a weight that the base does not store from another; the wishes that it takes."""
+        stored = self.weights[extra.source]
+        old, new = (name.removesuffix(".weight") for name in (extra.source, extra.name))
+        parts = {part: new + name.removeprefix(old) for part, name in stored.parts.items()}
+        self.sources |= {parts[part]: self.sources[name] for part, name in stored.parts.items()}
+        self.weights[extra.name] = replace(stored, parts=parts)
+        spec = stored.weight
         inherited = [
             wish
             for wish, patch in patches(spec, by_tensor.get(extra.source, ()))
@@ -92,7 +127,14 @@ class Draft:
         """False where both sides are stored and differ: then loaders keep them apart whatever the flag says."""
         if not (tie.embedding_on_disk and tie.head_on_disk):
             return True
-        return self._same_bytes(self.sources[tie.embedding], self.sources[tie.head])
+        return self._same(tie.embedding, tie.head)
+
+    def _same(self, one: str, other: str) -> bool:
+        """Whether two weights hold the same bytes."""
+        first, second = self.source(self.weights[one]), self.source(self.weights[other])
+        return first.parts.keys() == second.parts.keys() and all(
+            self._same_bytes(first.parts[part], second.parts[part]) for part in first.parts
+        )
 
     def _same_bytes(self, one: str, other: str) -> bool:
         specs = self.base.tensors
@@ -106,6 +148,18 @@ class Draft:
             if first[:size] != second[:size]:
                 return False
         return True
+
+
+def _config(base: Checkpoint) -> dict[str, Any]:
+    """config.json; what it does not say of the quantization is taken from the file in which some loaders keep it."""
+    config = dict(base.config or {})
+    if config.get(SECTION):
+        return config
+    for kind in QUANTIZED.values():
+        if kind.own_file and Path(kind.own_file) in base.side_files:
+            body = read_json(base.path / kind.own_file)
+            return config | {SECTION: {"quant_method": kind.name, **kind.section(body)}}
+    return config
 
 
 def _share_copies(tie: Tie, by_tensor: dict[str, tuple[Wish, ...]], spec: TensorSpec) -> None:

@@ -17,15 +17,19 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy
+
 from lora_merge import pipeline
-from lora_merge.change import Change, result
+from lora_merge.change import result
 from lora_merge.checkpoint import Checkpoint
+from lora_merge.formats import Cut
 from lora_merge.jobs import Copy, Job, Rewrite, Shard
 from lora_merge.tiles import tile_rows
 
 if TYPE_CHECKING:
+    from lora_merge.change import Measured
     from lora_merge.rewriting import Ready, Rewriter
-    from lora_merge.rewriting import Slot as Workspace
+    from lora_merge.stored_rows import Slot as Workspace
 
 COPIED = 1 << 23
 """Bytes of a copied block: large, since while torch is imported every call waits for the interpreter."""
@@ -87,10 +91,15 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The bytes of one block, by output tensor name, and what was measured."""
+    """The bytes of one block, by output tensor name, what was measured of its tiles, and how it was coded.
+
+    cuts: where the bytes of a tensor go that do not follow those of the last block.
+    """
 
     parts: Mapping[str, memoryview]
-    change: Change | None = None
+    cuts: Mapping[str, tuple[Cut, ...]] = field(default_factory=dict)
+    measured: Sequence[Measured] = ()
+    words: Mapping[str, str] = field(default_factory=dict)
 
 
 def slots_of(threads: int) -> int:
@@ -189,7 +198,10 @@ class Executor:
         if isinstance(job, Rewrite):
             assert block.ready is not None
             slot.workspace = slot.workspace or self._rewriting().slot()
-            return Piece(*self._rewriting().rewrite(job, block.ready, block.start, block.stop, slot.workspace))
+            found, measured = self._rewriting().rewrite(job, block.ready, block.start, block.stop, slot.workspace)
+            cuts = {name: fragment.cuts for name, fragment in found.items() if fragment.cuts is not None}
+            parts = {name: fragment.data for name, fragment in found.items()}
+            return Piece(parts, cuts, measured, block.ready.words)
         size = block.stop - block.start
         if len(slot.copied) < size:
             slot.copied = bytearray(size)
@@ -202,31 +214,53 @@ class Executor:
 class Sink:
     """Writes the pieces of one shard in order, and keeps the results of its weights.
 
-    Parts of a weight lie one behind the other in the file, so all but the first wait until the first is through.
+    Parts of a weight lie one behind the other in the file, so all but the first wait until the first is through; and
+    the first, too, where its pieces do not come in the order of its bytes.
     """
 
     def __init__(self, writer: Writer, progress: Progress) -> None:
         self.writer = writer
         self.progress = progress
         self.held: dict[str, bytearray] = {}
-        self.change = Change()
+        self.measured: Measured | None = None
         self.results: list[dict[str, Any]] = []
 
     def __call__(self, block: Block, piece: Piece) -> None:
         leading, *others = piece.parts
-        self.writer.write(piece.parts[leading])
+        if leading in piece.cuts:
+            others = [leading, *others]
+        else:
+            self.writer.write(piece.parts[leading])
         for name in others:
-            self.held.setdefault(name, bytearray()).extend(piece.parts[name])
-        if piece.change is not None:
-            self.change.add(piece.change)
+            if name in piece.cuts:
+                self._place(block.job, name, piece)
+            else:
+                self.held.setdefault(name, bytearray()).extend(piece.parts[name])
+        for one in piece.measured:
+            if self.measured is None:
+                self.measured = one
+            else:
+                self.measured.add(one)  # type: ignore[arg-type]  # a weight is measured in one way
         self.progress(block.job.name, sum(map(len, piece.parts.values())))
         if block.last:
-            self._close(block.job)
+            self._close(block.job, piece)
 
-    def _close(self, job: Job) -> None:
+    def _place(self, job: Job, name: str, piece: Piece) -> None:
+        """Put bytes that belong in many lines of a part."""
+        held = self.held.get(name)
+        if held is None:
+            held = self.held[name] = bytearray(job.parts[name].nbytes)
+        begin = 0
+        for cut in piece.cuts[name]:
+            lines = numpy.frombuffer(held, numpy.uint8).reshape(-1, cut.stride)[cut.first : cut.first + cut.lines]
+            data = numpy.frombuffer(piece.parts[name][begin : begin + cut.nbytes], numpy.uint8)
+            lines[:, cut.begin : cut.end] = data.reshape(cut.lines, -1)
+            begin += cut.nbytes
+
+    def _close(self, job: Job, piece: Piece) -> None:
         for data in self.held.values():
             self.writer.write(memoryview(data))
         self.held = {}
         if isinstance(job, Rewrite):
-            self.results.append(result(job, self.change))
-        self.change = Change()
+            self.results.append(result(job, self.measured, piece.words))
+        self.measured = None

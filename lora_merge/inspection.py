@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from lora_merge.checkpoint import Checkpoint, open_adapter, open_base
-from lora_merge.formats import detect
+from lora_merge.draft import Draft
+from lora_merge.formats import Quantized
 from lora_merge.results import InspectedTensor, Inspection
+from lora_merge.targets import declared
 
 FACTOR = re.compile(r"\.lora_[abAB](\.|$)")
 SHOWN = {
@@ -29,7 +30,7 @@ def inspect_path(path: Path) -> Inspection:
         return Inspection(
             path=str(path),
             role=role,
-            kind=str(config.get("peft_type", "no config")) if role == "adapter" else _format(opened, config),
+            kind=str(config.get("peft_type", "no config")) if role == "adapter" else _format(opened),
             dtypes=dict(dtypes.most_common()),
             nbytes=sum(dtypes.values()),
             tensors=tuple(
@@ -49,11 +50,11 @@ def _is_adapter(path: Path) -> bool:
     return any((path / name).exists() for name in names)
 
 
-def _format(opened: Checkpoint, config: dict[str, Any]) -> str:
-    quantized = config.get("quantization_config")
-    if isinstance(quantized, dict):
-        return str(quantized.get("quant_method", "quantized"))
-    if config.get("quantization_bit"):
-        return f"chatglm {config['quantization_bit']} bit"
-    found = Counter(format.name for spec in opened.tensors.values() if (format := detect({"weight": spec})))
-    return ", ".join(found) or "no float weights"
+def _format(opened: Checkpoint) -> str:
+    draft = Draft.of(opened)
+    draft.gather()
+    coded = Counter(str(stored.format) for stored in draft.weights.values() if isinstance(stored.format, Quantized))
+    if coded or (said := declared(draft.config)) is None:
+        plain = {stored.format.name for stored in draft.weights.values()}
+        return ", ".join(coded) or ", ".join(plain) or "no float weights"
+    return said

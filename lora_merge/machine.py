@@ -11,12 +11,17 @@ from pathlib import Path
 from lora_merge.adapters.base import Needs
 from lora_merge.errors import MemoryLimitError, printable
 from lora_merge.execute import COPIED, Machine, slots_of
+from lora_merge.formats import Quantized, Stored
 from lora_merge.jobs import Plan, Rewrite
 from lora_merge.request import Request
 from lora_merge.tiles import KEPT, TILE, tile_rows
 
 BLOCK_TILES = 1
+DIRECTIONS = 4
+"""Times the factors: their orthonormal bases in float64, and float32 copies."""
 MOST_THREADS = 8
+PLAIN_TILES, CODED_TILES = 3, 14
+"""Tiles of float32 that work on one of them holds at once: decoded, merged, written, their differences."""
 INTERPRETER = 200 * 10**6
 """Anonymous memory of Python with torch, where the system does not tell."""
 
@@ -55,7 +60,8 @@ def working_set(plan: Plan, machine: Machine) -> int:
     """Bytes that a run holds beyond Python and torch: buffers in flight, factors, weights seen whole, headers."""
     widest = max((tile_rows(job) * job.weight.matrix(job.stacked)[1] for job in plan.rewrites), default=TILE)
     tile = max(widest, 1) * 4
-    slot = 2 * machine.block_tiles * max(tile, TILE * 4) // 2 + 3 * tile + COPIED
+    coded = any(job.coding for job in plan.rewrites)
+    slot = 2 * machine.block_tiles * max(tile, TILE * 4) // 2 + (CODED_TILES if coded else PLAIN_TILES) * tile + COPIED
     lanes = min(machine.threads, len(plan.shards))
     slots = slots_of(machine.threads) if lanes <= 1 else lanes
     weights = 2 if lanes <= 1 < machine.threads else lanes
@@ -88,7 +94,18 @@ def _shared(plan: Plan) -> int:
 def _held(job: Rewrite) -> int:
     factors = sum(effect.patch.workspace(job.weight) for effect in job.effects)
     whole = any(effect.patch.needs is Needs.WHOLE for effect in job.effects)
-    return factors + (4 * job.weight.numel if whole else 0)
+    return (DIRECTIONS if job.coding else 1) * factors + (4 * job.weight.numel if whole else 0) + _packed(job)
+
+
+def _packed(job: Rewrite) -> int:
+    """The packed parts of a weight, where they cannot be read or written as they come."""
+    coded = job.target.describe(job.weight).values() if isinstance(job.target, Quantized) else ()
+    stored = job.source.format.describe(job.source.weight).values() if job.source and _coded(job.source) else ()
+    return sum(spec.nbytes for spec in (*coded, *stored))
+
+
+def _coded(stored: Stored) -> bool:
+    return isinstance(stored.format, Quantized)
 
 
 def anonymous_memory() -> int:

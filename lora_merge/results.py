@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,13 @@ class PlanResult:
 
 @dataclass(frozen=True, slots=True)
 class MergedWeight:
-    """One rewritten weight as it was measured on evenly spread tiles of its rows.
+    """One rewritten weight as it was measured.
 
-    relative_change: |written - base| / |base|, None for a tensor that the base does not have.
-    changed: share of its stored values that differ from the base's.
+    relative_change: |change| / |base|, None for a tensor that the base does not have. changed: share of its stored
+    values that differ from the base's. Both are seen on some rows of a plain weight, on all of a quantized one.
+    parts: its tensors in the output whose dtype says what their values are.
+    For a merge into codes also: rounding (the strategy), scales (`kept` or `fresh`), and what `lora_merge.survival`
+    says of it: survival, projection, noise, and change_norm, the norm of the wanted change.
     """
 
     name: str
@@ -60,14 +64,46 @@ class MergedWeight:
     shape: tuple[int, ...]
     relative_change: float | None
     changed: float | None
+    parts: tuple[str, ...] = ()
+    rounding: str | None = None
+    scales: str | None = None
+    survival: float | None = None
+    projection: float | None = None
+    noise: float | None = None
+    change_norm: float | None = None
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> MergedWeight:
         """From a line of `lora_merge.json`."""
-        return cls(
-            body["name"], tuple(body["kinds"]), tuple(body["adapters"]), body["format"], tuple(body["shape"]),
-            body["relative_change"], body["changed"],
-        )  # fmt: skip
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in body.items()
+        }
+        return cls(**values)
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What rounding left of the change to all weights together, as `lora_merge.survival` says it of one."""
+
+    survival: float
+    projection: float
+    noise: float
+
+    @classmethod
+    def of(cls, weights: Iterable[MergedWeight]) -> Kept | None:
+        """Summed up, each weight by the size of its change; None where no change went through rounding to codes."""
+        found = [
+            (w.change_norm**2, w.survival, w.projection, w.noise)
+            for w in weights
+            if w.change_norm and w.survival is not None and w.projection is not None and w.noise is not None
+        ]
+        total = sum(size for size, *_ in found)
+        if not total:
+            return None
+        lost = sum(size * (1 - survival) ** 2 for size, survival, _, _ in found) / total
+        along = sum(size * projection for size, _, projection, _ in found) / total
+        noise = sum(size * noise**2 for size, _, _, noise in found) / total
+        return cls(1 - math.sqrt(lost), along, math.sqrt(noise))
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +121,13 @@ class MergeResult:
     device: str
     notes: tuple[str, ...]
 
+    @property
+    def kept(self) -> Kept | None:
+        """What rounding left of the adapters; None for a plain output."""
+        return Kept.of(self.weights)
+
     def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"kept": asdict(self.kept) if self.kept else None}
 
 
 @dataclass(frozen=True, slots=True)

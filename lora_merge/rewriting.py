@@ -6,18 +6,26 @@ The last bit of a matrix product depends on the shape of its operands, so rows a
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from lora_merge.adapters.base import Additive, Bound, Needs
-from lora_merge.change import MEASURED, MEASURED_TILES, Change, check_finite, measure
+from lora_merge.change import MEASURED, MEASURED_TILES, check_finite, measure
 from lora_merge.checkpoint import Checkpoint
+from lora_merge.coder import Coder, keeps, sample_starts, settle
 from lora_merge.device import pick_device
 from lora_merge.factors import Reader, buffer, uses_of
+from lora_merge.formats import Cut, Quantized
 from lora_merge.jobs import Rewrite, Shard
+from lora_merge.stored_rows import Raw, Slot, StoredRows, Tile
 from lora_merge.tiles import tile_rows
+
+if TYPE_CHECKING:
+    from lora_merge.change import Measured
 
 
 def alone() -> None:
@@ -25,30 +33,28 @@ def alone() -> None:
     torch.set_num_threads(1)
 
 
-@dataclass(slots=True)
-class Slot:
-    """Reused buffers of one block in flight; they grow to the largest block met."""
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A weight whose turn has come: its stored rows, its patches with their factors, all its rows if they had to be
+    seen at once, and how codes are made of them."""
 
-    raw: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
-    out: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
-    tile: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    stored: StoredRows
+    bounds: tuple[Bound, ...]
+    whole: torch.Tensor | None
+    coder: Coder | None
 
-    def take(self, name: str, size: int) -> torch.Tensor:
-        """The first `size` elements of a buffer."""
-        tensor: torch.Tensor = getattr(self, name)
-        if tensor.numel() < size:
-            tensor = torch.empty(size, dtype=tensor.dtype)
-            setattr(self, name, tensor)
-        piece: torch.Tensor = tensor.narrow(0, 0, size)
-        return piece
+    @property
+    def words(self) -> Mapping[str, str]:
+        """How it is coded, as the report says it."""
+        return self.coder.words if self.coder else {}
 
 
 @dataclass(frozen=True, slots=True)
-class Ready:
-    """A weight whose turn has come: its patches with their factors, and all its rows if they had to be seen at once."""
+class Fragment:
+    """Bytes of one part for one block. cuts: where they go, piece by piece; None: right behind those of the last."""
 
-    bounds: tuple[Bound, ...]
-    whole: torch.Tensor | None
+    data: memoryview
+    cuts: tuple[Cut, ...] | None = None
 
 
 class Rewriter:
@@ -60,6 +66,8 @@ class Rewriter:
         self._threads = torch.get_num_threads()
         uses = uses_of(shards, len(adapters))
         self.readers = [Reader(adapter, self.device, use) for adapter, use in zip(adapters, uses, strict=True)]
+        self._surveys: dict[str, torch.Tensor] = {}
+        self._lock = threading.Lock()
 
     def close(self) -> None:
         """Give torch back the threads that it had."""
@@ -70,114 +78,170 @@ class Rewriter:
         return Slot()
 
     def ready(self, job: Rewrite) -> Ready:
-        """Read the factors of a weight, and see its rows where a patch must see them first."""
+        """Read the factors of a weight, and see its rows where they must be seen before the first is written."""
         alone()
-        bounds = self._bind(job)
-        whole = self._whole(job, bounds) if any(e.patch.needs is Needs.WHOLE for e in job.effects) else None
-        return Ready(bounds, whole)
+        opened = self._opened(job)
+        if not isinstance(job.target, Quantized):
+            return opened
+        target = job.target.settled(job.weight, job.coding.native if job.coding else "F32", self._survey(job, opened))
+        samples = [(tile, rows) for tile, rows in self._sampled(job, opened)]
+        return Ready(opened.stored, opened.bounds, opened.whole, settle(job, target, opened.bounds, samples))
 
-    def _bind(self, job: Rewrite) -> tuple[Bound, ...]:
+    def _opened(self, job: Rewrite) -> Ready:
+        stored = StoredRows(self.base, job, self.device)
+        bounds = self._bind(job, stored)
+        whole = self._whole(job, stored, bounds) if any(e.patch.needs is Needs.WHOLE for e in job.effects) else None
+        return Ready(stored, bounds, whole, None)
+
+    def _bind(self, job: Rewrite, stored: StoredRows) -> tuple[Bound, ...]:
         """The patches with their factors; those that must see all rows first have seen them."""
         bounds: list[Bound] = []
         for effect in job.effects:
             bounds.append(effect.patch.bind(self.readers[effect.adapter], job.weight))
             if effect.patch.needs is Needs.COLUMNS:
-                for start, tile in self._tiles(job):
-                    bounds[-1].observe(self._patched(job, bounds[:-1], tile, start), start)
+                for tile in stored.tiles():
+                    bounds[-1].observe(_patched(job, bounds[:-1], tile.rows, tile.start), tile.start)
         return tuple(bounds)
 
-    def _tiles(self, job: Rewrite) -> Iterator[tuple[int, torch.Tensor]]:
-        """Every tile of the base's weight, decoded, one at a time."""
-        slot = Slot()
-        rows, step = job.weight.matrix(job.stacked)[0], tile_rows(job)
-        for start in range(0, rows, step):
-            stop = min(rows, start + step)
-            yield start, self._decoded(job, start, stop, self._read(job, start, stop, slot), start, slot)
-
-    def _whole(self, job: Rewrite, bounds: Sequence[Bound]) -> torch.Tensor:
+    def _whole(self, job: Rewrite, stored: StoredRows, bounds: Sequence[Bound]) -> torch.Tensor:
         """All rows patched, float32 `[rows, columns]`; each patch sees the rows cut as it must."""
         step = tile_rows(job)
         rows = torch.empty(job.weight.matrix(job.stacked), device=self.device)
-        for start, tile in self._tiles(job):
-            rows[start : start + len(tile)] = tile
+        for tile in stored.tiles():
+            rows[tile.start : tile.start + len(tile.rows)] = tile.rows
         for effect, bound in zip(job.effects, bounds, strict=True):
             if effect.patch.needs is Needs.WHOLE:
                 rows = strengthened(bound, rows, 0, effect.strength)
                 continue
             for start in range(0, len(rows), step):
-                tile = rows[start : start + step]
-                tile.copy_(strengthened(bound, tile, start, effect.strength))
+                piece = rows[start : start + step]
+                piece.copy_(strengthened(bound, piece, start, effect.strength))
         return rows
+
+    def _survey(self, job: Rewrite, opened: Ready) -> torch.Tensor | None:
+        """What the target must know of all rows before the first can be written; of the siblings' rows, too."""
+        assert isinstance(job.target, Quantized)
+        if not job.target.needs_survey or keeps(job):
+            return None
+        return torch.cat([self._surveyed(one, opened if one.name == job.name else None) for one in _family(job)])
+
+    def _surveyed(self, job: Rewrite, opened: Ready | None) -> torch.Tensor:
+        assert isinstance(job.target, Quantized)
+        with self._lock:
+            seen = self._surveys.get(job.name)
+        if seen is None:
+            opened = opened or self._opened(job)
+            target = job.target.settled(job.weight, job.coding.native if job.coding else "F32")
+            merged = (_merged(job, opened, tile) for tile in opened.stored.tiles())
+            seen = torch.cat([target.survey(rows.cpu()) for rows in merged])
+            with self._lock:
+                self._surveys[job.name] = seen
+        return seen
+
+    def _sampled(self, job: Rewrite, opened: Ready) -> Iterator[tuple[Tile, torch.Tensor]]:
+        """Some tiles of the base, each with its merged rows, on the CPU: where a choice depends on them."""
+        if not job.effects or job.source is None:
+            return
+        for start, stop in sample_starts(job):
+            slot = Slot()
+            tile = opened.stored.tile(start, stop, opened.stored.read(start, stop, slot), slot)
+            base = tile.rows.cpu().clone()
+            rows = _merged(job, opened, tile).cpu()
+            yield Tile(start, base, tile.codes, tile.grid), rows
 
     def rewrite(
         self, job: Rewrite, ready: Ready, first: int, end: int, slot: Slot
-    ) -> tuple[dict[str, memoryview], Change]:
+    ) -> tuple[dict[str, Fragment], list[Measured]]:
         """Rows `[first, end)` from the base's bytes to the output's, by tensor name, and what was measured of them.
 
         The bytes lie in the slot and hold until it is used again.
         """
         alone()
-        raw = self._read(job, first, end, slot)
-        columns = job.weight.matrix(job.stacked)[1]
-        cuts = job.target.slices(job.weight, columns, first, end)
-        sizes = [end - begin for begin, end in cuts.values()]
-        out = dict(zip(cuts, torch.split(slot.take("out", sum(sizes)), sizes), strict=True))
-        change = Change()
-        step, total = tile_rows(job), job.weight.matrix(job.stacked)[0]
-        stride = max(1, -(-total // step) // MEASURED_TILES) * step
-        for start in range(first, end, step):
-            stop = min(end, start + step)
-            rows = self._decoded(job, start, stop, raw, first, slot)
-            measured = job.source is not None and start % stride == 0
-            sample = max(1, MEASURED // max(1, columns)) if measured else 0
-            before = rows[:sample].clone()
-            rows = self._patched(job, ready.bounds, rows, start) if ready.whole is None else ready.whole[start:stop]
-            check_finite(job, rows, start)
-            into = cut(out, job.target.slices(job.weight, columns, start, stop), cuts)
-            job.target.encode(rows.to("cpu") if rows.device.type != "cpu" else rows, into)
-            if measured:
-                few = cut(into, job.target.slices(job.weight, columns, 0, len(before)), dict.fromkeys(into, (0, 0)))
-                change.add(measure(job, before.to("cpu"), few))
-        parts = {job.names[part]: buffer(data) for part, data in out.items()}
-        return parts, change
+        raw = ready.stored.read(first, end, slot)
+        columns, step = ready.stored.columns, tile_rows(job)
+        spans = [(start, min(end, start + step)) for start in range(first, end, step)] or [(first, end)]
+        cuts = [job.target.slices(job.weight, columns, *span) for span in spans]
+        out = _Out(job, cuts, slot, first)
+        measured: list[Measured] = []
+        for (start, stop), places in zip(spans, out.tiles, strict=True):
+            tile = ready.stored.tile(start, stop, raw, slot)
+            measured += self._encode(job, ready, tile, places)
+        return out.fragments(), measured
 
-    def _patched(self, job: Rewrite, bounds: Sequence[Bound], rows: torch.Tensor, start: int) -> torch.Tensor:
-        for effect, bound in zip(job.effects, bounds, strict=False):
-            rows = strengthened(bound, rows, start, effect.strength)
-        return rows
-
-    def _read(self, job: Rewrite, start: int, stop: int, slot: Slot) -> dict[str, torch.Tensor]:
-        """The stored bytes of rows `[start, stop)`, by part; empty where the base has none."""
-        if job.source is None:
-            return {}
-        columns = job.weight.matrix(job.stacked)[1]
-        cuts = job.source.format.slices(job.source.weight, columns, start, stop)
-        sizes = [end - begin for begin, end in cuts.values()]
-        raw = dict(zip(cuts, torch.split(slot.take("raw", sum(sizes)), sizes), strict=True))
-        for part, (begin, _) in cuts.items():
-            self.base.read_into(job.source.parts[part], begin, buffer(raw[part]))
-        return raw
-
-    def _decoded(
-        self, job: Rewrite, start: int, stop: int, raw: Mapping[str, torch.Tensor], origin: int, slot: Slot
-    ) -> torch.Tensor:
-        """Rows `[start, stop)` as float32 on the device; `raw` begins at row `origin`."""
-        columns = job.weight.matrix(job.stacked)[1]
-        rows = slot.take("tile", (stop - start) * columns).view(stop - start, columns)
-        if job.source is None:
-            rows = rows.zero_()
-        else:
-            slices, weight = job.source.format.slices, job.source.weight
-            block = slices(weight, columns, origin, origin)
-            job.source.format.decode(cut(raw, slices(weight, columns, start, stop), block), rows)
-        return rows.to(self.device)
+    def _encode(self, job: Rewrite, ready: Ready, tile: Tile, into: Mapping[str, torch.Tensor]) -> list[Measured]:
+        """One tile patched and written."""
+        coder = ready.coder
+        if coder is None:
+            before = tile.rows[: _sampled_rows(job, tile)].clone()
+            rows = _merged(job, ready, tile)
+            check_finite(job, rows, tile.start)
+            job.target.encode(rows.cpu(), into)
+            return [measure(job, before.cpu(), into)] if len(before) else []
+        base = tile.rows.cpu() if not job.effects else tile.rows.to("cpu", copy=True)
+        rows = _merged(job, ready, tile).cpu()
+        check_finite(job, rows, tile.start)
+        return [coder.code(tile, base, rows, into)]
 
 
-def cut(
-    parts: Mapping[str, torch.Tensor], tile: Mapping[str, tuple[int, int]], block: Mapping[str, tuple[int, int]]
-) -> dict[str, torch.Tensor]:
-    """The bytes of a tile inside the bytes of its block."""
-    return {part: data[tile[part][0] - block[part][0] : tile[part][1] - block[part][0]] for part, data in parts.items()}
+class _Out:
+    """Room for the bytes of one block, and where in it those of each tile go."""
+
+    def __init__(self, job: Rewrite, cuts: Sequence[Mapping[str, Cut]], slot: Slot, first: int) -> None:
+        self.job, self.cuts = job, cuts
+        self.shared = job.target.shared if isinstance(job.target, Quantized) else ()
+        self.first = first
+        sizes = {part: self._sizes(part) for part in cuts[0]}
+        room = torch.split(
+            slot.take("out", sum(map(sum, sizes.values()))), [sum(lengths) for lengths in sizes.values()]
+        )
+        self.parts = dict(zip(sizes, room, strict=True))
+        self.tiles: list[dict[str, torch.Tensor]] = [{} for _ in cuts]
+        for part, data in self.parts.items():
+            pieces = [data] * len(cuts) if part in self.shared else torch.split(data, sizes[part])
+            for places, piece in zip(self.tiles, pieces, strict=True):
+                places[part] = piece
+
+    def _sizes(self, part: str) -> list[int]:
+        lengths = [cuts[part].nbytes for cuts in self.cuts]
+        return lengths[:1] if part in self.shared else lengths
+
+    def fragments(self) -> dict[str, Fragment]:
+        """What is to be written, by output tensor. Parts of the whole weight go with its first rows."""
+        found = {}
+        for part, data in self.parts.items():
+            if part in self.shared and self.first:
+                data = data[:0]
+            turned = self.cuts[0][part].stride and part not in self.shared
+            cuts = tuple(cuts[part] for cuts in self.cuts) if turned else None
+            found[self.job.names[part]] = Fragment(buffer(data), cuts)
+        return found
+
+
+def _family(job: Rewrite) -> tuple[Rewrite, ...]:
+    return job.siblings or (job,)
+
+
+def _merged(job: Rewrite, ready: Ready, tile: Tile) -> torch.Tensor:
+    """The rows of a tile after all effects; those of the tile may be changed."""
+    if ready.whole is not None:
+        return ready.whole[tile.start : tile.start + len(tile.rows)]
+    return _patched(job, ready.bounds, tile.rows, tile.start)
+
+
+def _patched(job: Rewrite, bounds: Sequence[Bound], rows: torch.Tensor, start: int) -> torch.Tensor:
+    for effect, bound in zip(job.effects, bounds, strict=False):
+        rows = strengthened(bound, rows, start, effect.strength)
+    return rows
+
+
+def _sampled_rows(job: Rewrite, tile: Tile) -> int:
+    """How many rows of a tile are measured: the first of tiles evenly spread over the weight."""
+    if job.source is None:
+        return 0
+    rows, columns = job.weight.matrix(job.stacked)
+    step = tile_rows(job)
+    stride = max(1, -(-rows // step) // MEASURED_TILES) * step
+    return 0 if tile.start % stride else max(1, MEASURED // max(1, columns))
 
 
 def strengthened(bound: Bound, rows: torch.Tensor, start: int, strength: float) -> torch.Tensor:
@@ -187,3 +251,6 @@ def strengthened(bound: Bound, rows: torch.Tensor, start: int, strength: float) 
     if isinstance(bound, Additive):
         return bound.add(rows, start, strength)
     return torch.lerp(rows, bound.apply(rows.clone(), start), strength)
+
+
+__all__ = ["Fragment", "Raw", "Ready", "Rewriter", "Slot"]

@@ -8,7 +8,8 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from lora_merge.containers.safetensors import layout
-from lora_merge.jobs import ConfigPath, Job, Rewrite, Shard
+from lora_merge.formats.base import GONE, ConfigPath
+from lora_merge.jobs import Job, Rewrite, Shard
 
 DEFAULT_SHARD_SIZE = 5 * 10**9
 
@@ -49,17 +50,26 @@ def index(shards: Sequence[Shard]) -> bytes:
     weight_map = {name: shard.file for shard in shards for job in shard.jobs for name in job.parts}
     total = sum(spec.nbytes for shard in shards for job in shard.jobs for spec in job.parts.values())
     body = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    return (json.dumps(body, indent=2, ensure_ascii=False) + "\n").encode()
+    return as_file(body)
 
 
 def changed_config(config: Mapping[str, Any], changes: Mapping[ConfigPath, Any]) -> bytes:
-    """`config.json` with the values at these key paths set; every other key keeps its place and value."""
+    """`config.json` with the values at these key paths set, or the keys gone where GONE; every other key keeps its
+    place and value."""
     body = json.loads(json.dumps(config))
     for path, value in changes.items():
         inner = body
         for key in path[:-1]:
             inner = inner.setdefault(key, {})
-        inner[path[-1]] = value
+        if value is GONE:
+            inner.pop(path[-1], None)
+        else:
+            inner[path[-1]] = value
+    return as_file(body)
+
+
+def as_file(body: Mapping[str, Any]) -> bytes:
+    """A JSON file as transformers writes it."""
     return (json.dumps(body, indent=2, ensure_ascii=False) + "\n").encode()
 
 

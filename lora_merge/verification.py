@@ -101,7 +101,8 @@ class _Check:
 
     def run(self) -> None:
         total = self.nbytes
-        merged = {line["name"] for line in self.manifest["weights"]} if "weights" in self.manifest else None
+        lines = self.manifest.get("weights")
+        merged = None if lines is None else {part for line in lines for part in line.get("parts", [line.get("name")])}
         index = self._index()
         shards = {SINGLE} if index is None else set(index["weight_map"].values())
         for name, (size, sha256) in self.files.items():

@@ -26,7 +26,8 @@ ReadPart = Callable[[str], bytes]
 ConfigPath = tuple[str, ...]
 GONE = None
 """Value of a config change that takes the key away."""
-SECTIONS = ("quantization_config", "compression_config")
+SECTION = "quantization_config"
+SECTIONS = (SECTION, "compression_config")
 """Where config.json, or the text model in it, says how weights are quantized; the second in files of early versions."""
 
 
@@ -121,6 +122,8 @@ class Quantized(ABC):
     """Weights are stacks `[experts, a, b]`, worked on as rows `experts * a`."""
     own_file: ClassVar[str | None] = None
     """A JSON file beside config.json in which this format's loaders look for `quantization_config`, too."""
+    opaque: ClassVar[tuple[str, ...]] = ()
+    """Parts whose dtype does not say what their bytes are."""
     fused: ClassVar[bool] = False
     """Weights that a server computes as one matrix must share what `survey` sees."""
 
@@ -150,9 +153,14 @@ class Quantized(ABC):
         raise NotImplementedError
 
     @classmethod
+    def section(cls, own_file: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What `own_file` holds, as `quantization_config` of config.json would say it."""
+        return own_file
+
+    @classmethod
     def plain_changes(cls, config: Mapping[str, Any]) -> dict[ConfigPath, Any]:
         """What config.json must say of an output whose weights are no longer in this format."""
-        found = [(key,) for key in SECTIONS if key in config]
+        found: list[ConfigPath] = [(key,) for key in SECTIONS if key in config]
         text = config.get("text_config")
         found += [("text_config", key) for key in SECTIONS if isinstance(text, Mapping) and key in text]
         return dict.fromkeys(found, GONE)

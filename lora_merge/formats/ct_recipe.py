@@ -8,28 +8,19 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lora_merge.errors import InputError, UnsupportedError, listed
 from lora_merge.formats.base import SECTIONS
 from lora_merge.formats.ct_schemes import Scheme
-from lora_merge.spec import PLAIN_FLOATS, TensorSpec
 
 METHOD = "compressed-tensors"
 VERSION = "0.20.0"
 """The version whose layout is written."""
 CLASSES = {"Linear"}
 REGEX = "re:"
-NOT_QUANTIZED = re.compile(
-    r"(.*\.)?(lm_head|output_layer|embed_out|(\w*_)?embed\w*|wte|wpe|\w*norm\w*|ln_\w+|router|gate|shared_expert_gate"
-    r"|score|classifier|v_head)(\..*)?"
-)
-"""Heads, embeddings, norms and routers: what hardly shrinks and what rounding hurts most."""
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"), ("w1", "w3"))
-"""Siblings that a server computes as one matrix, and that need one global scale."""
-
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
@@ -105,40 +96,6 @@ def quantization_config(schemes: Mapping[str, Scheme], ignore: Iterable[str]) ->
         "transform_config": {},
         "version": VERSION,
     }
-
-
-def choose(
-    specs: Mapping[str, TensorSpec], linears: Collection[str] | None = None, keep: re.Pattern[str] | None = None
-) -> tuple[list[str], list[str]]:
-    """Which modules of a plain base become quantized, and which of its linears do not (the `ignore` list).
-
-    specs: of every stored tensor. linears: modules that the model class has as linears, by their stored names; None
-    where no class is known: then every matrix that is not named like an embedding counts as one. keep: modules that
-    stay as they are.
-    """
-    matrices = [
-        name.removesuffix(".weight")
-        for name, spec in specs.items()
-        if name.endswith(".weight") and len(spec.shape) == 2 and spec.dtype in PLAIN_FLOATS
-    ]
-    if linears is None:
-        linears = [module for module in matrices if not re.search(r"(^|[._])(embed|wte|wpe)[^.]*$", module)]
-    known = set(linears)
-    quantized = [
-        module
-        for module in matrices
-        if module in known and not NOT_QUANTIZED.fullmatch(module) and not (keep and keep.search(module))
-    ]
-    done = set(quantized)
-    return quantized, [module for module in linears if module not in done]
-
-
-def fused_set(module: str, modules: Collection[str]) -> tuple[str, ...]:
-    """The modules, this one among them, that must share one global scale."""
-    parent, _, leaf = module.rpartition(".")
-    siblings = next((names for names in FUSED if leaf in names), (leaf,))
-    named = (f"{parent}.{name}" if parent else name for name in siblings)
-    return tuple(name for name in named if name == module or name in modules)
 
 
 def _format(group: Mapping[str, Any], body: Mapping[str, Any]) -> str:

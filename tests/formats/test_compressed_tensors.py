@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from lora_merge.errors import InputError, UnsupportedError
 from lora_merge.formats.compressed_tensors import CompressedTensors
-from lora_merge.formats.ct_recipe import fused_set
 from lora_merge.formats.ct_schemes import FLOAT, INT, MXFP8, NVFP4, PACK, Scheme, preset
+from lora_merge.linears import fused_set
 from lora_merge.spec import TensorSpec
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -213,7 +213,7 @@ def config_of(*schemes):
 def test_tensors_win_over_the_group_that_names_the_module():
     four, eight = Scheme(PACK, 4, group_size=32), Scheme(PACK, 8, strategy="channel")
     parts = CompressedTensors(eight).describe(TensorSpec("BF16", (8, 64)))
-    assert detect(parts, config_of(four, eight), "x").scheme == eight
+    assert detect(parts, config_of(four, eight), "x", (8, 64)).scheme == eight
     with pytest.raises(
         InputError, match=r"model\.x: its parts are weight_packed I32 \[8, 16\].*do not belong together"
     ):

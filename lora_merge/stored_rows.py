@@ -1,0 +1,140 @@
+"""The stored rows of one weight, decoded tile by tile to float32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from lora_merge.checkpoint import Checkpoint
+from lora_merge.factors import buffer
+from lora_merge.formats import Cut, Quantized
+from lora_merge.grids import Grid
+from lora_merge.jobs import Rewrite
+from lora_merge.tiles import tile_rows
+
+
+@dataclass(slots=True)
+class Slot:
+    """Reused buffers of one block in flight; they grow to the largest block met."""
+
+    raw: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+    out: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+    tile: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def take(self, name: str, size: int) -> torch.Tensor:
+        """The first `size` elements of a buffer."""
+        tensor: torch.Tensor = getattr(self, name)
+        if tensor.numel() < size:
+            tensor = torch.empty(size, dtype=tensor.dtype)
+            setattr(self, name, tensor)
+        piece: torch.Tensor = tensor.narrow(0, 0, size)
+        return piece
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Rows from `start` on, float32 `[n, columns]` on the device; codes and grid where they are stored as such."""
+
+    start: int
+    rows: torch.Tensor
+    codes: torch.Tensor | None = None
+    grid: Grid | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Raw:
+    """The stored bytes of rows from `start` on, by part, for the parts that lie in one run."""
+
+    start: int
+    parts: Mapping[str, torch.Tensor]
+
+
+class StoredRows:
+    """The base's rows of one weight. Parts that are turned round, or belong to all rows, are read whole, once."""
+
+    def __init__(self, base: Checkpoint, job: Rewrite, device: torch.device) -> None:
+        self.base = base
+        self.job = job
+        self.device = device
+        self.columns = job.weight.matrix(job.stacked)[1]
+        self.whole = {part: self._load(part) for part in self._read_whole()}
+
+    def _read_whole(self) -> list[str]:
+        if self.job.source is None or not self.job.weight.numel:
+            return []
+        format = self.job.source.format
+        shared = format.shared if isinstance(format, Quantized) else ()
+        step = min(tile_rows(self.job), self.job.weight.matrix(self.job.stacked)[0])
+        return [part for part, cut in self._cuts(0, step).items() if cut.stride or part in shared]
+
+    def _load(self, part: str) -> torch.Tensor:
+        assert self.job.source is not None
+        name = self.job.source.parts[part]
+        data = torch.empty(self.base.tensors[name].nbytes, dtype=torch.uint8)
+        self.base.read_into(name, 0, buffer(data))
+        return data
+
+    def _cuts(self, start: int, stop: int) -> dict[str, Cut]:
+        assert self.job.source is not None
+        return self.job.source.format.slices(self.job.source.weight, self.columns, start, stop)
+
+    def read(self, start: int, stop: int, slot: Slot) -> Raw:
+        """The stored bytes of rows `[start, stop)`; they hold until the slot is used again."""
+        if self.job.source is None or len(self.whole) == len(self.job.source.parts):
+            return Raw(start, {})
+        cuts = {part: cut for part, cut in self._cuts(start, stop).items() if part not in self.whole}
+        raw = slot.take("raw", sum(cut.nbytes for cut in cuts.values()))
+        parts = dict(zip(cuts, torch.split(raw, [cut.nbytes for cut in cuts.values()]), strict=True))
+        for part, cut in cuts.items():
+            self.base.read_into(self.job.source.parts[part], cut.begin, buffer(parts[part]))
+        return Raw(start, parts)
+
+    def tile(self, start: int, stop: int, raw: Raw, slot: Slot) -> Tile:
+        """Rows `[start, stop)` out of what was read; float32 in the slot, or copied to the device."""
+        rows = slot.take("tile", (stop - start) * self.columns).view(stop - start, self.columns)
+        source = self.job.source
+        if source is None:
+            return Tile(start, rows.zero_().to(self.device))
+        block = self._cuts(raw.start, raw.start) if raw.parts else {}
+        parts = {
+            part: gathered(self.whole[part], cut)
+            if part in self.whole
+            else raw.parts[part][cut.begin - block[part].begin : cut.end - block[part].begin]
+            for part, cut in self._cuts(start, stop).items()
+        }
+        if not isinstance(source.format, Quantized):
+            source.format.decode(parts, rows)
+            return Tile(start, self._rounded(rows, start).to(self.device))
+        codes, grid = source.format.unpack(parts, *rows.shape)
+        return Tile(start, grid.values(codes, rows).to(self.device), codes, grid)
+
+    def _rounded(self, rows: torch.Tensor, start: int) -> torch.Tensor:
+        """The rows on the grid over which the adapter was trained."""
+        trained_on = self.job.trained_on
+        if trained_on is None:
+            return rows
+        grid = trained_on.settled(self.job.weight).fit(rows, start)
+        return grid.values(grid.nearest(rows), rows)
+
+    def tiles(self) -> Iterator[Tile]:
+        """Every tile, one at a time."""
+        slot = Slot()
+        rows, step = self.job.weight.matrix(self.job.stacked)[0], tile_rows(self.job)
+        for start in range(0, rows, step):
+            stop = min(rows, start + step)
+            yield self.tile(start, stop, self.read(start, stop, slot), slot)
+
+
+def gathered(data: torch.Tensor, cut: Cut) -> torch.Tensor:
+    """The bytes of a cut of a whole part, its lines one behind the other."""
+    if not cut.stride:
+        return data[cut.begin : cut.end]
+    return lines_of(data, cut).reshape(-1)
+
+
+def lines_of(data: torch.Tensor, cut: Cut) -> torch.Tensor:
+    """The bytes of a cut inside a whole part, uint8 `[lines, end - begin]`, not copied."""
+    lines = data.view(-1, cut.stride)[cut.first : cut.first + cut.lines]
+    return lines[:, cut.begin : cut.end]
