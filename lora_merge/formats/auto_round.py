@@ -1,0 +1,145 @@
+"""AutoRound's own export: the words of GPTQ or of AWQ, under a config of its own.
+
+packing_format                           parts
+auto_round:auto_gptq  auto_round:gptq    those of GPTQ version 1, without g_idx
+auto_round:gptqmodel  auto_round         those of GPTQ version 2, without g_idx
+auto_round:auto_awq   auto_round:awq     those of AWQ's gemm
+
+`extra_config` gives single layers another width or leaves them plain. All of it stays as it is: weights are written
+back where they were, and no other checkpoint is turned into one of these, since GPTQ's own config says the same to more
+loaders. https://github.com/intel/auto-round/blob/main/auto_round/inference/backend.py
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from lora_merge.errors import UnsupportedError
+from lora_merge.formats.awq import AWQ
+from lora_merge.formats.base import ConfigPath, Cut, Parts, Quantized, ReadPart, Wanted
+from lora_merge.formats.gptq import GPTQ
+from lora_merge.formats.gptq_config import Said, section
+from lora_merge.spec import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+    from lora_merge.grids import Grid
+
+METHODS = ("auto-round", "intel/auto-round")
+"""The second in files of early versions."""
+VERSIONS = {
+    "auto_round:auto_gptq": 1, "auto_round:gptq": 1, "auto": 1, "auto_round:gptqmodel": 2, "auto_round": 2,
+}  # fmt: skip
+AS_AWQ = ("auto_round:auto_awq", "auto_round:awq")
+
+
+@dataclass(frozen=True, slots=True)
+class AutoRound(Quantized):
+    """Weights whose bits lie as `packing` has them."""
+
+    packing: GPTQ | AWQ
+
+    name: ClassVar[str] = "auto-round"
+    part_names: ClassVar[tuple[str, ...]] = GPTQ.part_names
+    marks: ClassVar[tuple[str, ...]] = GPTQ.marks
+    own_file: ClassVar[str | None] = "quantization_config.json"
+
+    @classmethod
+    def detect(cls, parts: Parts, config: Mapping[str, Any], module: str, read: ReadPart) -> AutoRound | None:
+        """The format of these parts, or None where config.json does not say AutoRound."""
+        body = section(config)
+        if body.get("quant_method") not in METHODS:
+            return None
+        packing_format = str(body.get("packing_format", "auto"))
+        if packing_format not in (*VERSIONS, *AS_AWQ):
+            raise UnsupportedError(
+                f"{module}: AutoRound's packing_format {packing_format} is not read "
+                f"({', '.join((*VERSIONS, *AS_AWQ))} are); export the model anew in one of these"
+            )
+        said = {**body, **_extra(body, module)}
+        packing: GPTQ | AWQ | None
+        if packing_format in AS_AWQ:
+            as_awq = {"quant_method": "awq", "version": "gemm", "group_size": said.get("group_size")}
+            packing = AWQ.detect(parts, {"quantization_config": as_awq}, module, read)
+        else:
+            plain = {"bits": said.get("bits"), "group_size": said.get("group_size"), "sym": said.get("sym", True)}
+            told = replace(Said.of(plain, module), version=VERSIONS[packing_format])
+            packing = GPTQ.of(parts, told, module, read)
+        return None if packing is None else cls(packing)
+
+    @classmethod
+    def preset(cls, wanted: Wanted, weights: Mapping[str, TensorSpec]) -> AutoRound:
+        raise UnsupportedError(
+            "AutoRound's own export is read, and written only where a checkpoint is in it already; "
+            "write --format gptq, which stores the same numbers for more loaders"
+        )
+
+    @classmethod
+    def config_changes(
+        cls, written: Mapping[str, AutoRound], kept: Sequence[str], config: Mapping[str, Any]
+    ) -> dict[ConfigPath, Any]:
+        """Nothing: every weight is in the format that it was in."""
+        return {}
+
+    @property
+    def bits(self) -> int:
+        return self.packing.bits
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        return self.packing.shared
+
+    @property
+    def limit(self) -> float:
+        return self.packing.limit
+
+    def settled(self, weight: TensorSpec, coding: str = "F32", seen: torch.Tensor | None = None) -> AutoRound:
+        return replace(self, packing=self.packing.settled(weight, coding, seen))
+
+    def describe(self, weight: TensorSpec) -> dict[str, TensorSpec]:
+        return self.packing.describe(weight)
+
+    def measure(self, parts: Parts) -> TensorSpec:
+        return self.packing.measure(parts)
+
+    def refusal(self, weight: TensorSpec) -> str | None:
+        return self.packing.refusal(weight)
+
+    def rows_at_once(self, weight: TensorSpec) -> int:
+        return self.packing.rows_at_once(weight)
+
+    def slices(self, weight: TensorSpec, columns: int, start: int, stop: int) -> dict[str, Cut]:
+        return self.packing.slices(weight, columns, start, stop)
+
+    def fit(self, rows: torch.Tensor, start: int = 0) -> Grid:
+        return self.packing.fit(rows, start)
+
+    def unpack(self, parts: Mapping[str, torch.Tensor], rows: int, columns: int) -> tuple[torch.Tensor, Grid]:
+        return self.packing.unpack(parts, rows, columns)
+
+    def pack(self, codes: torch.Tensor, grid: Grid, out: Mapping[str, torch.Tensor]) -> None:
+        self.packing.pack(codes, grid, out)
+
+    def __str__(self) -> str:
+        return f"auto-round {self.packing}"
+
+
+def _extra(body: Mapping[str, Any], module: str) -> Mapping[str, Any]:
+    """What `extra_config` says of this layer: by its name, or by the first pattern found in it."""
+    layers = body.get("extra_config")
+    layers = layers if isinstance(layers, Mapping) else {}
+    named = (
+        [layers[module]] if module in layers else [values for name, values in layers.items() if _found(name, module)]
+    )
+    return next((values for values in named if isinstance(values, Mapping)), {})
+
+
+def _found(pattern: str, module: str) -> bool:
+    try:
+        return re.search(pattern, module) is not None
+    except re.error:  # the loader leaves such a pattern out, too
+        return False

@@ -1,0 +1,145 @@
+"""AutoRound's export against a checkpoint that auto-round wrote."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import stored_parts as sp
+import torch
+from safetensors.torch import load_file
+
+from lora_merge.errors import UnsupportedError
+from lora_merge.formats.auto_round import AutoRound
+from lora_merge.formats.awq import AWQ
+from lora_merge.formats.base import Wanted
+from lora_merge.formats.gptq import GPTQ
+from lora_merge.spec import TensorSpec
+
+FIXTURE = Path(__file__).parents[2] / "fixtures" / "autoround_w4g32"
+PARTS = ("qweight", "qzeros", "scales")
+
+
+def weights():
+    tensors = load_file(FIXTURE / "model.safetensors")
+    config = json.loads((FIXTURE / "config.json").read_text())
+    for module in [key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight")]:
+        parts = {part: tensors[f"{module}.{part}"] for part in PARTS}
+        format = AutoRound.detect(sp.specs(parts), config, module, unread)
+        yield module, format, format.measure(sp.specs(parts)), sp.raw(parts)
+
+
+def unread(part):
+    raise AssertionError(f"{part} was read")
+
+
+def said(**body):
+    return {"quantization_config": {"quant_method": "auto-round", "bits": 4, "group_size": 32, **body}}
+
+
+def stored(format, weight, seed=0):
+    """Specs and bytes of some weight."""
+    rows = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
+    return format.describe(weight), sp.encoded(format, weight, rows)
+
+
+def test_the_fixture_decodes_bit_for_bit():
+    expected = load_file(FIXTURE / "expected.safetensors")
+    seen = {f"{module}.weight": sp.decoded(format, data, weight) for module, format, weight, data in weights()}
+    assert expected.keys() <= seen.keys()
+    for key, rows in expected.items():
+        assert torch.equal(seen[key], rows), key
+
+
+def test_every_weight_of_the_fixture_is_version_1_without_g_idx():
+    found = list(weights())
+    assert len(found) == 7
+    for module, format, weight, data in found:
+        assert format == AutoRound(GPTQ(4, 32, named=False)), module
+        assert {part: spec.nbytes for part, spec in format.describe(weight).items()} == {
+            part: len(piece) for part, piece in data.items()
+        }
+        assert (format.bits, str(format)) == (4, "auto-round gptq int4 32")
+
+
+def test_nothing_changed_gives_back_every_byte():
+    for module, format, weight, data in weights():
+        rows = sp.decoded(format, data, weight)
+        assert sp.same(sp.kept(format, weight, data, rows), data), module
+        whole = {part: piece.numpy().tobytes() for part, piece in data.items()}
+
+        def encode(tile, start, stop, out, format=format, weight=weight, data=data):
+            cuts = format.slices(weight, weight.shape[1], start, stop)
+            _, grid = format.unpack({part: sp.gathered(data[part], cut) for part, cut in cuts.items()}, *tile.shape)
+            format.pack(grid.nearest(tile), grid, out)
+
+        assert sp.by_tiles(format, weight, rows, 32, encode) == whole, module
+
+
+@pytest.mark.parametrize("packing_format", ["auto_round:gptqmodel", "auto_round"])
+def test_zero_points_are_stored_as_they_are_in_version_2(packing_format):
+    weight = TensorSpec("F16", (32, 64))
+    specs, data = stored(GPTQ(4, 32, sym=False, version=2, named=False), weight)
+    format = AutoRound.detect(specs, said(packing_format=packing_format, sym=False), "x", unread)
+    assert format == AutoRound(GPTQ(4, 32, sym=False, version=2, named=False))
+    words = data["qzeros"].clone().view(torch.int32).numpy().view(np.uint32)
+    zeros = words.reshape(2, 4, 1) >> np.arange(0, 32, 4, dtype=np.uint32) & 15
+    _, grid = format.unpack(data, *weight.shape)
+    assert np.array_equal(grid.zero.numpy(), zeros.reshape(2, 32).T)
+
+
+def test_words_of_awq():
+    weight = TensorSpec("F16", (32, 64))
+    specs, data = stored(AWQ(32), weight)
+    format = AutoRound.detect(specs, said(packing_format="auto_round:auto_awq"), "x", unread)
+    assert format == AutoRound(AWQ(32))
+    rows = torch.full(weight.shape, float("nan"))
+    AWQ(32).decode(data, rows)
+    assert torch.equal(sp.decoded(format, data, weight), rows)
+    assert sp.same(sp.kept(format, weight, data, rows), data)
+    assert format.measure(specs) == weight
+
+
+def test_layers_with_a_width_of_their_own():
+    weight = TensorSpec("F16", (32, 64))
+    layers = {"a.down": {"bits": 8, "sym": False}, r"b\.\d+": {"bits": 2, "group_size": 64}, "(": {"sym": False}}
+    config = said(extra_config=layers)
+    for module, packing in (
+        ("a.down", GPTQ(8, 32, sym=False, named=False)),
+        ("b.3", GPTQ(2, 64, named=False)),
+        ("c", GPTQ(4, 32, named=False)),
+    ):
+        specs = packing.describe(weight)
+        assert AutoRound.detect(specs, config, module, unread) == AutoRound(packing)
+
+
+def test_the_early_name_of_the_method():
+    specs = GPTQ(4, 32, named=False).describe(TensorSpec("F16", (32, 64)))
+    assert AutoRound.detect(specs, said(quant_method="intel/auto-round"), "x", unread) is not None
+    assert AutoRound.detect(specs, said(quant_method="gptq"), "x", unread) is None
+    assert GPTQ.detect(specs, said(), "x", unread) is None
+    assert AWQ.detect(AWQ(32).describe(TensorSpec("F16", (32, 64))), {}, "x", unread) is not None
+
+
+def test_other_packings_name_the_way_out():
+    specs = GPTQ(4, 32, named=False).describe(TensorSpec("F16", (32, 64)))
+    with pytest.raises(UnsupportedError, match=r"mlx is not read.*export the model anew"):
+        AutoRound.detect(specs, said(packing_format="auto_round:mlx"), "x", unread)
+
+
+def test_it_is_written_only_where_it_was():
+    with pytest.raises(UnsupportedError, match="--format gptq"):
+        AutoRound.preset(Wanted(4), {})
+    config = json.loads((FIXTURE / "config.json").read_text())
+    written = {module: format for module, format, _, _ in weights()}
+    assert AutoRound.config_changes(written, ["lm_head"], config) == {}
+
+
+def test_fresh_scales_are_those_of_the_packing():
+    rows = torch.randn(32, 64, generator=torch.Generator().manual_seed(1))
+    weight = TensorSpec("F16", (32, 64))
+    for packing in (GPTQ(4, 32, named=False), AWQ(32)):
+        format = AutoRound(packing).settled(weight)
+        assert sp.same(sp.encoded(format, weight, rows), sp.encoded(packing, weight, rows))
+        assert format.refusal(TensorSpec("F16", (31, 64))) == packing.refusal(TensorSpec("F16", (31, 64)))
+        assert (format.limit, format.rows_at_once(weight)) == (packing.limit, packing.rows_at_once(weight))
