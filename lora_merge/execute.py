@@ -214,28 +214,28 @@ class Executor:
 class Sink:
     """Writes the pieces of one shard in order, and keeps the results of its weights.
 
-    Parts of a weight lie one behind the other in the file, so all but the first wait until the first is through; and
-    the first, too, where its pieces do not come in the order of its bytes.
+    Parts of a weight lie one behind the other in the file, so all but the first wait until the first is through. Where
+    the pieces of the first do not come in the order of its bytes, its lines wait until they are full.
+    placed: bytes of these that are there.
     """
 
     def __init__(self, writer: Writer, progress: Progress) -> None:
         self.writer = writer
         self.progress = progress
         self.held: dict[str, bytearray] = {}
+        self.placed = 0
         self.measured: Measured | None = None
         self.results: list[dict[str, Any]] = []
 
     def __call__(self, block: Block, piece: Piece) -> None:
-        leading, *others = piece.parts
-        if leading in piece.cuts:
-            others = [leading, *others]
-        else:
-            self.writer.write(piece.parts[leading])
-        for name in others:
+        leading = next(iter(piece.parts))
+        for name, data in piece.parts.items():
             if name in piece.cuts:
-                self._place(block.job, name, piece)
+                self._place(block.job, name, piece, name == leading)
+            elif name == leading:
+                self.writer.write(data)
             else:
-                self.held.setdefault(name, bytearray()).extend(piece.parts[name])
+                self.held.setdefault(name, bytearray()).extend(data)
         for one in piece.measured:
             if self.measured is None:
                 self.measured = one
@@ -245,17 +245,24 @@ class Sink:
         if block.last:
             self._close(block.job, piece)
 
-    def _place(self, job: Job, name: str, piece: Piece) -> None:
-        """Put bytes that belong in many lines of a part."""
-        held = self.held.get(name)
-        if held is None:
-            held = self.held[name] = bytearray(job.parts[name].nbytes)
+    def _place(self, job: Job, name: str, piece: Piece, leading: bool) -> None:
+        """Put bytes where they belong in the lines of a turned part; of the first part, write the lines once full."""
         begin = 0
         for cut in piece.cuts[name]:
-            lines = numpy.frombuffer(held, numpy.uint8).reshape(-1, cut.stride)[cut.first : cut.first + cut.lines]
+            first = 0 if leading else cut.first
+            held = self.held.get(name)
+            if held is None:
+                size = cut.lines * cut.stride if leading else job.parts[name].nbytes
+                held = self.held[name] = bytearray(size)
+            lines = numpy.frombuffer(held, numpy.uint8).reshape(-1, cut.stride)[first : first + cut.lines]
             data = numpy.frombuffer(piece.parts[name][begin : begin + cut.nbytes], numpy.uint8)
             lines[:, cut.begin : cut.end] = data.reshape(cut.lines, -1)
             begin += cut.nbytes
+            self.placed += cut.nbytes if leading else 0
+            if leading and self.placed == len(held):
+                del lines
+                self.writer.write(memoryview(self.held.pop(name)))
+                self.placed = 0
 
     def _close(self, job: Job, piece: Piece) -> None:
         for data in self.held.values():

@@ -190,7 +190,7 @@ class _Out:
         self.job, self.cuts = job, cuts
         self.shared = job.target.shared if isinstance(job.target, Quantized) else ()
         self.first = first
-        sizes = {part: self._sizes(part) for part in cuts[0]}
+        sizes = {part: self._sizes(part) for part in job.target.describe(job.weight)}
         room = torch.split(
             slot.take("out", sum(map(sum, sizes.values()))), [sum(lengths) for lengths in sizes.values()]
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -13,6 +15,9 @@ from lora_merge.formats import Cut, Quantized
 from lora_merge.grids import Grid
 from lora_merge.jobs import Rewrite
 from lora_merge.tiles import tile_rows
+
+WINDOWS = 2
+"""Windows of a turned part that are kept: threads at the end of one expert and at the beginning of the next."""
 
 
 @dataclass(slots=True)
@@ -52,29 +57,48 @@ class Raw:
 
 
 class StoredRows:
-    """The base's rows of one weight. Parts that are turned round, or belong to all rows, are read whole, once."""
+    """The base's rows of one weight. Parts that belong to all rows, and the lines in which turned ones lie (the whole
+    part, or one expert's share of it), are read once."""
 
     def __init__(self, base: Checkpoint, job: Rewrite, device: torch.device) -> None:
         self.base = base
         self.job = job
         self.device = device
         self.columns = job.weight.matrix(job.stacked)[1]
-        self.whole = {part: self._load(part) for part in self._read_whole()}
+        self.turned: list[str] = []
+        self.shared: dict[str, torch.Tensor] = {}
+        self._windows: OrderedDict[tuple[str, int, int], torch.Tensor] = OrderedDict()
+        self._lock = threading.Lock()
+        if job.source is not None and job.weight.numel:
+            step = min(tile_rows(job), job.weight.matrix(job.stacked)[0])
+            cuts = self._cuts(0, step)
+            format = job.source.format
+            common = format.shared if isinstance(format, Quantized) else ()
+            self.shared = {
+                part: self._load(part, 0, base.tensors[job.source.parts[part]].nbytes)
+                for part in cuts
+                if part in common
+            }
+            self.turned = [part for part, cut in cuts.items() if cut.stride and part not in common]
 
-    def _read_whole(self) -> list[str]:
-        if self.job.source is None or not self.job.weight.numel:
-            return []
-        format = self.job.source.format
-        shared = format.shared if isinstance(format, Quantized) else ()
-        step = min(tile_rows(self.job), self.job.weight.matrix(self.job.stacked)[0])
-        return [part for part, cut in self._cuts(0, step).items() if cut.stride or part in shared]
-
-    def _load(self, part: str) -> torch.Tensor:
+    def _load(self, part: str, begin: int, nbytes: int) -> torch.Tensor:
         assert self.job.source is not None
-        name = self.job.source.parts[part]
-        data = torch.empty(self.base.tensors[name].nbytes, dtype=torch.uint8)
-        self.base.read_into(name, 0, buffer(data))
+        data = torch.empty(nbytes, dtype=torch.uint8)
+        self.base.read_into(self.job.source.parts[part], begin, buffer(data))
         return data
+
+    def _window(self, part: str, cut: Cut) -> torch.Tensor:
+        """The lines of a cut, uint8 `[lines, stride]`; those last used are kept."""
+        place = (part, cut.first, cut.lines)
+        with self._lock:
+            found = self._windows.pop(place, None)
+        if found is None:
+            found = self._load(part, cut.first * cut.stride, cut.lines * cut.stride).view(cut.lines, cut.stride)
+        with self._lock:
+            self._windows[place] = found
+            while len(self._windows) > WINDOWS * len(self.turned):
+                self._windows.popitem(last=False)
+        return found
 
     def _cuts(self, start: int, stop: int) -> dict[str, Cut]:
         assert self.job.source is not None
@@ -82,14 +106,19 @@ class StoredRows:
 
     def read(self, start: int, stop: int, slot: Slot) -> Raw:
         """The stored bytes of rows `[start, stop)`; they hold until the slot is used again."""
-        if self.job.source is None or len(self.whole) == len(self.job.source.parts):
+        source = self.job.source
+        if source is None or len(self.shared) + len(self.turned) == len(source.parts):
             return Raw(start, {})
-        cuts = {part: cut for part, cut in self._cuts(start, stop).items() if part not in self.whole}
+        cuts = {part: cut for part, cut in self._cuts(start, stop).items() if self._runs(part)}
         raw = slot.take("raw", sum(cut.nbytes for cut in cuts.values()))
         parts = dict(zip(cuts, torch.split(raw, [cut.nbytes for cut in cuts.values()]), strict=True))
         for part, cut in cuts.items():
-            self.base.read_into(self.job.source.parts[part], cut.begin, buffer(parts[part]))
+            self.base.read_into(source.parts[part], cut.begin, buffer(parts[part]))
         return Raw(start, parts)
+
+    def _runs(self, part: str) -> bool:
+        """Whether a part lies in one run, in the order of the rows."""
+        return part not in self.shared and part not in self.turned
 
     def tile(self, start: int, stop: int, raw: Raw, slot: Slot) -> Tile:
         """Rows `[start, stop)` out of what was read; float32 in the slot, or copied to the device."""
@@ -98,12 +127,12 @@ class StoredRows:
         if source is None:
             return Tile(start, rows.zero_().to(self.device))
         block = self._cuts(raw.start, raw.start) if raw.parts else {}
-        parts = {
-            part: gathered(self.whole[part], cut)
-            if part in self.whole
-            else raw.parts[part][cut.begin - block[part].begin : cut.end - block[part].begin]
-            for part, cut in self._cuts(start, stop).items()
-        }
+        parts = dict(self.shared)
+        for part, cut in self._cuts(start, stop).items():
+            if part in self.turned:
+                parts[part] = self._window(part, cut)[:, cut.begin : cut.end].reshape(-1)
+            elif part not in self.shared:
+                parts[part] = raw.parts[part][cut.begin - block[part].begin : cut.end - block[part].begin]
         if not isinstance(source.format, Quantized):
             source.format.decode(parts, rows)
             return Tile(start, self._rounded(rows, start).to(self.device))
@@ -125,16 +154,3 @@ class StoredRows:
         for start in range(0, rows, step):
             stop = min(rows, start + step)
             yield self.tile(start, stop, self.read(start, stop, slot), slot)
-
-
-def gathered(data: torch.Tensor, cut: Cut) -> torch.Tensor:
-    """The bytes of a cut of a whole part, its lines one behind the other."""
-    if not cut.stride:
-        return data[cut.begin : cut.end]
-    return lines_of(data, cut).reshape(-1)
-
-
-def lines_of(data: torch.Tensor, cut: Cut) -> torch.Tensor:
-    """The bytes of a cut inside a whole part, uint8 `[lines, end - begin]`, not copied."""
-    lines = data.view(-1, cut.stride)[cut.first : cut.first + cut.lines]
-    return lines[:, cut.begin : cut.end]

@@ -5,16 +5,34 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from lora_merge.formats.auto_round import AutoRound
+from lora_merge.formats.awq import AWQ, AWQGemv, AWQGemvFast
 from lora_merge.formats.base import Cut, Format, Parts, Quantized, Stored, Wanted
+from lora_merge.formats.bitsandbytes import Bitsandbytes
 from lora_merge.formats.chatglm import ChatGLM
 from lora_merge.formats.compressed_tensors import CompressedTensors
+from lora_merge.formats.fbgemm_fp8 import FbgemmFP8
+from lora_merge.formats.fp8 import FP8, FP8Experts
+from lora_merge.formats.gptq import GPTQ
+from lora_merge.formats.modelopt import ModelOpt
+from lora_merge.formats.mxfp4 import MXFP4
 from lora_merge.formats.plain import PART, Plain
 from lora_merge.spec import TensorSpec
 
 QUANTIZED: dict[str, type[Quantized]] = {
     "chatglm": ChatGLM,
     "compressed-tensors": CompressedTensors,
+    "bitsandbytes": Bitsandbytes,
+    "gptq": GPTQ,
+    "awq": AWQ,
+    "auto-round": AutoRound,
+    "fp8": FP8,
+    "fbgemm_fp8": FbgemmFP8,
+    "modelopt": ModelOpt,
+    "mxfp4": MXFP4,
 }
+VARIANTS: tuple[type[Quantized], ...] = (AWQGemv, AWQGemvFast, FP8Experts)
+"""Other layouts under the names above, which are only read, or kept where a checkpoint has them."""
 FORMATS: dict[str, type[Plain | Quantized]] = {"plain": Plain, **QUANTIZED}
 """By the word on the command line, which is the `quant_method` of config.json. The first that knows the parts of a
 weight has it: the tensors decide, not the config."""
@@ -30,7 +48,7 @@ def weights(
     """
     found: dict[str, Stored] = {}
     taken: set[str] = set()
-    for kind in QUANTIZED.values():
+    for kind in (*QUANTIZED.values(), *VARIANTS):
         for stem in _stems(kind, tensors):
             names = {part: stem + kind.joint + part for part in kind.part_names}
             parts = {part: name for part, name in names.items() if name in tensors and name not in taken}
