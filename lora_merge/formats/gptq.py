@@ -201,13 +201,14 @@ class GPTQ(Quantized):
             low = -high
         empty = low == high
         low, high = low.masked_fill(empty, -1), high.masked_fill(empty, 1)
-        scale = ((high - low) / self._top).to(dtype)
+        exact = (high - low) / self._top
         least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+        scale = exact.to(dtype)
         scale = scale.masked_fill(scale == 0, least).float()
         if self.sym:
             zero = torch.full_like(scale, 1 << self.bits - 1)
-        else:
-            zero = (-low / scale).round_().clamp_(2 - self.version, self._top)
+        else:  # the library, too, takes it from the scale before that is rounded
+            zero = (-low / exact).round_().clamp_(2 - self.version, self._top)
         return self._grid(scale, zero, rows.shape[1], index)
 
     def unpack(self, parts: Mapping[str, torch.Tensor], rows: int, columns: int) -> tuple[torch.Tensor, Affine]:

@@ -205,9 +205,9 @@ def fitted(rows, bits, groups, sym, lowest):
                 low, high = -max(-low, high), max(-low, high)
             if low == high:
                 low, high = np.float32(-1), np.float32(1)
-            scale = np.float16(np.float32(high - low) / np.float32(top))
-            scale = np.float32(scale if scale > 0 else 2.0**-24)
-            zero = 1 << bits - 1 if sym else np.clip(np.rint(-low / scale), lowest, top)
+            exact = np.float32(high - low) / np.float32(top)
+            scale = np.float32(max(np.float16(exact), 2.0**-24))
+            zero = 1 << bits - 1 if sym else np.clip(np.rint(-low / exact), lowest, top)
             codes[row, groups == group] = np.clip(np.rint(own / scale) + zero, 0, top)
             zeros[group, row], scales[group, row] = zero, scale
     return codes, zeros.astype(np.int64), scales
