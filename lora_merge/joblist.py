@@ -36,6 +36,7 @@ def job_list(draft: Draft, wishes: Wishes, request: Request, targets: Targets) -
             f"{printable(draft.base.path)}: the adapter changes {listed(maker.refused)}, but "
             f"{quantization(draft.config)} in a format that is not read. Merge onto the unquantized original"
         )
+    draft.notes += _stale(draft, [job for _, job in jobs])
     last = jobs[-1][0] if jobs else ""
     jobs += [(last, maker.added(name)) for name in wishes.added]
     return _with_siblings(jobs)
@@ -85,7 +86,8 @@ class _Maker:
         stored = self.draft.source(found)
         if not changes:
             tensors = self.draft.base.tensors
-            return [Copy(found.parts[part], tensors[source], source) for part, source in stored.parts.items()]
+            names = {PART: name} if isinstance(found.format, Plain) else found.parts
+            return [Copy(names[part], tensors[source], source) for part, source in stored.parts.items()]
         return [self._rewrite(name, wished, found, stored, target)]
 
     def added(self, name: str) -> Job:
@@ -154,6 +156,21 @@ class _Maker:
             coding=coding if coded else None,
             trained_on=self.trained_on if name in self.rounded else None,
         )
+
+
+def _stale(draft: Draft, jobs: Sequence[Job]) -> list[str]:
+    """What to say of scales of activations that were measured before the merge."""
+    found = []
+    for job in jobs:
+        if isinstance(job, Rewrite) and job.effects and isinstance(job.target, Quantized):
+            stem = job.name.removesuffix(job.target.logical) + job.target.joint
+            found += [stem + name for name in job.target.beside if stem + name in draft.sources]
+    if not found:
+        return []
+    return [
+        f"{listed(found, 2)}: scales of activations stay as they were measured before the merge; where the adapter "
+        "changes activations much, calibrate again"
+    ]
 
 
 def _stacked(applied: Sequence[Effect], *formats: Format | Quantized) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -22,7 +23,7 @@ from lora_merge.spec import TensorSpec
 QUANTIZED: dict[str, type[Quantized]] = {
     "chatglm": ChatGLM,
     "compressed-tensors": CompressedTensors,
-    "bitsandbytes": Bitsandbytes,
+    "bitsandbytes": Bitsandbytes,  # type: ignore[type-abstract]
     "gptq": GPTQ,
     "awq": AWQ,
     "auto-round": AutoRound,
@@ -36,6 +37,7 @@ VARIANTS: tuple[type[Quantized], ...] = (AWQGemv, AWQGemvFast, FP8Experts)
 FORMATS: dict[str, type[Plain | Quantized]] = {"plain": Plain, **QUANTIZED}
 """By the word on the command line, which is the `quant_method` of config.json. The first that knows the parts of a
 weight has it: the tensors decide, not the config."""
+DENSE_BLOCKS = re.compile(r"(.*\.experts\.(?:gate_up|down)_proj)_blocks")
 
 
 def weights(
@@ -57,9 +59,19 @@ def weights(
                 taken.update(stored.parts.values())
     for name, spec in tensors.items():
         format = Plain.detect({PART: spec})
-        if format and name not in taken and name not in found:
-            found[name] = Stored(format, spec, {PART: name})
+        own = _own_name(name, spec, tensors)
+        if format and name not in taken and own not in found:
+            found[own] = Stored(format, spec, {PART: name})
     return found
+
+
+def _own_name(name: str, spec: TensorSpec, tensors: Mapping[str, TensorSpec]) -> str:
+    """The name of a plain weight: its tensor's, but for the experts of gpt-oss, which transformers 5 saves under the
+    name of their MXFP4 codes once it has dequantized them, and then cannot load."""
+    match = DENSE_BLOCKS.fullmatch(name)
+    if match is None or len(spec.shape) != 3 or f"{match[1]}_scales" in tensors:
+        return name
+    return match[1]
 
 
 def _stems(kind: type[Quantized], tensors: Mapping[str, TensorSpec]) -> Iterator[str]:

@@ -122,6 +122,9 @@ class Quantized(ABC):
     """Weights are stacks `[experts, a, b]`, worked on as rows `experts * a`."""
     own_file: ClassVar[str | None] = None
     """A JSON file beside config.json in which this format's loaders look for `quantization_config`, too."""
+    beside: ClassVar[tuple[str, ...]] = ()
+    """Tensors of a quantized module that are no parts of its weight, and that a merge leaves as they are although it
+    moves what they were measured on: scales of activations."""
     opaque: ClassVar[tuple[str, ...]] = ()
     """Parts whose dtype does not say what their bytes are."""
     fused: ClassVar[bool] = False

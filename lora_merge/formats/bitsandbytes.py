@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_merge import bits as codec
 from lora_merge.errors import InputError, UnsupportedError, printable
-from lora_merge.formats.base import ConfigPath, Cut, Parts, Quantized, ReadPart, Wanted
+from lora_merge.formats.base import SECTION, ConfigPath, Cut, Parts, Quantized, ReadPart, Wanted
 from lora_merge.formats.bnb_config import METHOD, check_kept, section
 from lora_merge.formats.bnb_grids import STEP, Blocks, Doubled, Int8Rows, block_absmax, gathered, spread
 from lora_merge.formats.bnb_state import DTYPES, LEVELS, NAMES, NESTED, Nesting, QuantState
@@ -116,9 +116,12 @@ class Bitsandbytes(Quantized):
         cls, written: Mapping[str, Bitsandbytes], kept: Sequence[str], config: Mapping[str, Any]
     ) -> dict[ConfigPath, Any]:
         check_kept(kept, written)
-        format, old = next(iter(written.values())), config.get("quantization_config")
-        body = section(old, format.bits, kept, format.said)
-        return {**cls.plain_changes(config), ("quantization_config",): body}
+        format, old = next(iter(written.values())), config.get(SECTION)
+        body = section(old, format.bits, NAMES[format.dtype], kept, format.said)
+        return {**cls.plain_changes(config), (SECTION,): body}
+
+    dtype: str
+    """Of the model; safetensors name."""
 
     @property
     @abstractmethod
@@ -227,7 +230,6 @@ class FourBit(Bitsandbytes):
     @property
     def said(self) -> dict[str, Any]:
         return {
-            "bnb_4bit_compute_dtype": NAMES[self.dtype],
             "bnb_4bit_quant_storage": STORAGE[self.storage],
             "bnb_4bit_quant_type": self.quant_type,
             "bnb_4bit_use_double_quant": bool(self.nested_blocksize),
@@ -409,11 +411,13 @@ def _four_bit(parts: Parts, module: str, read: ReadPart) -> FourBit:
         )
     text = read(QUANT_STATE + types[0])
     state = QuantState.parse(text, module)
-    if state.quant_type != types[0] or len(state.shape) != 2:
+    if state.quant_type != types[0]:
         raise InputError(
-            f"{printable(module)}: its quant_state says {printable(state.quant_type)} and shape {list(state.shape)}, "
-            f"its name {types[0]}, and only matrices are read; the checkpoint is damaged, fetch it again"
+            f"{printable(module)}: its quant_state says {printable(state.quant_type)}, its name {types[0]}; the "
+            "checkpoint is damaged, fetch it again"
         )
+    if reason := _no_matrix(TensorSpec(state.dtype, state.shape)):
+        raise UnsupportedError(f"{printable(module)}: {reason}; take the unquantized original")
     column = len(parts["weight"].shape) != 1
     nested = state.nested_blocksize
     return FourBit(state.quant_type, state.blocksize, state.dtype, nested, storage, column, state.shape, len(text))

@@ -1,8 +1,8 @@
 """`quantization_config` of config.json as transformers writes it for bitsandbytes.
 
 Loaders know from it alone which modules are quantized, so `llm_int8_skip_modules` is always written, and whole: where
-there is a list, the default (the head) is not added to it. What the dtypes and types of the tensors say wins over the
-rest. https://github.com/huggingface/transformers/blob/main/src/transformers/utils/quantization_config.py
+there is a list, the default (the head) is not added to it. Of the rest, loaders
+believe the tensors. https://github.com/huggingface/transformers/blob/main/src/transformers/utils/quantization_config.py
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from lora_merge.errors import UnsupportedError, listed
 METHOD = "bitsandbytes"
 
 
-def section(old: object, bits: int, kept: Sequence[str], said: Mapping[str, Any]) -> dict[str, Any]:
+def section(old: object, bits: int, dtype: str, kept: Sequence[str], said: Mapping[str, Any]) -> dict[str, Any]:
     """The section for modules of 4 or 8 bits. Of an old one of the same width, what else its users chose stays.
 
-    said: what the format knows, by key.
+    dtype: torch's name of the model's. said: what the tensors say, by key.
     """
     same = isinstance(old, Mapping) and old.get("quant_method") == METHOD and old.get(f"load_in_{bits}bit")
-    body = dict(old) if same and isinstance(old, Mapping) else _defaults(bits)
+    body = dict(old) if same and isinstance(old, Mapping) else _defaults(bits, dtype)
     return {**body, **said, "llm_int8_skip_modules": list(kept)}
 
 
@@ -36,12 +36,12 @@ def check_kept(kept: Sequence[str], written: Iterable[str]) -> None:
         )
 
 
-def _defaults(bits: int) -> dict[str, Any]:
+def _defaults(bits: int, dtype: str) -> dict[str, Any]:
     """Where the user chose the width alone. A threshold that is no float is a TypeError in the loader."""
     return {
         "_load_in_4bit": bits == 4,
         "_load_in_8bit": bits == 8,
-        "bnb_4bit_compute_dtype": "float32",
+        "bnb_4bit_compute_dtype": dtype if bits == 4 else "float32",
         "bnb_4bit_quant_storage": "uint8",
         "bnb_4bit_quant_type": "fp4",
         "bnb_4bit_use_double_quant": False,

@@ -21,6 +21,8 @@ STEP = 7.874015718698502e-3
 """float32 nearest to 1 / 127."""
 LEAST = 1e-38
 """Smaller absmax count as this one."""
+FEW = 1 << 14
+"""So many places and more are found faster by comparing with each of 15 midpoints than by searching."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -87,6 +89,16 @@ class Blocks(Codebook):
             tail = rows.reshape(-1)[-self.short :] / divisor[-1, -1]
             levels.view(-1)[-self.short :] = tail
         return levels
+
+    def _indices(self, levels: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        if levels.numel() < FEW:
+            return super()._indices(levels)
+        codes = torch.zeros_like(levels, dtype=torch.uint8)
+        for mid in ((self.table[1:] + self.table[:-1]) / 2).tolist():
+            codes += levels > mid
+        return codes
 
     def rows(self, start: int, stop: int) -> Self:
         after = (len(self.scale) - stop) * self.scale.shape[1] * self.group

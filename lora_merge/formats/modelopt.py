@@ -29,7 +29,8 @@ from lora_merge.formats import fp8_scales as scales
 from lora_merge.formats.base import ConfigPath, Cut, Parts, ReadPart, Wanted
 from lora_merge.formats.ct_scales import E2M1, LARGEST_E4M3, Fp4, fp4, largest
 from lora_merge.formats.ct_schemes import NVFP4, Scheme
-from lora_merge.formats.fp8 import FP8, ROW, listed, model_dtype, section, still_skipped
+from lora_merge.formats.fp8 import FP8, MICRO, ROW, WHOLE, listed, model_dtype, section, still_skipped
+from lora_merge.formats.plain import LIMITS
 from lora_merge.formats.raw import fill, numbers, torch_dtype
 from lora_merge.spec import TensorSpec
 
@@ -47,6 +48,7 @@ ROTATED = ("pre_quant_scale", "svdquant_lora_a", "svdquant_lora_b")
 LEAST_E4M3 = 2.0**-9
 NAMES = {"ignore": "exclude_modules", "quant_algo": "quant_algo", "quantized_layers": "quantized_layers"}
 """Keys of `quantization_config`, and what `hf_quant_config.json` calls them."""
+MIXED = "MIXED_PRECISION"
 FP8_KV = {"dynamic": False, "num_bits": 8, "type": "float"}
 
 
@@ -101,14 +103,18 @@ class ModelOpt(FP8):
         cls, written: Mapping[str, Self], kept: Sequence[str], config: Mapping[str, Any]
     ) -> dict[ConfigPath, Any]:
         path, old = section(config)
-        body = dict(old) if old.get("quant_method") in cls.methods else _section(next(iter(written.values())))
+        told = str(old.get("quant_algo") or MIXED).upper()
+        fitting = told == MIXED or all(told in format.algorithms for format in written.values())
+        own = fitting and old.get("quant_method") in cls.methods
+        body = dict(old) if own else _section(next(iter(written.values())))
         body["ignore"] = still_skipped(body.get("ignore") or (), written, kept)
         return {path: body} if body != old else {}
 
     @property
-    def algorithm(self) -> str:
-        """`quant_algo` of new weights."""
-        return "FP8_PER_CHANNEL_PER_TOKEN"
+    def algorithms(self) -> tuple[str, ...]:
+        """What `quant_algo` may call this; the first is that of new weights."""
+        known = {ROW: ("FP8_PER_CHANNEL_PER_TOKEN",), WHOLE: ("FP8", "FP8_PB_WO"), MICRO: ("MXFP8",)}
+        return known.get(self.block, ("FP8_PB_WO",))
 
     def _fresh(self, most: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         return scales.quotient(most, LARGEST_E4M3, self.power), None
@@ -157,8 +163,12 @@ class ModelOptFP4(ModelOpt):
         return self.peak is None
 
     @property
-    def algorithm(self) -> str:
-        return "W4A16_NVFP4"
+    def algorithms(self) -> tuple[str, ...]:
+        return ("W4A16_NVFP4", "NVFP4", "W4A8_NVFP4_FP8")
+
+    @property
+    def limit(self) -> float:
+        return LIMITS[self.dtype] * 5 / 6  # above 5 the code is 6
 
     def describe(self, weight: TensorSpec) -> dict[str, TensorSpec]:
         rows, columns = weight.shape
@@ -252,14 +262,14 @@ def to_own_file(body: Mapping[str, Any], before: Mapping[str, Any] | None = None
     told = old.get("quantization")
     quantization = dict(told) if isinstance(told, Mapping) else {"kv_cache_quant_algo": None}
     quantization |= {name: body[key] for key, name in NAMES.items() if key in body}
-    if body.get("quant_algo") == ModelOptFP4().algorithm:
+    if body.get("quant_algo") == ModelOptFP4().algorithms[0]:
         quantization.setdefault("group_size", ModelOptFP4().block[1])
     return {**old, "producer": body.get("producer", PRODUCER), "quantization": quantization}
 
 
 def _section(format: ModelOpt) -> dict[str, Any]:
     """`quantization_config` of weights that are written anew, less the list of what stays plain."""
-    body: dict[str, Any] = {"quant_algo": format.algorithm, "producer": PRODUCER, "quant_method": "modelopt"}
+    body: dict[str, Any] = {"quant_algo": format.algorithms[0], "producer": PRODUCER, "quant_method": "modelopt"}
     if isinstance(format, ModelOptFP4):
         weights = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": format.block[1]}
         body["config_groups"] = {"group_0": {"weights": weights, "targets": ["Linear"]}}
