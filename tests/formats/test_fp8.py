@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from lora_merge.errors import InputError, UnsupportedError
+from lora_merge.formats import fp8_scales as scales
 from lora_merge.formats.base import Wanted
 from lora_merge.formats.fbgemm_fp8 import FbgemmFP8
 from lora_merge.formats.fp8 import BLOCK, FP8, ROW, WHOLE, FP8Experts
@@ -259,6 +260,13 @@ def test_nothing_below_the_limit_overflows(dtype, format):
     back = sp.decoded(format, data, weight)
     assert back.isfinite().all() and format.limit <= LIMITS[dtype]
     assert ((back - values).abs() <= most / 16).all()
+
+
+def test_exponents_are_those_of_torch():
+    stored = torch.arange(255, dtype=torch.uint8)
+    scale = scales.loaded(stored, "F8_E8M0", 1)
+    assert torch.equal(scale.flatten(), stored.view(torch.float8_e8m0fnu).float())
+    assert torch.equal(scales.stored(scale, "U8").flatten(), stored)
 
 
 def test_tiny_and_zero_blocks_are_zero():
