@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_merge.formats.base import ConfigPath, Parts, ReadPart, Wanted
-from lora_merge.formats.fp8 import FP8, ROW, section, still_skipped
+from lora_merge.formats.fp8 import FP8, ROW, SECTION, quantization, still_skipped
 from lora_merge.spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class FbgemmFP8(FP8):
 
     @classmethod
     def detect(cls, parts: Parts, config: Mapping[str, Any], module: str, read: ReadPart) -> Self | None:
-        if section(config)[1].get("quant_method") not in cls.methods:
+        if quantization(config)[1].get("quant_method") not in cls.methods:
             return None
         return super(FbgemmFP8, cls).detect(parts, config, module, read)
 
@@ -54,8 +54,9 @@ class FbgemmFP8(FP8):
     def config_changes(
         cls, written: Mapping[str, Self], kept: Sequence[str], config: Mapping[str, Any]
     ) -> dict[ConfigPath, Any]:
-        path, old = section(config)
+        path, old = quantization(config)
         own = old.get("quant_method") == cls.name
-        body = dict(old) if own else {"quant_method": cls.name, "activation_scale_ub": BOUND}
+        fresh = {"quant_method": cls.name, "activation_scale_ub": BOUND}
+        path, body = (path, dict(old)) if own else (SECTION, fresh)
         body[SKIPPED] = still_skipped(body.get(SKIPPED) or (), written, kept)
         return {path: body} if body != old else {}

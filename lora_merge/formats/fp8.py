@@ -43,6 +43,7 @@ INVERSE = "weight_scale_inv"
 """The name of scales that is fp8's alone."""
 SKIPPED = ("modules_to_not_convert", "ignored_layers")
 """What transformers, and what vLLM calls the linears that stay plain."""
+SECTION = ("quantization_config",)
 STACK_SCALES = "_scale_inv"
 BLOCK = (128, 128)
 MICRO = (1, 32)
@@ -95,7 +96,7 @@ class FP8(Quantized):
         codes = parts.get(cls.codes_part)
         if not marks or not codes or not codes.dtype.startswith("F8_"):
             return None
-        body = section(config)[1]
+        body = quantization(config)[1]
         if body.get("quant_method", cls.name) not in cls.methods and marks[0] != INVERSE:
             return None
         if codes.dtype not in CODES or parts[marks[0]].dtype not in scales.SCALES or len(marks) > 1:
@@ -149,9 +150,9 @@ class FP8(Quantized):
     def config_changes(
         cls, written: Mapping[str, Self], kept: Sequence[str], config: Mapping[str, Any]
     ) -> dict[ConfigPath, Any]:
-        path, old = section(config)
+        path, old = quantization(config)
         own = old.get("quant_method") in cls.methods and cls._said(old) in (None, *(f.block for f in written.values()))
-        body = dict(old) if own else cls._new_section(written)
+        path, body = (path, dict(old)) if own else (SECTION, cls._new_section(written))
         told = next((body[key] for key in SKIPPED if body.get(key)), ())
         skipped = still_skipped(told, written, kept)
         if not own or skipped != list(told):
@@ -303,6 +304,7 @@ class FP8Experts(FP8):
     codes_part: ClassVar[str] = ""
     marks: ClassVar[tuple[str, ...]] = (STACK_SCALES,)
     part_names: ClassVar[tuple[str, ...]] = ("", STACK_SCALES)
+    beside: ClassVar[tuple[str, ...]] = ("_activation_scale",)
     joint: ClassVar[str] = ""
     logical: ClassVar[str] = ""
     stacked: ClassVar[bool] = True
@@ -314,7 +316,7 @@ class FP8Experts(FP8):
             return None
         if scale.dtype not in scales.SCALES or len(scale.shape) != 3 or scale.shape[0] != codes.shape[0]:
             raise InputError(f"{module}: codes {codes} and scales {scale} do not belong together; fetch the file again")
-        own = cls._of(codes, scale, STACK_SCALES, config, section(config)[1], module)
+        own = cls._of(codes, scale, STACK_SCALES, config, quantization(config)[1], module)
         if codes.shape[1] % own.block[0]:
             raise UnsupportedError(
                 f"{module}: experts of {codes.shape[1]} rows in blocks of {own.block[0]} rows are not read; save the "
@@ -337,13 +339,13 @@ class FP8Experts(FP8):
         return (shape[0], rows, columns)
 
 
-def section(config: Mapping[str, Any]) -> tuple[ConfigPath, Mapping[str, Any]]:
+def quantization(config: Mapping[str, Any]) -> tuple[ConfigPath, Mapping[str, Any]]:
     """`quantization_config` in config.json, or in the text model's part of it, and where it lies; empty where not."""
     for place in ((), *text_parts(config)):
-        path = (*place, "quantization_config")
+        path = (*place, *SECTION)
         if isinstance(body := at(config, path), Mapping):
             return path, body
-    return ("quantization_config",), {}
+    return SECTION, {}
 
 
 def model_dtype(config: Mapping[str, Any]) -> str:

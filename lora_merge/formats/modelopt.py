@@ -29,7 +29,7 @@ from lora_merge.formats import fp8_scales as scales
 from lora_merge.formats.base import ConfigPath, Cut, Parts, ReadPart, Wanted
 from lora_merge.formats.ct_scales import E2M1, LARGEST_E4M3, Fp4, fp4, largest
 from lora_merge.formats.ct_schemes import NVFP4, Scheme
-from lora_merge.formats.fp8 import FP8, MICRO, ROW, WHOLE, listed, model_dtype, section, still_skipped
+from lora_merge.formats.fp8 import FP8, MICRO, ROW, SECTION, WHOLE, listed, model_dtype, quantization, still_skipped
 from lora_merge.formats.plain import LIMITS
 from lora_merge.formats.raw import fill, numbers, torch_dtype
 from lora_merge.spec import TensorSpec
@@ -71,7 +71,7 @@ class ModelOpt(FP8):
 
         Raises UnsupportedError for what is neither FP8 nor NVFP4, InputError where the scales fit no block.
         """
-        body = section(config)[1]
+        body = quantization(config)[1]
         codes, scale, whole = (parts.get(part) for part in ("weight", "weight_scale", "weight_scale_2"))
         if not codes or not scale or (body.get("quant_method") not in cls.methods and not whole):
             return None
@@ -102,13 +102,37 @@ class ModelOpt(FP8):
     def config_changes(
         cls, written: Mapping[str, Self], kept: Sequence[str], config: Mapping[str, Any]
     ) -> dict[ConfigPath, Any]:
-        path, old = section(config)
+        path, old = quantization(config)
         told = str(old.get("quant_algo") or MIXED).upper()
         fitting = told == MIXED or all(told in format.algorithms for format in written.values())
         own = fitting and old.get("quant_method") in cls.methods
-        body = dict(old) if own else _section(next(iter(written.values())))
+        path, body = (path, dict(old)) if own else (SECTION, _new_section(next(iter(written.values()))))
         body["ignore"] = still_skipped(body.get("ignore") or (), written, kept)
         return {path: body} if body != old else {}
+
+    @classmethod
+    def section(cls, own_file: Mapping[str, Any]) -> dict[str, Any]:
+        told = own_file.get("quantization")
+        told = told if isinstance(told, Mapping) else {}
+        found = {key: told[name] for key, name in NAMES.items() if told.get(name) is not None}
+        cache = told.get("kv_cache_quant_algo")
+        found |= {"kv_cache_scheme": FP8_KV if cache == "FP8" else cache} if cache else {}
+        found |= {"producer": own_file["producer"]} if "producer" in own_file else {}
+        return found | {"quant_method": cls.name}
+
+    @classmethod
+    def as_own_file(cls, section: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Undo `section`: the content of hf_quant_config.json, which is all that TensorRT-LLM reads.
+
+        before: what the base has there, whose other keys stay.
+        """
+        old = before or {}
+        told = old.get("quantization")
+        quantization = dict(told) if isinstance(told, Mapping) else {"kv_cache_quant_algo": None}
+        quantization |= {name: section[key] for key, name in NAMES.items() if key in section}
+        if section.get("quant_algo") == ModelOptFP4().algorithms[0]:
+            quantization.setdefault("group_size", ModelOptFP4().block[1])
+        return {**old, "producer": section.get("producer", PRODUCER), "quantization": quantization}
 
     @property
     def algorithms(self) -> tuple[str, ...]:
@@ -146,7 +170,7 @@ class ModelOptFP4(ModelOpt):
         groups = scale.shape[-1] if scale.shape[:-1] == (rows,) else 0
         if not groups or stored * 2 % groups:
             raise InputError(f"{module}: scales {scale} do not fit 4-bit codes {codes}; fetch the checkpoint again")
-        eight = _algorithm(section(config)[1], module).startswith("W4A8")  # its kernel turns the weights into FP8
+        eight = _algorithm(quantization(config)[1], module).startswith("W4A8")  # its kernel turns the weights into FP8
         own = cls(rank=rank, block=(1, stored * 2 // groups), dtype=model_dtype(config))
         return replace(own, top=LARGEST_E4M3) if eight else own
 
@@ -242,32 +266,7 @@ class MarkedFp4(Fp4):
         return replace(self, scale=self.scale[start:stop], marks=self.marks[start:stop])
 
 
-def from_own_file(body: Mapping[str, Any]) -> dict[str, Any]:
-    """`quantization_config` for the content of hf_quant_config.json."""
-    told = body.get("quantization")
-    told = told if isinstance(told, Mapping) else {}
-    found = {key: told[name] for key, name in NAMES.items() if told.get(name) is not None}
-    cache = told.get("kv_cache_quant_algo")
-    found |= {"kv_cache_scheme": FP8_KV if cache == "FP8" else cache} if cache else {}
-    found |= {"producer": body["producer"]} if "producer" in body else {}
-    return found | {"quant_method": "modelopt"}
-
-
-def to_own_file(body: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The content of hf_quant_config.json, which TensorRT-LLM reads, for a `quantization_config`.
-
-    before: what the base has there, whose other keys stay.
-    """
-    old = before or {}
-    told = old.get("quantization")
-    quantization = dict(told) if isinstance(told, Mapping) else {"kv_cache_quant_algo": None}
-    quantization |= {name: body[key] for key, name in NAMES.items() if key in body}
-    if body.get("quant_algo") == ModelOptFP4().algorithms[0]:
-        quantization.setdefault("group_size", ModelOptFP4().block[1])
-    return {**old, "producer": body.get("producer", PRODUCER), "quantization": quantization}
-
-
-def _section(format: ModelOpt) -> dict[str, Any]:
+def _new_section(format: ModelOpt) -> dict[str, Any]:
     """`quantization_config` of weights that are written anew, less the list of what stays plain."""
     body: dict[str, Any] = {"quant_algo": format.algorithms[0], "producer": PRODUCER, "quant_method": "modelopt"}
     if isinstance(format, ModelOptFP4):

@@ -16,7 +16,7 @@ from lora_merge.errors import InputError, UnsupportedError
 from lora_merge.formats import fp8_scales as scales
 from lora_merge.formats.base import Wanted
 from lora_merge.formats.fbgemm_fp8 import FbgemmFP8
-from lora_merge.formats.fp8 import BLOCK, FP8, ROW, WHOLE, FP8Experts
+from lora_merge.formats.fp8 import BLOCK, FP8, INVERSE, ROW, WHOLE, FP8Experts
 from lora_merge.formats.inc import refuse
 from lora_merge.formats.plain import LIMITS
 from lora_merge.spec import TensorSpec
@@ -262,6 +262,14 @@ def test_nothing_below_the_limit_overflows(dtype, format):
     assert ((back - values).abs() <= most / 16).all()
 
 
+@pytest.mark.parametrize("ratio", torch.linspace(1.0, 1.1, 41).tolist())
+def test_nothing_below_the_limit_overflows_with_kept_scales(ratio):
+    format = FP8(dtype="F16", block=WHOLE, rank=0)
+    data = sp.raw({"weight": torch.zeros(1, 4).to(E4M3), INVERSE: torch.tensor(ratio * format.limit / 448)})
+    grid = format.unpack(data, 1, 4)[1]
+    assert grid.values(grid.nearest(torch.full((1, 4), format.limit))).isfinite().all()
+
+
 def test_exponents_are_those_of_torch():
     stored = torch.arange(255, dtype=torch.uint8)
     scale = scales.loaded(stored, "F8_E8M0", 1)
@@ -350,7 +358,7 @@ def test_config_says_what_is_written_and_what_stays():
     nested = FP8.config_changes(written, ["new"], {"text_config": told})
     assert list(nested) == [("text_config", *path)]
     gone = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
-    assert FP8.config_changes(written, kept, gone)[path] == fresh[path]
+    assert FP8.config_changes(written, kept, gone) == fresh == FP8.config_changes(written, kept, {"text_config": gone})
 
 
 @pytest.mark.parametrize("variant", ["preset", "ue8m0", "per tensor"])

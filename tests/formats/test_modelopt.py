@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from lora_merge.errors import InputError, UnsupportedError
 from lora_merge.formats.base import Wanted
 from lora_merge.formats.fp8 import FP8, ROW
-from lora_merge.formats.modelopt import ModelOpt, ModelOptFP4, from_own_file, to_own_file
+from lora_merge.formats.modelopt import ModelOpt, ModelOptFP4
 from lora_merge.formats.plain import LIMITS
 from lora_merge.spec import TensorSpec
 
@@ -231,6 +231,18 @@ def test_nothing_below_the_limit_overflows(dtype, kind):
     assert format.limit <= LIMITS[dtype]
 
 
+@pytest.mark.parametrize("ratio", torch.linspace(1.0, 1.3, 31).tolist())
+def test_nothing_below_the_limit_overflows_with_kept_scales(ratio):
+    format, weight = ModelOptFP4(dtype="F16"), TensorSpec("F16", (1, 16))
+    scale = torch.tensor(ratio * format.limit / (6 * 448))
+    data = sp.raw({
+        "weight": torch.zeros(1, 8).byte(), "weight_scale": torch.full((1, 1), 448.0).to(E4M3), "weight_scale_2": scale,
+    })  # fmt: skip
+    grid = format.unpack(data, *weight.shape)[1]
+    most = torch.full((1, 16), format.limit)
+    assert grid.values(grid.nearest(most)).isfinite().all()
+
+
 def test_every_code_of_nvfp4_survives():
     codes = torch.arange(256, dtype=torch.uint8).view(16, 16)
     scale = torch.arange(1, 33, dtype=torch.uint8).view(16, 2).view(E4M3)
@@ -303,22 +315,22 @@ def test_what_is_asked_for():
 def test_own_file_and_config_say_the_same(name):
     config, own, modules = checkpoint(name)
     body = config["quantization_config"]
-    assert from_own_file(own) == {key: value for key, value in body.items() if key != "config_groups"}
-    assert to_own_file(body, own) == own
+    assert ModelOpt.section(own) == {key: value for key, value in body.items() if key != "config_groups"}
+    assert ModelOpt.as_own_file(body, own) == own
     written = {module: detect(parts, config, module) for module, parts in modules.items()}
     assert ModelOpt.config_changes(written, ["lm_head"], config) == {}
-    assert ModelOpt.config_changes(written, ["lm_head"], {"quantization_config": from_own_file(own)}) == {}
+    assert ModelOpt.config_changes(written, ["lm_head"], {"quantization_config": ModelOpt.section(own)}) == {}
     changed = ModelOpt.config_changes(written, ["lm_head", "extra"], config)[("quantization_config",)]
     assert changed == body | {"ignore": [*body["ignore"], "extra"]}
-    assert to_own_file(changed, own)["quantization"]["exclude_modules"] == changed["ignore"]
+    assert ModelOpt.as_own_file(changed, own)["quantization"]["exclude_modules"] == changed["ignore"]
 
 
 def test_the_key_value_cache_is_told_in_both():
     own = {"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head"]}}
-    body = from_own_file(own)
+    body = ModelOpt.section(own)
     assert body["kv_cache_scheme"] == {"dynamic": False, "num_bits": 8, "type": "float"}
-    assert to_own_file(body, own)["quantization"] == own["quantization"]
-    assert from_own_file({}) == {"quant_method": "modelopt"}
+    assert ModelOpt.as_own_file(body, own)["quantization"] == own["quantization"]
+    assert ModelOpt.section({}) == {"quant_method": "modelopt"}
 
 
 def test_config_of_new_weights():
@@ -330,7 +342,7 @@ def test_config_of_new_weights():
         "producer": {"name": "modelopt", "version": "0.47.0"},
         "config_groups": {"group_0": {"weights": weights, "targets": ["Linear"]}},
     }  # fmt: skip
-    assert to_own_file(four) == {
+    assert ModelOpt.as_own_file(four) == {
         "producer": {"name": "modelopt", "version": "0.47.0"},
         "quantization": {
             "kv_cache_quant_algo": None, "quant_algo": "W4A16_NVFP4", "exclude_modules": ["lm_head"], "group_size": 16,
