@@ -158,12 +158,12 @@ class ChatGLM(Quantized):
         words = scale.view(torch.int32 if dtype is torch.float32 else torch.int16)
         short = scale.float() * (self.top + 0.5) < most
         scale = torch.where(short, (words + 1).view(dtype), scale)
-        return self._grid(scale.float(), -self.top)
+        return self._grid(scale.float(), -self.top, rows.shape[1])
 
     def unpack(self, parts: Mapping[str, torch.Tensor], rows: int, columns: int) -> tuple[torch.Tensor, Affine]:
         codes = codec.unpack(parts["weight"].view(rows, -1), self.bits, columns, order="high", signed=True)
         scale = numbers(parts["weight_scale"], self.scale, 1)
-        return codes, self._grid(scale.float(), -self.top - 1)
+        return codes, self._grid(scale.float(), -self.top - 1, columns)
 
     def pack(self, codes: torch.Tensor, grid: Grid, out: Mapping[str, torch.Tensor]) -> None:
         import torch
@@ -174,14 +174,14 @@ class ChatGLM(Quantized):
     def __str__(self) -> str:
         return f"chatglm int{self.bits}"
 
-    def _grid(self, scale: torch.Tensor, low: int) -> Affine:
+    def _grid(self, scale: torch.Tensor, low: int, columns: int) -> Affine:
         """`scale` float32 `[rows, 1]`. Fresh scales leave code -8 (-128) unused, as do the official ones; files whose
         codes turned over have it, and keep it."""
         from lora_merge.grids import Affine
 
         coding = None if self.coding == "F32" else torch_dtype(self.coding)
         dtype = torch_dtype(self.scale) if self.bits == 8 else None
-        return Affine(scale=scale, low=low, high=self.top, group=0, dtype=dtype, coding=coding)
+        return Affine(scale=scale, low=low, high=self.top, group=max(1, columns), dtype=dtype, coding=coding)
 
 
 def is_chatglm(config: Mapping[str, Any]) -> bool:
