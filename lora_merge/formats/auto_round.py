@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_merge.errors import UnsupportedError
 from lora_merge.formats.awq import AWQ
-from lora_merge.formats.base import ConfigPath, Cut, Parts, Quantized, ReadPart, Wanted
+from lora_merge.formats.base import SECTION, ConfigPath, Cut, Parts, Quantized, ReadPart, Wanted
 from lora_merge.formats.gptq import GPTQ
-from lora_merge.formats.gptq_config import Said, section
+from lora_merge.formats.gptq_config import Said, beside, section
 from lora_merge.spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ VERSIONS = {
     "auto_round:auto_gptq": 1, "auto_round:gptq": 1, "auto": 1, "auto_round:gptqmodel": 2, "auto_round": 2,
 }  # fmt: skip
 AS_AWQ = ("auto_round:auto_awq", "auto_round:awq")
+PLAIN = {"bits": 16}
+"""What `extra_config` has for a layer that is not quantized."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,7 @@ class AutoRound(Quantized):
         packing: GPTQ | AWQ | None
         if packing_format in AS_AWQ:
             as_awq = {"quant_method": "awq", "version": "gemm", "group_size": said.get("group_size")}
-            packing = AWQ.detect(parts, {"quantization_config": as_awq}, module, read)
+            packing = AWQ.detect(parts, {SECTION: as_awq}, module, read)
         else:
             plain = {"bits": said.get("bits"), "group_size": said.get("group_size"), "sym": said.get("sym", True)}
             told = replace(Said.of(plain, module), version=VERSIONS[packing_format])
@@ -82,8 +84,12 @@ class AutoRound(Quantized):
     def config_changes(
         cls, written: Mapping[str, AutoRound], kept: Sequence[str], config: Mapping[str, Any]
     ) -> dict[ConfigPath, Any]:
-        """Nothing: every weight is in the format that it was in."""
-        return {}
+        """What the base says of itself, and the linears of its blocks that have become plain."""
+        body = dict(section(config))
+        plain = [module for module in beside(written, kept) if _extra(body, module).get("bits", 0) < PLAIN["bits"]]
+        if plain:
+            body["extra_config"] = {**(body.get("extra_config") or {}), **dict.fromkeys(plain, PLAIN)}
+        return {**cls.plain_changes(config), (SECTION,): body}
 
     @property
     def bits(self) -> int:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_merge import bits as codec
 from lora_merge.errors import InputError, UnsupportedError
-from lora_merge.formats.base import ConfigPath, Cut, Parts, Quantized, ReadPart, Wanted
+from lora_merge.formats.base import SECTION, ConfigPath, Cut, Parts, Quantized, ReadPart, Wanted
 from lora_merge.formats.ct_schemes import uniform_group_size
 from lora_merge.formats.gptq_config import Said, changed_section, section
 from lora_merge.formats.plain import LIMITS
@@ -136,7 +136,7 @@ class GPTQ(Quantized):
         Raises UnsupportedError for what transformers' loader cannot be told: see `gptq_config`.
         """
         said = {module: format._said() for module, format in written.items()}
-        return {**cls.plain_changes(config), ("quantization_config",): changed_section(said, kept, config)}
+        return {**cls.plain_changes(config), (SECTION,): changed_section(said, kept, config)}
 
     def _said(self) -> Said:
         return Said(self.bits, self.group_size, self.sym, self.version, self.order is not None, gptqmodel=self.carry)
@@ -204,9 +204,9 @@ class GPTQ(Quantized):
         exact = (high - low) / self._top
         least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
         scale = exact.to(dtype)
-        scale = scale.masked_fill(scale == 0, least).float()
+        scale = scale.masked_fill(scale == 0, least)
         if self.sym:
-            zero = torch.full_like(scale, 1 << self.bits - 1)
+            zero = torch.full_like(exact, 1 << self.bits - 1)
         else:  # the library, too, takes it from the scale before that is rounded
             zero = (-low / exact).round_().clamp_(2 - self.version, self._top)
         return self._grid(scale, zero, rows.shape[1], index)
@@ -216,7 +216,7 @@ class GPTQ(Quantized):
 
         codes = codec.unpack(numbers(parts["qweight"], "I32", rows), self.bits, columns, axis=0).T
         codes = codes.view(torch.int8) if self._top < 128 else codes
-        scale = numbers(parts["scales"], self.scale, rows).T.contiguous().float()
+        scale = numbers(parts["scales"], self.scale, rows).T.contiguous()
         zero = self._loaded(numbers(parts["qzeros"], "I32", rows * self.bits // WORD), rows)
         index = numbers(parts["g_idx"], "I32", columns)[0].long() if self.named else None
         if index is not None and torch.equal(index, torch.arange(columns) // self._group(columns)):
@@ -276,7 +276,7 @@ class GPTQ(Quantized):
         return words - self._ones if self.version == 1 and self.carry else words
 
     def _grid(self, scale: torch.Tensor, zero: torch.Tensor, columns: int, index: torch.Tensor | None) -> Affine:
-        """`scale`, `zero`: float32 `[rows, groups]`."""
+        """`scale`, of the dtype in which it is stored, and `zero`: `[rows, groups]`."""
         from lora_merge.grids import Affine
 
         return Affine(low=0, high=self._top, scale=scale, zero=zero, group=self._group(columns), index=index)

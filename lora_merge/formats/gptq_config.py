@@ -9,7 +9,7 @@ https://github.com/huggingface/optimum/blob/main/optimum/gptq/quantizer.py
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +68,7 @@ class Said:
 
     def fitting_group_size(self, columns: int, groups: int) -> int | None:
         """The group size, -1 for whole rows, that makes so many groups of so many columns; None: there is none."""
-        if self.group_size and self.group_size > 0 and -(-columns // self.group_size) == groups:
+        if self.group_size and -(-columns // self.group_size) == groups:
             return self.group_size
         if groups == 1:
             return -1
@@ -105,7 +105,8 @@ def changed_section(written: Mapping[str, Said], kept: Sequence[str], config: Ma
     if str(body.get("quant_method", METHOD)).lower() != METHOD:
         body = {}
     if body and all(_quantizes(body, name) and Said.of(body, name).agrees(said) for name, said in written.items()):
-        return {**body, "quant_method": METHOD}
+        told = not any(_quantizes(body, name) for name in beside(written, kept))
+        return {**body, "quant_method": METHOD, **({} if told else _blocks(list(written), kept))}
     said = _only(written)
     # Zero points that were kept are read as their writer meant them only while it is named.
     quantizers = _quantizers(body) if said.gptqmodel else []
@@ -147,15 +148,14 @@ def _blocks(written: Sequence[str], kept: Sequence[str]) -> dict[str, Any]:
             f"transformers' GPTQ loader quantizes linears of the model's blocks alone, not {listed(outside)}; "
             "leave these plain, or choose another --format"
         )
-    places = [found.groups() for module in written if (found := IN_BLOCK.fullmatch(module))]
-    stacks = list(dict.fromkeys(stack for stack, _ in places))
+    stacks = _stacks(written)
     if len(stacks) > 1:
         raise UnsupportedError(
             f"transformers' GPTQ loader knows one stack of blocks, and quantized linears are in {listed(stacks)}; "
             "leave the others plain, or choose another --format"
         )
-    names = tuple(dict.fromkeys(name for _, name in places))
-    plain = [module for module in kept if module.startswith(tuple(f"{stack}." for stack in stacks))]
+    names = tuple(dict.fromkeys(IN_BLOCK.sub(r"\2", module) for module in written))
+    plain = beside(written, kept)
     mixed = [module for module in plain if module.endswith(names)]
     if mixed:
         raise UnsupportedError(
@@ -164,6 +164,17 @@ def _blocks(written: Sequence[str], kept: Sequence[str]) -> dict[str, Any]:
         )
     keys: dict[str, Any] = {"modules_in_block_to_quantize": [list(names)]} if plain else {}
     return keys if stacks[0] in BLOCKS else {"block_name_to_quantize": stacks[0], **keys}
+
+
+def _stacks(modules: Iterable[str]) -> list[str]:
+    """`model.layers` of `model.layers.0.mlp.up_proj`."""
+    return list(dict.fromkeys(found[1] for module in modules if (found := IN_BLOCK.fullmatch(module))))
+
+
+def beside(written: Iterable[str], kept: Sequence[str]) -> list[str]:
+    """Plain linears of the blocks that have quantized ones."""
+    stacks = set(_stacks(written))
+    return [module for module in kept if stacks & set(_stacks([module]))]
 
 
 def _quantizes(body: Mapping[str, Any], module: str) -> bool:

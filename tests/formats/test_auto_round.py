@@ -130,9 +130,19 @@ def test_other_packings_name_the_way_out():
 def test_it_is_written_only_where_it_was():
     with pytest.raises(UnsupportedError, match="--format gptq"):
         AutoRound.preset(Wanted(4), {})
+
+
+def test_the_config_stays_but_for_what_became_plain():
     config = json.loads((FIXTURE / "config.json").read_text())
+    body = config["quantization_config"]
     written = {module: format for module, format, _, _ in weights()}
-    assert AutoRound.config_changes(written, ["lm_head"], config) == {}
+    assert AutoRound.config_changes(written, ["lm_head"], config) == {("quantization_config",): body}
+    kept = ["lm_head", "model.layers.0.mlp.gate", "model.layers.0.mlp.up_proj"]
+    config = said(extra_config={"model.layers.0.mlp.gate": {"bits": 16, "data_type": "float"}})
+    del written[kept[2]]
+    changed = AutoRound.config_changes(written, kept, config)["quantization_config",]
+    assert changed["extra_config"] == {kept[1]: {"bits": 16, "data_type": "float"}, kept[2]: {"bits": 16}}
+    assert {key for key in changed if changed[key] != config["quantization_config"][key]} == {"extra_config"}
 
 
 def test_fresh_scales_are_those_of_the_packing():

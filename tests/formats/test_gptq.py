@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from lora_merge.errors import InputError, UnsupportedError
 from lora_merge.formats.base import Wanted
 from lora_merge.formats.gptq import GPTQ
+from lora_merge.grids import refined
 from lora_merge.spec import TensorSpec
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -447,6 +448,26 @@ def test_a_base_with_skipped_modules_that_are_written_now_gets_a_new_config():
     config = said(bits=4, group_size=32, dynamic={r".*\.1\..*": {"bits": 8}})
     mixed = {name: GPTQ(8 if ".1." in name else 4, 32) for name in modules()}
     assert changed(mixed, ["lm_head"], config) == config["quantization_config"]
+
+
+def test_a_linear_that_became_plain_is_told_to_the_loader():
+    written = dict.fromkeys(modules("mlp.down_proj"), GPTQ(4, 32))
+    plain = [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
+    config = said(bits=4, group_size=32, damp_percent=0.1)
+    body = changed(written, [*plain, "lm_head"], config)
+    assert body == {**config["quantization_config"], "modules_in_block_to_quantize": [BLOCK[:3]]}
+    told = said(bits=4, group_size=32, modules_in_block_to_quantize=[[name] for name in BLOCK[:3]])
+    assert changed(written, [*plain, "lm_head"], told) == told["quantization_config"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_shares_of_scales_are_rounded_as_they_are_stored(dtype):
+    rows = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+    format, weight = GPTQ(4, 32, scale=sp.DTYPES[dtype]), TensorSpec("F16", (32, 64))
+    grid = refined(format.fit(rows), rows)
+    data = sp.blank(format, weight)
+    format.pack(grid.nearest(rows), grid, data)
+    assert torch.equal(sp.decoded(format, data, weight), grid.values(grid.nearest(rows)))
 
 
 def test_words():
