@@ -4,65 +4,25 @@ import json
 import math
 from collections import namedtuple
 from dataclasses import replace
-from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
 import stored_parts as sp
 import torch
+from bnb_cases import CASES, CHECKPOINTS, DTYPES, case, checkpoint, detected, fresh, said, settled
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 
-from lora_merge.errors import InputError, UnsupportedError
-from lora_merge.formats.base import Wanted, same_grid
+from lora_merge.formats.base import Wanted
 from lora_merge.formats.bitsandbytes import Bitsandbytes, FourBit, LLMInt8
-from lora_merge.formats.bnb_state import QuantState, dynamic_map
+from lora_merge.formats.bnb_state import dynamic_map
+from lora_merge.formats.raw import torch_dtype
 from lora_merge.rounding import AdapterAware, Stochastic
 from lora_merge.spec import TensorSpec
 from lora_merge.survival import Directions
 
-FIXTURES = Path(__file__).parents[2] / "fixtures"
-CHECKPOINTS = ["bnb_int8", "bnb_nf4", "bnb_nf4_dq", "bnb_fp4"]
-CASES = [
-    "odd", "odd_fp4", "across", "across_double", "fp4_double", "nested_twice", "stored_as_bfloat16", "one_block",
-    "one_block_double",
-]  # fmt: skip
-Update = namedtuple("Update", "left right first")
-STATE = "weight.quant_state.bitsandbytes__nf4"
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 ONE_127TH = np.float32(7.874015718698502e-3)
-
-
-@cache
-def checkpoint(name):
-    """Config, module -> parts, and what the library decodes."""
-    folder = FIXTURES / name
-    tensors = load_file(folder / "model.safetensors")
-    modules = sorted(key.rpartition(".")[0] for key in tensors if key.endswith("proj.weight"))
-    parts = {
-        module: {
-            key.removeprefix(f"{module}."): value
-            for key, value in tensors.items()
-            if key.startswith(f"{module}.") and not key.endswith(".bias")
-        }
-        for module in modules
-    }
-    config = json.loads((folder / "config.json").read_text())
-    return config, parts, load_file(folder / "expected_dequant.safetensors")
-
-
-@cache
-def case(name):
-    """The weight before, and its parts."""
-    tensors = load_file(FIXTURES / "bnb_blocks" / "blocks.safetensors")
-    parts = {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
-    return parts.pop("original"), parts
-
-
-def detected(parts, config=None, module="x"):
-    return Bitsandbytes.detect(sp.specs(parts), config or {}, module, lambda part: parts[part].numpy().tobytes())
+Update = namedtuple("Update", "left right first")
 
 
 def everything():
@@ -76,11 +36,6 @@ def everything():
         parts = case(name)[1]
         format = detected(parts)
         yield pytest.param(format, format.measure(sp.specs(parts)), parts, id=name)
-
-
-def said(parts):
-    [text] = [value for part, value in parts.items() if "quant_state" in part]
-    return json.loads(text.numpy().tobytes())
 
 
 def expected(parts):
@@ -98,25 +53,6 @@ def expected(parts):
         values[e] = table[nibble] * absmax[e // state["blocksize"]]
     rounded = torch.from_numpy(values).to(DTYPES[state["dtype"]])
     return rounded.float().view(state["shape"])
-
-
-def settled(format, weight, rows):
-    seen = None
-    if format.needs_survey:
-        step = format.rows_at_once(weight)
-        seen = torch.cat([format.survey(rows[start : start + step]) for start in range(0, len(rows), step)])
-    return format.settled(weight, seen=seen)
-
-
-def fresh(format, weight, rows, step=None):
-    """The bytes of each part with scales of the format's choice, tile by tile."""
-    ready = settled(format, weight, rows)
-
-    def encode(tile, start, stop, out):
-        grid = ready.fit(tile, start)
-        ready.pack(grid.nearest(tile), grid, out)
-
-    return sp.by_tiles(ready, weight, rows, step or len(rows), encode)
 
 
 def tiles(format, weight):
@@ -230,11 +166,7 @@ def test_every_code_is_the_nearest_of_its_block(rows, columns, blocksize, quant_
     """Against a search of all levels; shapes of any kind, written in the smallest tiles."""
     generator = torch.Generator().manual_seed(seed)
     weight = TensorSpec(dtype, (rows, columns))
-    values = (
-        torch.randn(rows, columns, generator=generator)
-        .to(DTYPES[{"F16": "float16", "BF16": "bfloat16"}.get(dtype, "float32")])
-        .float()
-    )
+    values = torch.randn(rows, columns, generator=generator).to(torch_dtype(dtype)).float()
     format = Bitsandbytes.preset(Wanted(4, dtype, quant_type, blocksize, double), {})
     data = fresh(format, weight, values, format.rows_at_once(weight))
     specs = format.describe(weight)
@@ -267,7 +199,7 @@ def int8_oracle(weight):
 def test_llm_int8_is_that_of_the_library(dtype):
     """The weight is rounded to float16 first, whatever the model is in."""
     values = torch.randn(50, 37, generator=torch.Generator().manual_seed(1)) * 0.3
-    values = values.to({"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}[dtype]).float()
+    values = values.to(torch_dtype(dtype)).float()
     weight = TensorSpec(dtype, (50, 37))
     data = fresh(Bitsandbytes.preset(Wanted(8, dtype), {}), weight, values, 7)
     codes, scb = int8_oracle(values.numpy())
@@ -343,229 +275,3 @@ def test_every_rounding_works_where_blocks_cross_rows(name, kept):
     assert torch.equal(aware[:2], grid.nearest(rows)[:2])
     near, aware = ((grid.values(codes) - rows)[2:] @ right[0].T for codes in (grid.nearest(rows), aware))
     assert aware.norm() < 0.5 * near.norm()
-
-
-def test_a_fresh_quant_state_is_padded_and_a_stored_one_decides_how_many_digits_fit():
-    weight, rows = TensorSpec("BF16", (4, 64)), torch.randn(4, 64, generator=torch.Generator().manual_seed(3))
-    format = Bitsandbytes.preset(Wanted(4, double_quant=True), {})
-    room = format.describe(weight)[STATE].shape[0]
-    text = fresh(format, weight, rows)[STATE]
-    assert len(text) == room and text.endswith(b" ") and json.loads(text)["shape"] == [4, 64]
-    offset = json.loads(text)["nested_offset"]
-    assert offset == rows.abs().amax(1).mean().item()
-    for short in range(7, 24):
-        tight = replace(format, room=len(text.rstrip()) - len(str(offset)) + short)
-        data = fresh(tight, weight, rows)
-        given = json.loads(data[STATE])
-        assert len(data[STATE]) == tight.room and abs(given.pop("nested_offset") / offset - 1) < 10.0 ** (3 - short)
-        assert given == {key: value for key, value in json.loads(text).items() if key != "nested_offset"}
-        parts = {part: torch.tensor(list(value)).byte() for part, value in data.items()}
-        assert (sp.decoded(tight.settled(weight), parts, weight) - rows).abs().max() < 0.5
-
-
-def test_no_offset_is_longer_than_the_room_for_it():
-    state = QuantState("nf4", 64, "F32", (1, 1), 256)
-    for offset in (1.1754943508222875e-38, 3.4028234663852886e38, 1 / 3, 1e-45, 0.0):
-        exact = replace(state, nested_offset=float(np.float32(offset)))
-        assert QuantState.parse(exact.encoded(state.room), "x") == exact
-
-
-def test_scales_are_kept_by_a_format_with_other_room():
-    """--bits 4 --format bitsandbytes on such a base: the parameters are the same, the text of the JSON is not."""
-    parts = case("nested_twice")[1]
-    stored, weight = detected(parts), TensorSpec("BF16", (260, 64))
-    other = Bitsandbytes.preset(Wanted(4, "BF16", double_quant=True), {})
-    assert same_grid(stored, other, weight) and not same_grid(stored, replace(other, blocksize=128), weight)
-    out = sp.blank(other, weight)
-    other.settled(weight).pack(*stored.unpack(sp.raw(parts), 260, 64), out)
-    assert json.loads(bytes(out.pop(STATE).tolist())) == said(parts)
-    assert all(torch.equal(value, sp.raw(parts)[part]) for part, value in out.items())
-
-
-@pytest.mark.parametrize(
-    ("wanted", "words"),
-    [
-        (Wanted(4), "bitsandbytes nf4 64"),
-        (Wanted(4, quant_type="fp4", group_size=4096, double_quant=True), "bitsandbytes fp4 4096 double"),
-        (Wanted(8), "bitsandbytes int8"),
-    ],
-)
-def test_presets(wanted, words):
-    format = Bitsandbytes.preset(wanted, {})
-    assert str(format) == words and format.bits == wanted.bits and isinstance(format, Bitsandbytes)
-
-
-@pytest.mark.parametrize(
-    ("wanted", "words"),
-    [
-        (Wanted(4, quant_type="int"), "no int with 4"),
-        (Wanted(3), "no type with 3"),
-        (Wanted(4, group_size=48), "not 48"),
-        (Wanted(8, group_size=64), "one kind of 8 bits"),
-        (Wanted(8, quant_type="fp8"), "one kind of 8 bits"),
-        (Wanted(8, double_quant=True), "one kind of 8 bits"),
-        (Wanted(4, "F64"), "no weights in F64"),
-    ],
-)
-def test_what_there_is_no_preset_for(wanted, words):
-    with pytest.raises(UnsupportedError, match=words):
-        Bitsandbytes.preset(wanted, {})
-
-
-def test_refusals():
-    for wanted in (Wanted(4), Wanted(8)):
-        format = Bitsandbytes.preset(wanted, {})
-        assert format.refusal(TensorSpec("F32", (3, 5))) is None
-        assert "matrices" in format.refusal(TensorSpec("F32", (2, 3, 5)))
-    half = replace(Bitsandbytes.preset(Wanted(4), {}), storage="BF16")
-    assert "words of bfloat16" in half.refusal(TensorSpec("F32", (3, 2)))
-    assert half.refusal(TensorSpec("F32", (3, 4))) is None
-
-
-def broken(name="odd", **changes):
-    parts = {**case(name)[1], **changes}
-    return {part: value for part, value in parts.items() if value is not None}
-
-
-def state_said(**changes):
-    body = {**said(case("odd")[1]), **changes}
-    return torch.tensor(list(json.dumps({key: v for key, v in body.items() if v is not None}).encode())).byte()
-
-
-@pytest.mark.parametrize(
-    ("parts", "words"),
-    [
-        (broken(**{STATE: None}), "one small"),
-        (broken(**{STATE: torch.zeros(5000).byte()}), "one small"),
-        (broken(**{"weight.absmax": None}), "stores a weight \\[5, 7\\] as"),
-        (broken(weight=torch.zeros(17, 1).byte()), "damaged"),
-        (broken(**{STATE: torch.tensor(list(b"{nonsense")).byte()}), "quant_state is not what"),
-        (broken(**{STATE: torch.tensor(list(b"[1]")).byte()}), "quant_state is not what"),
-        (broken(**{STATE: state_said(blocksize=0)}), "positive"),
-        (broken(**{STATE: state_said(blocksize=None)}), "blocksize"),
-        (broken(**{STATE: state_said(shape=None)}), "shape"),
-        (broken(**{STATE: state_said(dtype="float64")}), "float64"),
-        (broken(**{STATE: state_said(nested_blocksize=256, nested_offset=math.nan)}), "finite"),
-        (broken(**{STATE: state_said(quant_type="fp4")}), "its name nf4"),
-    ],
-)
-def test_damaged_parts_are_named(parts, words):
-    with pytest.raises(InputError, match=words) as caught:
-        detected(parts, module="model.layers.0.q")
-    assert "model.layers.0.q" in str(caught.value)
-
-
-def test_what_cannot_be_read_is_named():
-    with pytest.raises(UnsupportedError, match="matrices"):
-        detected(broken(**{STATE: state_said(shape=[1, 5, 7])}))
-    with pytest.raises(UnsupportedError, match="nested_dtype float16"):
-        detected(broken(**{STATE: state_said(nested_blocksize=256, nested_offset=0.1, nested_dtype="float16")}))
-    parts = dict(next(iter(checkpoint("bnb_int8")[1].values())))
-    with pytest.raises(UnsupportedError, match="weight_format 2"):
-        detected({**parts, "weight_format": torch.tensor(2).byte()})
-    with pytest.raises(InputError, match="its SCB"):
-        detected({**parts, "weight": parts["weight"].half()})
-
-
-def test_other_formats_parts_are_left_alone():
-    assert detected({"weight": torch.zeros(4, 4)}) is None
-    assert detected({"weight": torch.zeros(4, 4).char(), "weight_scale": torch.zeros(4)}) is None
-    assert detected({**case("odd")[1], "qweight": torch.zeros(1)}) is None
-
-
-@pytest.mark.parametrize("name", CHECKPOINTS)
-def test_config_is_what_transformers_writes_but_for_the_list_of_the_kept(name):
-    config, modules, _ = checkpoint(name)
-    written = {module: detected(parts, config) for module, parts in modules.items()}
-    stored = config["quantization_config"]
-    listed = {"llm_int8_skip_modules": ["lm_head"]}
-    path = ("quantization_config",)
-    assert Bitsandbytes.config_changes(written, ["lm_head"], config) == {path: {**stored, **listed}}
-    compute = {"bnb_4bit_compute_dtype": config["dtype"]} if "int8" not in name else {}
-    fresh_body = Bitsandbytes.config_changes(written, ["lm_head"], {"quantization_config": {"quant_method": "gptq"}})
-    assert fresh_body == {path: {**stored, **listed, **compute}}
-    assert isinstance(fresh_body[path]["llm_int8_threshold"], float)
-    chosen = {"quantization_config": {**stored, "llm_int8_threshold": 3.0, "bnb_4bit_quant_type": "other"}}
-    body = Bitsandbytes.config_changes(written, [], chosen)[path]
-    assert body["llm_int8_threshold"] == 3.0 and body["llm_int8_skip_modules"] == []
-    assert body["bnb_4bit_quant_type"] == ("other" if "int8" in name else stored["bnb_4bit_quant_type"])
-
-
-@pytest.mark.parametrize("kept", ["model.layers.1", "up_proj"])
-def test_names_that_the_loader_would_mix_up_are_refused(kept):
-    written = {"model.layers.1.up_proj": LLMInt8("F16"), "model.layers.10.down_proj": LLMInt8("F16")}
-    with pytest.raises(UnsupportedError, match="up_proj do not"):
-        Bitsandbytes.config_changes(written, ["lm_head", kept], {})
-
-
-KINDS = {
-    "int8": Wanted(8), "nf4": Wanted(4), "nf4 double": Wanted(4, double_quant=True),
-    "fp4": Wanted(4, quant_type="fp4"), "fp4 double": Wanted(4, quant_type="fp4", double_quant=True),
-}  # fmt: skip
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("dtype", ["F16", "BF16", "F32"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_bytes_of_the_library_itself(kind, dtype):
-    functional = pytest.importorskip("bitsandbytes").functional
-    values = torch.randn(96, 200, generator=torch.Generator().manual_seed(2)) * 0.02
-    values = values.to({"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}[dtype])
-    weight = TensorSpec(dtype, tuple(values.shape))
-    format = Bitsandbytes.preset(replace(KINDS[kind], dtype=dtype), {})
-    data = fresh(format, weight, values.float(), format.rows_at_once(weight))
-    if kind == "int8":
-        codes, scb, _ = functional.int8_vectorwise_quant(values.half())
-        assert data == {
-            "weight": codes.numpy().tobytes(), "SCB": scb.numpy().tobytes(), "weight_format": b"\0"
-        }  # fmt: skip
-        return
-    codes, state = functional.quantize_4bit(values, quant_type=format.quant_type, compress_statistics="double" in kind)
-    library = {"weight": codes, **{f"weight.{part}": value for part, value in state.as_dict(packed=True).items()}}
-    theirs = {part: value.numpy().tobytes() for part, value in sp.raw(library).items()}
-    assert json.loads(data.pop(format.state_part)) == json.loads(theirs.pop(format.state_part))
-    if "double" in kind:
-        pair = zip(data.pop("weight.absmax"), theirs.pop("weight.absmax"), strict=True)
-        assert sum(a != b for a, b in pair) <= 3
-    assert data == theirs
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", KINDS)
-def test_transformers_opens_what_is_written(tmp_path, tiny_llama, kind):
-    """A conversion of the tiny Llama, all of its layers but one linear, computes what the decoded weights compute."""
-    pytest.importorskip("bitsandbytes")
-    transformers = pytest.importorskip("transformers")
-    base = load_file(tiny_llama / "base" / "model.safetensors")
-    linears = [key.removesuffix(".weight") for key in base if key.endswith("proj.weight")]
-    skipped = [linears.pop(3), "lm_head"]
-    format = Bitsandbytes.preset(replace(KINDS[kind], dtype="F16"), {})
-    stored, plain = dict(base), dict(base)
-    for module in linears:
-        weight = TensorSpec("F16", tuple(base[f"{module}.weight"].shape))
-        data = fresh(format, weight, base[f"{module}.weight"].float())
-        raw = {part: torch.tensor(list(value)).byte() for part, value in data.items()}
-        plain[f"{module}.weight"] = sp.decoded(format.settled(weight), raw, weight)
-        for part, spec in format.describe(weight).items():
-            kinds = {"U8": torch.uint8, "I8": torch.int8, "F32": torch.float32}
-            stored[f"{module}.{part}"] = raw[part].view(kinds[spec.dtype]).view(spec.shape)
-    config = json.loads((tiny_llama / "base" / "config.json").read_text())
-    changes = Bitsandbytes.config_changes(dict.fromkeys(linears, format), skipped, config)
-    config |= {path[0]: value for path, value in changes.items()}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
-    ids = torch.arange(32, 96)[None]
-    with torch.inference_mode():
-        opened, info = transformers.AutoModelForCausalLM.from_pretrained(
-            tmp_path, dtype=torch.float32, output_loading_info=True
-        )
-        assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
-        classes = {name: type(module).__name__ for name, module in opened.named_modules()}
-        assert {classes[module] for module in linears} == {"Linear8bitLt" if kind == "int8" else "Linear4bit"}
-        assert {classes[module] for module in skipped} == {"Linear"}
-        logits = opened.eval()(ids).logits.float()
-        model = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama / "base", dtype=torch.float32).eval()
-        model.load_state_dict({key: value.float() for key, value in plain.items()})
-        reference = model(ids).logits
-    off = ((logits - reference).norm() / reference.norm()).item()
-    assert off < 0.02, off
