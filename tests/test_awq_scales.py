@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from lora_merge import awq_scales
-from lora_merge.awq_scales import Scaling, recover
+from lora_merge.awq_scales import Products, Scaling, recover
 from lora_merge.errors import UnsupportedError
 from lora_merge.spec import TensorSpec
 
@@ -229,6 +229,12 @@ def test_the_factors_that_were_applied_are_found(biases, spread):
         assert (at["self_attn.v_proj"].rows * t - 1).abs().max() < (1e-5 if biases else 0.05)
         assert (at["mlp.down_proj"].columns / u - 1).abs().max() < 0.05
         assert (at["mlp.up_proj"].rows * u - 1).abs().max() < 0.05
+        assert abs((at["mlp.down_proj"].columns / u - 1).mean()) < 0.004  # off by chance, not by rule
+
+
+def test_rows_that_tell_nothing_have_a_factor_of_one():
+    sums = Products(torch.ones(4), torch.tensor([3.0, -1.0, 0.0, 1.0]), torch.tensor([2.0, 1.0, 0.0, 0.0]))
+    assert sums.factor().tolist() == [1.5, 1, 1, 1]
 
 
 @pytest.mark.parametrize("kv_heads", [2, 4])
@@ -268,6 +274,9 @@ def test_only_what_is_asked_for_is_read_and_in_blocks(monkeypatch):
     assert awq.most == original.most == 1024
     for part in whole["model.layers.1.self_attn.o_proj"].columns, factors[1][1]:
         assert torch.allclose(blocks["model.layers.1.self_attn.o_proj"].columns, part, rtol=0.05)
+    original.tensors["model.layers.1.self_attn.o_proj.weight"][:24] = 0.1
+    with pytest.raises(UnsupportedError, match=r"o_proj by \d\d%"):
+        recover(awq, original, ["model.layers.1.self_attn.o_proj"])
 
 
 def test_channels_that_let_nothing_through_are_left_alone():

@@ -252,6 +252,31 @@ def test_where_gemv_could_be_gptq_the_config_decides():
     assert detected(AWQ, either, {"quantization_config": said}) is None
 
 
+def test_gemv_of_one_group_of_32_is_no_gemm_of_groups_of_one():
+    parts = AWQGemv(32).describe(TensorSpec("F16", (16, 32)))
+    assert parts["qweight"].shape[1] * 8 == parts["scales"].shape[1]
+    assert detected(AWQGemv, parts) == AWQGemv(32)
+    assert detected(AWQ, parts) is None
+
+
+def test_the_config_tells_groups_that_padding_leaves_open():
+    parts = AWQGemv(256).describe(TensorSpec("F16", (16, 1024)))
+    assert parts == AWQGemv(128).describe(TensorSpec("F16", (16, 1024)))
+    for said, size in ((256, 256), (None, 128), (300, 128), (-1, -1), ("256", 128)):
+        config = {"quantization_config": {"quant_method": "awq", "group_size": said}}
+        assert detected(AWQGemv, parts, config) == AWQGemv(size)
+
+
+def test_columns_that_gemv_fast_cannot_weave_are_not_its():
+    parts = AWQGemvFast(32).describe(TensorSpec("F16", (16, 96)))
+    assert detected(AWQGemvFast, parts) is None
+
+
+def test_rows_that_share_a_word_are_coded_together():
+    weight = TensorSpec("F16", (16, 128))
+    assert [kind(32).rows_at_once(weight) for kind in (AWQ, AWQGemv, AWQGemvFast)] == [8, 1, 4]
+
+
 def test_a_config_in_the_text_model_counts():
     either = AWQGemv(64).describe(TensorSpec("F16", (16, 128)))
     said = {"quant_method": "awq", "version": "gemv", "group_size": 64}
