@@ -1,10 +1,10 @@
 """GPTQ: a scale and a zero point for each group of columns, the whole stored turned round, `[in, out]`.
 
-part     dtype         shape               meaning
-qweight  I32           [in*bits/32, out]   codes 0 to 2^bits - 1: each column of words is a stream of bits
-qzeros   I32           [groups, out*bits/32]  zero points, a stream along the outputs; stored minus one in version 1
+part     dtype         shape                  meaning
+qweight  I32           [in*bits/32, out]      codes 0 to 2^bits - 1: each column of words is a stream of bits
+qzeros   I32           [groups, out*bits/32]  zero points, a stream along the outputs; in version 1 less one
 scales   F16 BF16 F32  [groups, out]
-g_idx    I32           [in]                group of each column; some files lack it, their groups lie side by side
+g_idx    I32           [in]                   group of each column; some files lack it, their groups lie side by side
 
 w = (code - zero point) * scale. `checkpoint_format` "gptq" is version 1, "gptq_v2" is 2. A zero point of 0 does not fit
 into version 1: gptqmodel takes one from each field of a word at once, borrowing from the next, and adds it again with
@@ -74,8 +74,7 @@ class GPTQ(Quantized):
     def detect(cls, parts: Parts, config: Mapping[str, Any], module: str, read: ReadPart) -> GPTQ | None:
         """The format of these parts, or None. Width and groups are what the shapes say, the rest is the config's."""
         body = section(config)
-        method = str(body.get("quant_method", cls.name)).lower()
-        if method != cls.name and "g_idx" not in parts:
+        if str(body.get("quant_method", cls.name)).lower() != cls.name:
             return None
         return cls.of(parts, Said.of(body, module), module, read)
 

@@ -302,7 +302,7 @@ def test_parts_of_others_are_left_to_them():
     without = {part: spec for part, spec in parts.items() if part != "g_idx"}
     other = {"quantization_config": {"quant_method": "awq", "version": "gemm"}}
     assert GPTQ.detect(without, other, "x", lambda part: b"") is None
-    assert GPTQ.detect(parts, other, "x", lambda part: b"") is not None
+    assert GPTQ.detect(parts, {"quantization_config": {"quant_method": "auto-round"}}, "x", lambda part: b"") is None
     assert GPTQ.detect(without, {}, "x", lambda part: b"") is not None
 
 
