@@ -7,6 +7,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,9 +17,30 @@ import click
 from lora_merge import __version__
 from lora_merge.errors import LoraMergeError, UsageError, printable
 from lora_merge.report import Reporter, show_inspection, show_plan, show_result, show_verification
-from lora_merge.request import DTYPES, Request, parse_size
+from lora_merge.request import (
+    DTYPES,
+    FORMATS,
+    QUANT_TYPES,
+    ROUNDINGS,
+    SCALES,
+    TRAINED_ON,
+    WIDTHS,
+    Request,
+    parse_size,
+)
 
 COMMANDS = ("inspect", "verify")
+DEFAULTS = {field.name: field.default for field in fields(Request)}
+SECTIONS = {
+    "Inputs": ("weight", "alpha", "base_is_residual", "trained_on", "adapter_base", "allow_unused"),
+    "Output": (
+        *("bits", "format", "dtype", "quant_type", "double_quant", "group_size", "keep"),
+        *("max_shard_size", "overwrite", "verify"),
+    ),
+    "Rounding": ("rounding", "scales", "seed", "min_survival"),
+    "Running": ("dry_run", "device", "max_memory", "threads", "resume", "restart"),
+}
+"""Options of the merge under the headings of its help; the rest are on what is printed."""
 EXITS = """\b
 Exit codes: 0 ok, 2 usage, 3 bad input, 4 adapter does not fit, 5 numeric failure,
 6 unsupported, 7 output exists or in use, 8 I/O or disk full (resumable), 9 memory,
@@ -54,6 +76,19 @@ class Group(click.Group):
             formatter.write_dl([(name, self.commands[name].get_short_help_str()) for name in COMMANDS])
 
 
+class Merge(click.Command):
+    """Its help shows the options by `SECTIONS`."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        options = [parameter for parameter in self.get_params(ctx) if isinstance(parameter, click.Option)]
+        shown = {option.name: record for option in options if (record := option.get_help_record(ctx))}
+        for title, names in SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl([shown.pop(name) for name in names])
+        with formatter.section("Report"):
+            formatter.write_dl(list(shown.values()))
+
+
 shared = [
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout instead of text."),
     click.option("-q", "--quiet", is_flag=True, help="No progress bar, no result; errors only."),
@@ -73,23 +108,53 @@ def app() -> None:
     pass
 
 
-@app.command(context_settings={"help_option_names": ["-h", "--help"]}, options_metavar="[OPTIONS]", epilog=EXITS)
+def chosen(word: str, known: tuple[str, ...], text: str) -> Callable[[Any], Any]:
+    """An option that takes one of the known words, with the default that Request has."""
+    name = word.lstrip("-").replace("-", "_")
+    default = DEFAULTS[name]
+    return click.option(word, type=click.Choice(known), default=default, show_default=default is not None, help=text)
+
+
+@app.command(
+    cls=Merge, context_settings={"help_option_names": ["-h", "--help"]}, options_metavar="[OPTIONS]", epilog=EXITS
+)
 @click.argument("paths", nargs=-1, required=True, metavar="BASE [ADAPTER...] OUT", type=click.Path(path_type=Path))
-@click.option("--bits", type=click.Choice(["16"]), help="Width of the output. Default: the base's own.")
-@click.option("--dtype", type=click.Choice(list(DTYPES)), help="Of plain weights. Default: the base's own.")
 @click.option("--weight", type=float, multiple=True, help="Strength of an adapter; once for each, in their order.")
 @click.option("--alpha", type=float, help="lora_alpha of an adapter file that has no config.")
 @click.option("--base-is-residual", is_flag=True, help="BASE is the residual saved with a PiSSA, OLoRA, ... adapter.")
+@chosen("--trained-on", TRAINED_ON, "Round a 16-bit BASE first onto the grid that a QLoRA adapter was trained over.")
+@click.option(
+    "--adapter-base",
+    metavar="same|PATH",
+    help="For an AWQ BASE: the original that the adapters were trained on; same: it was BASE itself.",
+)
 @click.option("--allow-unused", metavar="REGEX", help="Adapter tensors that may have no place in the base.")
+@click.option("--bits", type=click.Choice(tuple(map(str, WIDTHS))), help="Width of the weights. Default: the base's.")
+@chosen("--format", FORMATS, "Of the weights. Default: the base's, if it has that width; README.md says the rest.")
+@chosen("--dtype", tuple(DTYPES), "Of plain weights, and of the scales of others. Default: the base's own.")
+@chosen("--quant-type", QUANT_TYPES, "Kind of codes, where a format has several.")
+@click.option("--double-quant", is_flag=True, help="Quantize the scales too (bitsandbytes).")
+@click.option("--group-size", type=int, help="Weights of a row that share a scale; -1: all of them.")
+@click.option("--keep", metavar="REGEX", multiple=True, help="Modules that stay, or become, plain; repeatable.")
 @click.option("--max-shard-size", type=Size(), help="Cut shards at this size. Default: as the base is cut.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--max-memory", type=Size(), help="Limit of the process's own memory.")
-@click.option("--threads", type=int, help="Threads that compute. Default: the cores there are, at most 8.")
-@click.option("--dry-run", is_flag=True, help="Show what would happen to each weight, and stop.")
-@click.option("--resume", is_flag=True, help="Go on where an earlier run of the same job stopped.")
-@click.option("--restart", is_flag=True, help="Throw away what an earlier run left behind.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists, at the end and at once.")
 @click.option("--verify/--no-verify", default=False, help="Read OUT again before it is published.")
+@chosen("--rounding", ROUNDINGS, "How merged weights become codes; auto chooses for each by measuring.")
+@chosen("--scales", SCALES, "Of merged weights: keep those of the base, or fit fresh ones.")
+@click.option("--seed", type=int, default=DEFAULTS["seed"], show_default=True, help="Of the roundings that draw.")
+@click.option(
+    "--min-survival",
+    type=float,
+    default=DEFAULTS["min_survival"],
+    show_default=True,
+    help="Exit 5 if rounding leaves less than this of the change to any weight; 0: never.",
+)
+@click.option("--dry-run", is_flag=True, help="Show what would happen to each weight, and stop.")
+@click.option("--device", default=DEFAULTS["device"], show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--max-memory", type=Size(), help="Limit of the process's own memory.")
+@click.option("--threads", type=int, help="Threads that compute. Default: the cores there are, at most 8.")
+@click.option("--resume", is_flag=True, help="Go on where an earlier run of the same job stopped.")
+@click.option("--restart", is_flag=True, help="Throw away what an earlier run left behind.")
 @click.option("-v", "--verbose", is_flag=True, help="With --dry-run: every weight, also those only copied.")
 @with_shared
 def merge(paths: tuple[Path, ...], dry_run: bool, as_json: bool, quiet: bool, verbose: bool, **words: Any) -> None:

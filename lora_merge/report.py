@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from lora_merge.errors import printable
+from lora_merge.request import DTYPES
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -20,6 +22,18 @@ if TYPE_CHECKING:
 
 UNITS = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 NAME_WIDTH = 44
+PLANNED = ("to merge", "to convert", "to copy")
+DONE = ("merged", "converted", "copied")
+
+
+class Named(Protocol):
+    """A weight or tensor of a result."""
+
+    @property
+    def name(self) -> str: ...
+
+
+Item = TypeVar("Item", bound=Named)
 
 
 class Reporter:
@@ -69,12 +83,28 @@ def table(rows: Sequence[Sequence[str]]) -> Iterable[str]:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
-def families(names: Iterable[str]) -> dict[str, list[str]]:
-    """Names that differ only in numbers, under the name with `*` in their place."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", printable(name)), []).append(name)
-    return groups
+def figure(value: float | None) -> str:
+    """`0.93`."""
+    return "-" if value is None else f"{round(value, 2) + 0.0:.2f}"
+
+
+def families(
+    items: Iterable[Item], kind: Callable[[Item], tuple[str, ...]], apart: bool = False
+) -> list[tuple[str, list[Item]]]:
+    """Items of one kind whose names differ only in numbers, under the name with `*` in their place.
+
+    apart: each item by itself.
+    """
+    if apart:
+        return [(printable(item.name), [item]) for item in items]
+    groups: dict[tuple[str, ...], list[Item]] = {}
+    for item in items:
+        name = re.sub(r"(?<=\.)\d+(?=\.)", "*", printable(item.name))
+        groups.setdefault((name, *kind(item)), []).append(item)
+    return [
+        (printable(members[0].name) if len(members) == 1 else f"{name} x{len(members)}", members)
+        for (name, *_), members in groups.items()
+    ]
 
 
 def say(lines: Iterable[str]) -> None:
@@ -93,24 +123,40 @@ def show_plan(plan: PlanResult, *, as_json: bool, verbose: bool) -> None:
         show_json(plan.as_json())
         return
     say(_planned(plan.weights, verbose))
-    copied = len(plan.weights) - plan.merged
-    print(f"\n{plan.merged} tensors change, {copied} are copied, into {len(plan.shards)} shards")
+    converted = sum(weight.action == "merge" and not weight.kinds for weight in plan.weights)
+    counts = _counts(plan.merged - converted, converted, len(plan.weights) - plan.merged, PLANNED)
+    print(f"\n{counts}, into {len(plan.shards)} shards")
     for path, value in plan.config_changes.items():
         print(f"config.json: {path} = {json.dumps(value)}")
     say(f"note: {printable(note)}" for note in plan.notes)
     print(f"needs {size(plan.disk)} of disk and at least {size(plan.memory)} of memory; nothing was written")
 
 
+def _counts(merged: int, converted: int, copied: int, words: tuple[str, str, str]) -> str:
+    """`42 tensors merged, 15 copied`; zeros are left out, but for the copies."""
+    told = [f"{number} {word}" for number, word in zip((merged, converted), words, strict=False) if number]
+    first, *rest = (*told, f"{copied} {words[2]}")
+    return ", ".join((first.replace(" ", " tensors ", 1), *rest))
+
+
 def _planned(weights: Sequence[PlannedWeight], verbose: bool) -> Iterable[str]:
-    by_name = {weight.name: weight for weight in weights if verbose or weight.action == "merge"}
-    groups = {name: [name] for name in by_name} if verbose else families(by_name)
+    """Weights that change, and matrices that stay plain where others are stored as codes."""
+    coded = any(weight.target not in DTYPES.values() for weight in weights if weight.action == "merge")
+    shown = [
+        weight for weight in weights if verbose or weight.action == "merge" or (coded and _is_plain_matrix(weight))
+    ]
+
+    def cells(weight: PlannedWeight) -> tuple[str, ...]:
+        by = ", ".join(weight.kinds) or ("copy" if weight.action == "copy" else "conversion")
+        return str(list(weight.shape)), weight.source, weight.target, by
+
     rows = [("weight", "shape", "from", "to", "by")]
-    for family, names in groups.items():
-        first = by_name[names[0]]
-        times = f" x{len(names)}" if len(names) > 1 else ""
-        by = ", ".join(first.kinds) or ("copy" if first.action == "copy" else "conversion")
-        rows.append((printable(family) + times, str(list(first.shape)), first.source, first.target, by))
+    rows += [(name, *cells(members[0])) for name, members in families(shown, cells, verbose)]  # type: ignore[misc]
     return table(rows)
+
+
+def _is_plain_matrix(weight: PlannedWeight) -> bool:
+    return weight.name.endswith(".weight") and len(weight.shape) > 1 and weight.target in DTYPES.values()
 
 
 def show_result(result: MergeResult, *, as_json: bool) -> None:
@@ -121,26 +167,51 @@ def show_result(result: MergeResult, *, as_json: bool) -> None:
     say(_merged(result.weights))
     rate = result.nbytes / max(result.seconds, 1e-9)
     resumed = f", {result.resumed} shards kept from the earlier run" if result.resumed else ""
+    converted = sum(not weight.kinds for weight in result.weights)
+    counts = _counts(len(result.weights) - converted, converted, result.copied, DONE)
     print(
-        f"\n{len(result.weights)} tensors {'merged' if any(w.kinds for w in result.weights) else 'converted'}, "
-        f"{result.copied} copied{resumed}: {size(result.nbytes)} in "
-        f"{result.seconds:.1f} s ({size(int(rate))}/s, {result.device})"
+        f"\n{counts}{resumed}: {size(result.nbytes)} in {result.seconds:.1f} s ({size(int(rate))}/s, {result.device})"
     )
+    if kept := result.kept:
+        print(
+            f"kept of the adapters: survival {figure(kept.survival)}, projection {figure(kept.projection)}, "
+            f"noise {figure(kept.noise)} (|error| / |change|)"
+        )
     say(f"note: {printable(note)}" for note in result.notes)
     print(f"written to {printable(result.out)}")
 
 
 def _merged(weights: Sequence[MergedWeight]) -> Iterable[str]:
-    by_name = {weight.name: weight for weight in weights}
-    rows = [("weight", "by", "|change|/|base|", "values changed")]
-    for family, names in families(by_name).items():
-        members = [by_name[name] for name in names]
-        times = f" x{len(names)}" if len(names) > 1 else ""
+    """A line for each family, with its means; of survival the least too, as one weight may be lost."""
+    coded = any(weight.survival is not None for weight in weights)
+    heads = ["weight", "by", "|change|/|base|", "values changed"]
+    if coded:
+        heads += ["rounding", "scales", "survival", "least", "projection", "noise"]
+    rows = [heads]
+    for name, members in families(weights, lambda weight: (*weight.kinds, weight.format)):
         change = _mean([member.relative_change for member in members])
         changed = _mean([member.changed for member in members])
-        by = ", ".join(members[0].kinds) or "conversion"
-        rows.append((family + times, by, share(change, 2), share(changed)))
+        row = [name, ", ".join(members[0].kinds) or "conversion", share(change, 2), share(changed)]
+        rows.append(row + _kept(members) if coded else row)
     return table(rows)
+
+
+def _kept(members: Sequence[MergedWeight]) -> list[str]:
+    """What rounding to codes left of the change to a family of weights."""
+    merged = [member for member in members if member.survival is not None]
+    survival = [member.survival for member in merged if member.survival is not None]
+    means = [_mean(survival), min(survival, default=None)]
+    means += [_mean([member.projection for member in merged]), _mean([member.noise for member in merged])]
+    words = [_counted(member.rounding for member in merged), _counted(member.scales for member in merged)]
+    return [*words, *map(figure, means)]
+
+
+def _counted(words: Iterable[str | None]) -> str:
+    """`nearest`, or where they differ `stochastic 5, nearest 1`."""
+    found = Counter(word or "-" for word in words)
+    if len(found) < 2:
+        return next(iter(found), "-")
+    return ", ".join(f"{word} {count}" for word, count in found.most_common())
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -156,12 +227,10 @@ def show_inspection(found: Inspection, *, as_json: bool, verbose: bool) -> None:
     print(f"{printable(found.path)}: {found.role}, {found.kind}, {len(found.tensors)} tensors, {size(found.nbytes)}")
     say(f"  {dtype}: {size(nbytes)}" for dtype, nbytes in found.dtypes.items())
     say(f"  {printable(key)}: {printable(value)}" for key, value in found.config.items())
-    by_name = {tensor.name: tensor for tensor in found.tensors}
     rows = []
-    for family, names in ({name: [name] for name in by_name} if verbose else families(by_name)).items():
-        first = by_name[names[0]]
-        times = f" x{len(names)}" if len(names) > 1 else ""
-        rows.append((printable(family) + times, first.dtype, str(list(first.shape)), printable(first.file)))
+    for name, members in families(found.tensors, lambda tensor: (tensor.dtype, str(tensor.shape)), verbose):
+        first = members[0]
+        rows.append((name, first.dtype, str(list(first.shape)), printable(first.file)))
     say(table(rows))
     say(f"note: {printable(note)}" for note in found.notes)
 

@@ -2,19 +2,24 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import click
 import pytest
 import small
 import torch
 from safetensors.torch import save_file
 
-from lora_merge import cli
+from lora_merge import api, cli
 from lora_merge.errors import UsageError
-from lora_merge.request import parse_size
+from lora_merge.report import show_result
+from lora_merge.request import Request, parse_size
+from lora_merge.results import MergedWeight, MergeResult
 
 
 @pytest.fixture
@@ -58,6 +63,99 @@ def test_a_dry_run_shows_and_writes_nothing(job, capsys):
     out = capsys.readouterr().out
     assert "model.layers.1.down_proj.weight" in out and "BF16" in out and "nothing was written" in out
     assert sorted(os.listdir(job)) == ["adapter", "base"]
+
+
+def test_every_word_reaches_the_request(job, monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def asked(request):
+        raise Asked(request)
+
+    monkeypatch.setattr(api, "plan_request", asked)
+    words = """--bits 8 --format compressed-tensors --dtype bfloat16 --quant-type fp8 --double-quant --group-size -1
+        --scales keep --rounding dither --seed 7 --keep lm_head --keep q_proj --trained-on nf4 --adapter-base same
+        --min-survival 0.5 --weight 2 --alpha 16 --base-is-residual --allow-unused x --max-shard-size 1GB --device cpu
+        --max-memory 2GB --threads 3 --resume --overwrite --verify"""
+    with pytest.raises(Asked) as found:
+        cli.run(["base", "adapter", "out", *words.split(), "--dry-run"])
+    assert found.value.args[0] == Request(
+        *(Path("base"), (Path("adapter"),), Path("out"), 8, "compressed-tensors", "bfloat16", "fp8", True, -1),
+        *("keep", "dither", 7, ("lm_head", "q_proj"), "nf4", "same", 0.5, (2.0,), 16.0, True, "x", 10**9, "cpu"),
+        *(2 * 10**9, 3, True, False, True, True),
+    )
+    with pytest.raises(Asked) as found:
+        cli.run(["base", "adapter", "out", "--dry-run"])
+    assert found.value.args[0] == Request(Path("base"), (Path("adapter"),), Path("out"))
+
+
+def test_the_help_shows_every_option_once_under_its_heading(capsys):
+    assert cli.run(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    heads = [line[:-1] for line in lines if line.endswith(":") and not line.startswith(" ")]
+    assert heads == [*cli.SECTIONS, "Report", "Other commands"]
+    shown = re.findall(r"^  (?:-\w, )?(--[\w-]+)", "\n".join(lines), re.MULTILINE)
+    options = [option for option in cli.app.commands["merge"].params if isinstance(option, click.Option)]
+    assert sorted(shown) == sorted([*(option.opts[-1] for option in options), "--help"])
+
+
+def test_a_dry_run_to_four_bits_shows_from_to_and_what_stays_plain(job, capsys):
+    assert cli.run(["base", "adapter", "out", "--bits", "4", "--dry-run"]) == 0
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    shown = {words[0]: " ".join(words[1].split()) for words in lines if len(words) == 2}
+    to = "BF16 pack-quantized int4 group 128"
+    assert shown["model.layers.*.up_proj.weight"] == f"x2 [1536, 1024] {to} lora"
+    assert shown["lm_head.weight"] == "[300, 1024] BF16 BF16 copy"
+    assert "model.layers.*.norm.weight" not in shown
+    assert shown["4"] == "tensors to merge, 4 to copy, into 3 shards"
+    assert '"quant_method": "compressed-tensors"' in shown["config.json:"]
+    assert cli.run(["base", "out", "--bits", "4", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "4 tensors to convert, 4 to copy" in said and said.count("conversion\n") == 2
+
+
+def test_weights_of_a_family_that_go_different_ways_are_told_apart(job, capsys):
+    assert cli.run(["base", "adapter", "out", "--bits", "4", "--keep", "1.up_proj", "--dry-run"]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "model.layers.0.up_proj.weight [1536, 1024] BF16 pack-quantized int4 group 128 lora" in lines
+    assert "model.layers.1.up_proj.weight [1536, 1024] BF16 BF16 lora" in lines
+
+
+def test_a_result_in_codes_shows_what_is_kept(job, capsys):
+    assert cli.run(["base", "adapter", "out", "--bits", "4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[-6:] == ["rounding", "scales", "survival", "least", "projection", "noise"]
+    assert lines[1].split()[-6:-4] == ["nearest", "fresh"] and 0.9 < float(lines[1].split()[-4]) < 1
+    assert any(line.startswith("kept of the adapters: survival 0.99, projection 0.99, noise 0.1") for line in lines)
+    assert cli.run(["out", "adapter", "two", "--json"]) == 0
+    body = json.loads(capsys.readouterr().out)
+    assert body["kept"].keys() == {"survival", "projection", "noise"}
+    assert all(weight["survival"] > 0.3 and weight["scales"] in ("kept", "fresh") for weight in body["weights"])
+
+
+def test_one_lost_weight_shows_in_its_family(capsys):
+    weights = [
+        MergedWeight(
+            f"a.{n}.w", ("lora",), (0,), "int4", (8, 8), 0.1, 0.2, (), rounding, "kept", survival, 1.0, 2.0, 3.0
+        )
+        for n, (rounding, survival) in enumerate([("stochastic", 0.9), ("stochastic", 0.9), ("nearest", -0.001)])
+    ]
+    show_result(MergeResult(Path("out"), "", tuple(weights), 0, 1, (), 0, 1.0, "cpu", ()), as_json=False)
+    row = capsys.readouterr().out.splitlines()[1]
+    assert " ".join(row.split()) == "a.*.w x3 lora 10.00 % 20.0 % stochastic 2, nearest 1 kept 0.60 0.00 1.00 2.00"
+
+
+def test_a_lost_adapter_exits_5_and_says_what_keeps_it(job, capsys):
+    assert cli.run(["base", "int4", "--bits", "4"]) == 0
+    said = capsys.readouterr().out
+    assert "4 tensors converted, 4 copied" in said and "survival" not in said
+    words = ["int4", "adapter", "out", "--weight", "0.005"]
+    assert cli.run([*words, "--rounding", "nearest"]) == 5
+    said = last_line(capsys.readouterr().err)
+    assert "4 of 4 weights: model.layers.0.up_proj.weight" in said and "--rounding auto" in said
+    assert not (job / "out").exists()
+    assert cli.run([*words, "--rounding", "nearest", "--min-survival", "0", "--resume", "-q"]) == 0
+    assert cli.run([*words, "--overwrite", "-q"]) == 0
 
 
 @pytest.mark.parametrize(
