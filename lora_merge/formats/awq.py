@@ -28,9 +28,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_merge import bits as codec
-from lora_merge.errors import InputError, UnsupportedError, listed
-from lora_merge.formats.base import SECTIONS, ConfigPath, Cut, Parts, Quantized, ReadPart, Wanted
-from lora_merge.formats.ct_schemes import uniform_group_size
+from lora_merge.errors import InputError, UnsupportedError
+from lora_merge.formats.base import SECTION, SECTIONS, ConfigPath, Cut, Parts, Quantized, ReadPart, Wanted
 from lora_merge.formats.plain import LIMITS
 from lora_merge.formats.raw import fill, numbers, torch_dtype
 from lora_merge.spec import BITS, TensorSpec
@@ -67,6 +66,7 @@ class Layout(Quantized):
 
     part_names: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales")
     marks: ClassVar[tuple[str, ...]] = ("qweight",)
+    own_file: ClassVar[str | None] = "quantize_config.json"
     version: ClassVar[str]
 
     @classmethod
@@ -105,7 +105,7 @@ class Layout(Quantized):
         return self
 
     def refusal(self, weight: TensorSpec) -> str | None:
-        return f"AWQ's {self.version} is read but not written; gemm is"
+        return f"AWQ's layout {self.version} is read but not written; choose --format awq, which is gemm"
 
     def rows_at_once(self, weight: TensorSpec) -> int:
         return 1
@@ -120,10 +120,10 @@ class Layout(Quantized):
         return -(-self._groups(columns) // (PER_WORD * multiple)) * multiple
 
     def _grid(self, scale: torch.Tensor, zero: torch.Tensor, columns: int) -> Affine:
-        """`scale`, `zero`: `[rows, groups]`."""
+        """`scale`, of the dtype in which it is stored, and `zero`: `[rows, groups]`."""
         from lora_merge.grids import Affine
 
-        return Affine(low=0, high=TOP, scale=scale.float(), zero=zero.float(), group=columns // scale.shape[1])
+        return Affine(low=0, high=TOP, scale=scale, zero=zero.float(), group=columns // scale.shape[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +132,6 @@ class AWQ(Layout):
 
     name: ClassVar[str] = METHOD
     version: ClassVar[str] = "gemm"
-    own_file: ClassVar[str | None] = "quantize_config.json"
 
     @classmethod
     def detect(cls, parts: Parts, config: Mapping[str, Any], module: str, read: ReadPart) -> Self | None:
@@ -163,20 +162,18 @@ class AWQ(Layout):
 
     @classmethod
     def preset(cls, wanted: Wanted, weights: Mapping[str, TensorSpec]) -> AWQ:
+        """The largest group of 128, 64 and 32 columns that divides the most weights, since loaders know but one."""
         if wanted.bits != WIDTH:
             raise UnsupportedError(f"AWQ has 4 bits, not {wanted.bits}; write --bits 4, or choose another --format")
         if wanted.quant_type not in (None, "int") or wanted.double_quant:
             raise UnsupportedError("AWQ has integer codes and plain scales; leave --quant-type and --double-quant out")
-        size = wanted.group_size or uniform_group_size(weight.shape[-1] for weight in weights.values())
-        if wanted.group_size and size not in GROUP_SIZES:
+        size = wanted.group_size
+        if size is not None and size not in GROUP_SIZES:
             known = ", ".join(map(str, GROUP_SIZES))
             raise UnsupportedError(f"AWQ's loaders know groups of {known}, not {size}; choose one with --group-size")
-        if size == -1:
-            odd = [f"{name} has {weight.shape[-1]}" for name, weight in weights.items() if weight.shape[-1] % 32]
-            raise UnsupportedError(
-                f"AWQ groups 128, 64 or 32 columns, and {len(odd)} weights do not divide so ({listed(odd)}); "
-                "try --group-size 16, or choose another --format"
-            )
+        if size is None:
+            columns = [weight.shape[-1] for weight in weights.values()]
+            size = max(GROUP_SIZES[:3], key=lambda size: sum(width % size == 0 for width in columns))
         return cls(size, wanted.dtype if wanted.dtype == "BF16" else "F16")
 
     @classmethod
@@ -199,7 +196,7 @@ class AWQ(Layout):
             "version": cls.version,
             "modules_to_not_convert": list(kept) or None,
         }
-        return {**cls.plain_changes(config), ("quantization_config",): body}
+        return {**cls.plain_changes(config), (SECTION,): body}
 
     def describe(self, weight: TensorSpec) -> dict[str, TensorSpec]:
         rows, columns = weight.shape
@@ -214,7 +211,7 @@ class AWQ(Layout):
         return TensorSpec(self.scale, (parts["scales"].shape[1], parts["qweight"].shape[0]))
 
     def refusal(self, weight: TensorSpec) -> str | None:
-        if len(weight.shape) != 2:
+        if len(weight.shape) != 2 or 0 in weight.shape:
             return f"AWQ holds matrices, this weight is {list(weight.shape)}"
         if weight.shape[0] % PER_WORD:
             return f"AWQ puts eight rows into a word, this weight has {weight.shape[0]}"
@@ -232,8 +229,8 @@ class AWQ(Layout):
         columns = rows.shape[1]
         groups = rows.view(len(rows), self._groups(columns), -1)
         low, high = groups.amin(-1).clamp_(max=0), groups.amax(-1).clamp_(min=0)
-        scale = ((high - low).clamp_(min=LEAST) / TOP).to(torch_dtype(self.scale)).float()
-        return self._grid(scale, (-low / scale).round_().clamp_(0, TOP), columns)
+        scale = ((high - low).clamp_(min=LEAST) / TOP).to(torch_dtype(self.scale))
+        return self._grid(scale, (-low / scale.float()).round_().clamp_(0, TOP), columns)
 
     def unpack(self, parts: Mapping[str, torch.Tensor], rows: int, columns: int) -> tuple[torch.Tensor, Affine]:
         import torch
@@ -332,8 +329,9 @@ class AWQGemvFast(Layout):
             rows // WOVEN, columns // BLOCK, WOVEN, BLOCK // 32, 4, 2, 4
         )  # fours, blocks, row, half, bda
         codes = woven.permute(0, 2, 1, 3, 6, 4, 5).reshape(rows, columns).view(torch.int8)
-        scale, shift = (numbers(parts[part], self.scale, rows)[:groups].t().float() for part in ("scales", "qzeros"))
-        return codes, self._grid(scale, -shift / scale.masked_fill(scale == 0, math.inf), columns)
+        scale, shift = (numbers(parts[part], self.scale, rows)[:groups].t() for part in ("scales", "qzeros"))
+        zero = -shift.float() / scale.float().masked_fill(scale == 0, math.inf)
+        return codes, self._grid(scale, zero, columns)
 
     def __str__(self) -> str:
         return f"awq gemv_fast int4 {self.group_size}"
