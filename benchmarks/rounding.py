@@ -1,9 +1,10 @@
 """What each way of rounding keeps of an adapter's gain on fixtures/tiny-llama: the table by which `auto` was chosen.
 
-A base, in float16 or already in a 4-bit format, plus an adapter is written in that 4-bit format with each strategy, and
-scored in bits per byte on `eval.bin`. "Gain kept" is (base - written) / (base - merged in float32), in percent; where a
-strategy draws numbers, the median of the seeds and, in brackets, their standard deviation. The heavy adapter is
-trained here, hard, on the part of `eval.bin` that is not scored, until its change is above 30 % of the weights.
+A base, in float16 or already in the target format, plus an adapter is written with each strategy, on the base's own
+scales ("kept") or on the best for the merged weight ("fresh"), and scored in bits per byte on `eval.bin`. "Gain kept"
+is (base - written) / (base - merged in float32), in percent; where a strategy draws numbers, the median of the seeds
+and, in brackets, their standard deviation. `auto` is told like them, with what it took for the weights. The heavy
+adapter is trained here, hard, on the part of `eval.bin` that is not scored, until its change is above 30 % of them.
 
     python benchmarks/rounding.py [--seeds 5] [--windows 64] [--only TEXT] [--strategies NAME ...]
 """
@@ -14,7 +15,8 @@ import argparse
 import hashlib
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,15 +26,20 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from lora_merge.adapters.lowrank import BoundLowRank
-from lora_merge.grids import Affine, Grid, refined
-from lora_merge.rounding import AdapterAware, Dither, Nearest, Rounding, Sample, Stochastic, choose, key
-from lora_merge.survival import Directions, Sums
+from lora_merge.grids import Affine, Codebook, Grid, refined
+from lora_merge.rounding import Rounding, Sample, choose, key, made
+from lora_merge.survival import Directions
 
 TINY = Path(__file__).resolve().parents[1] / "fixtures" / "tiny-llama"
 WINDOW = 192
 Weights = dict[str, torch.Tensor]
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
 DRAWS = ("stochastic", "dither", "auto")
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
 
 
 class Model:
@@ -98,23 +105,50 @@ def stored_adapter(folder: str) -> Factors:
 def per_group(weight: torch.Tensor) -> Affine:
     """As compressed-tensors writes int4: groups of 128 (64 where the width asks for it), bfloat16 scales."""
     group = 128 if weight.shape[1] % 128 == 0 else 64
-    scale = (weight.unflatten(1, (-1, group)).abs().amax(-1) / 7.5).bfloat16()
+    scale = (_largest(weight, group) / 7.5).bfloat16()
     return Affine(scale=scale, group=group, low=-8, high=7, dtype=torch.bfloat16)
 
 
 def per_row(weight: torch.Tensor) -> Affine:
     """As ChatGLM writes int4: one float16 scale per row."""
-    scale = (weight.abs().amax(1, keepdim=True) / 7).half()
-    return Affine(scale=scale, group=weight.shape[1], low=-7, high=7)
+    return Affine(scale=(_largest(weight, 0) / 7).half(), group=weight.shape[1], low=-7, high=7)
+
+
+def per_row_wide(weight: torch.Tensor) -> Affine:
+    """As ChatGLM writes int8."""
+    scale = (_largest(weight, 0) / 127).half()
+    return Affine(scale=scale, group=weight.shape[1], low=-127, high=127, dtype=torch.float16)
+
+
+def normal_float(weight: torch.Tensor) -> Codebook:
+    """As bitsandbytes writes NF4: blocks of 64, float32 scales, bfloat16 values."""
+    return Codebook(table=torch.tensor(NF4), scale=_largest(weight, 64), group=64, dtype=torch.bfloat16)
+
+
+def _largest(weight: torch.Tensor, group: int) -> torch.Tensor:
+    """Magnitudes, `[rows, groups]`; group 0 is a whole row."""
+    return weight.abs().view(len(weight), -1, group or weight.shape[1]).amax(-1)
+
+
+FITS: dict[str, Callable[[torch.Tensor], Affine | Codebook]] = {
+    "int4 group 128": per_group,
+    "int4 per row": per_row,
+    "NF4 block 64": normal_float,
+    "int8 per row": per_row_wide,
+}
+PAIRS = (
+    *((source, target) for target in FITS for source in (target, "float16")),
+    ("int4 group 128", "int4 per row"),
+    ("int4 group 128", "int8 per row"),
+)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table: a base, an adapter and its strength, a target."""
+    """One row of the table: a base, a target, an adapter and its strength."""
 
-    target: str
-    fit: Callable[[torch.Tensor], Affine]
     source: str
+    target: str
     adapter: str
     strength: float
 
@@ -123,64 +157,65 @@ class Row:
 
 
 def rows() -> Iterator[Row]:
-    for target, fit in (("int4 group 128", per_group), ("int4 per row", per_row)):
-        for source in (target, "float16"):
-            for adapter in ("adapter", "adapter-nf4"):
-                for strength in (1.0, 0.3, 0.1):
-                    yield Row(target, fit, source, adapter, strength)
-            yield Row(target, fit, source, "heavy", 1.0)
+    for source, target in PAIRS:
+        for strength in (1.0, 0.3, 0.1):
+            yield Row(source, target, "adapter-nf4" if source.startswith("NF4") else "adapter", strength)
+        yield Row(source, target, "heavy", 1.0)
 
 
 class Case:
-    """A row made ready: the base as it stands, the merged weights, their grids."""
+    """A row made ready: the base as it stands, the merged weights, and the grids they may be written on."""
 
     def __init__(self, row: Row, model: Model, factors: Factors) -> None:
-        self.factors = {name: (a, row.strength * b) for name, (a, b) in factors.items()}
-        self.kept = row.source != "float16"
-        self.fit = row.fit
-        self.base = {name: self._stored(model.weights[name]) for name in factors}
-        self.merged = {name: self.base[name] + b @ a for name, (a, b) in self.factors.items()}
-        self.grids = {name: row.fit(model.weights[name] if self.kept else self.merged[name]) for name in factors}
-        self.refined = self.grids if self.kept else {n: refined(g, self.merged[n]) for n, g in self.grids.items()}
+        weights = {name: model.weights[name] for name in factors}
+        self.directions = {name: directions(row.strength * b, a) for name, (a, b) in factors.items()}
+        stood = {} if row.source == "float16" else {name: FITS[row.source](w) for name, w in weights.items()}
+        self.base = {name: stood[name].values(stood[name].nearest(w)) if stood else w for name, w in weights.items()}
+        self.merged = {name: self.base[name] + row.strength * (b @ a) for name, (a, b) in factors.items()}
+        fresh = {name: FITS[row.target](merged) for name, merged in self.merged.items()}
+        self.grids: dict[str, Mapping[str, Grid]] = {"kept": stood} if row.source == row.target else {}
+        self.grids["fresh"] = {name: refined(grid, self.merged[name]) for name, grid in fresh.items()}
         self.start = model.bits_per_byte(self.base)
         self.gain = self.start - model.bits_per_byte(self.merged)
 
-    def _stored(self, weight: torch.Tensor) -> torch.Tensor:
-        grid = self.fit(weight)
-        return grid.values(grid.nearest(weight)) if self.kept else weight
-
-    def written(self, strategy: str, seed: int) -> tuple[Weights, Sums]:
-        """Every weight as its codes decode."""
-        out, sums = {}, Sums()
+    def written(self, strategy: str, seed: int) -> tuple[Weights, Counter[str]]:
+        """Every weight as its codes decode, and how many were written how."""
+        out: Weights = {}
+        taken: Counter[str] = Counter()
         for name, merged in self.merged.items():
-            base = self.base[name]
-            grid: Grid = (self.refined if strategy == "auto" else self.grids)[name]
-            if strategy == "fresh":
-                grid = self.fit(merged)
-            held = grid.nearest(base)
-            codes = self._rounding(strategy, name, seed, grid).codes(merged, grid, 0, base)
-            out[name] = grid.values(codes)
-            sums.see(0, grid.values(held), merged - base, out[name], int((codes != held).sum()))
-        return out, sums
+            rounding, scales = self._rounding(strategy, name, seed)
+            grid = self.grids[scales][name]
+            out[name] = grid.values(rounding.codes(merged, grid, 0, self.base[name]))
+            taken[f"{rounding.name} {scales}"] += 1
+        return out, taken
 
-    def _rounding(self, strategy: str, name: str, seed: int, grid: Grid) -> Rounding:
-        a, b = self.factors[name]
-        directions = Directions.of([BoundLowRank(b.unsqueeze(0), a.unsqueeze(0), 1.0)])
-        assert directions is not None
-        sample = [Sample(0, self.base[name], self.merged[name], grid)]
-        if strategy == "stochastic":
-            return Stochastic(key(seed, name))
-        if strategy == "dither":
-            return Dither.of(key(seed, name), directions, sample)
-        if strategy.startswith("aware"):
-            return AdapterAware.of(directions, float(strategy.split()[1]))
+    def _rounding(self, strategy: str, name: str, seed: int) -> tuple[Rounding, str]:
+        number, directions = key(seed, name), self.directions[name]
+        samples = {scales: self._samples(name, grids[name]) for scales, grids in self.grids.items()}
         if strategy == "auto":
-            return choose(key(seed, name), sample, self.merged[name].numel(), directions).rounding
-        return Nearest()
+            choice = choose(number, samples, self.merged[name].numel(), directions)
+            return choice.rounding, choice.scales
+        word, _, scales = strategy.partition(" ")
+        scales = scales or next(iter(samples))
+        return made(word, number, directions, samples[scales]), scales
+
+    def _samples(self, name: str, grid: Grid) -> list[Sample]:
+        """A few rows here and there, as the tool takes them from a large weight."""
+        base, merged = self.base[name], self.merged[name]
+        step = max(1, len(base) // 4)
+        starts = range(0, len(base), step)
+        stops = [start + max(1, step // 2) for start in starts]
+        return [Sample(a, base[a:b], merged[a:b], grid.rows(a, b)) for a, b in zip(starts, stops, strict=True)]
 
 
-STRATEGIES = ("nearest", "fresh", "stochastic", "dither", "aware 10", "aware 100", "aware 1000", "auto")
-HEADS = {"fresh": "nearest, fresh scales"}
+def directions(left: torch.Tensor, right: torch.Tensor) -> Directions:
+    found = Directions.of([BoundLowRank(left.unsqueeze(0), right.unsqueeze(0), 1.0)])
+    assert found is not None
+    return found
+
+
+STRATEGIES = ("nearest kept", "nearest fresh", "stochastic", "dither", "adapter-aware", "auto")
+"""Without a word for the scales: the base's own, where the formats are the same."""
 
 
 def main() -> None:
@@ -195,8 +230,8 @@ def main() -> None:
     transformers_logging.disable_progress_bar()
     model = Model(words.windows)
     adapters = {folder: stored_adapter(folder) for folder in ("adapter", "adapter-nf4")}
-    print("| base -> target | change | gain | " + " | ".join(HEADS.get(name, name) for name in words.strategies) + " |")
-    print("|---" * (3 + len(words.strategies)) + "|", flush=True)
+    print("| base -> target | change | gain | " + " | ".join(words.strategies) + " | auto takes |")
+    print("|---" * 3 + "|---:" * len(words.strategies) + "|---|", flush=True)
     for row in rows():
         if words.only not in str(row):
             continue
@@ -209,15 +244,21 @@ def main() -> None:
 def line(row: Row, case: Case, model: Model, seeds: int, strategies: Sequence[str]) -> str:
     change = statistics.median(((case.merged[n] - w).norm() / w.norm()).item() for n, w in case.base.items())
     cells = [str(row), f"{change:.1%}", f"{case.gain:.3f}"]
+    taken: Counter[str] = Counter()
     for strategy in strategies:
-        if strategy == "fresh" and not case.kept:
-            cells.append("as nearest")
+        word, _, scales = strategy.partition(" ")
+        if scales and scales not in case.grids:
+            cells.append("")
             continue
-        tries = [case.written(strategy, seed)[0] for seed in range(seeds if strategy in DRAWS else 1)]
-        kept = [100 * (case.start - model.bits_per_byte(weights)) / case.gain for weights in tries]
+        kept = []
+        for seed in range(seeds if word in DRAWS else 1):
+            weights, ways = case.written(strategy, seed)
+            kept.append(100 * (case.start - model.bits_per_byte(weights)) / case.gain)
+            taken = ways if strategy == "auto" else taken
         spread = f" ({statistics.stdev(kept):.1f})" if len(set(kept)) > 1 else ""
         cells.append(f"{statistics.median(kept):.1f}{spread}")
-    return "| " + " | ".join(cells) + " |"
+    shares = [f"{way} {100 * count / taken.total():.0f} %" for way, count in taken.most_common()]
+    return "| " + " | ".join([*cells, ", ".join(shares)]) + " |"
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     import torch
@@ -240,7 +240,10 @@ class Float8(Grid):
         return torch.where(rank < 0, 128 - rank, rank).to(torch.uint8)
 
 
-def refined(grid: Affine, rows: torch.Tensor, shares: Sequence[float] = SHARES) -> Affine:
+G = TypeVar("G", bound=Grid)
+
+
+def refined(grid: G, rows: torch.Tensor, shares: Sequence[float] = SHARES) -> G:
     """The grid with each group's scale replaced by that share of it, of `shares`, which leaves the least squared error.
 
     A scale that reaches the largest value of its group makes every step wide for the sake of one value; clipping it

@@ -9,21 +9,22 @@ the adapter acts. Each is made once for a weight and then rounds blocks of rows,
     dither          stochastic with a smaller amplitude, the change amplified for what that loses
     adapter-aware   error feedback along each row, so that the errors cancel in the row space of lora_A
 
-`choose` measures a sample of a weight and takes the first or the second.
+`choose` measures a sample of a weight and takes the first that keeps the change, on the scales that do.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import torch
 
 from lora_merge.grids import Grid
-from lora_merge.survival import Directions, Sums
+from lora_merge.survival import Directions, Sector, Sums
 
 STRATEGIES = ("nearest", "stochastic", "dither", "adapter-aware")
 STRENGTH = 1000.0
@@ -34,9 +35,15 @@ PANEL = 64
 """Columns whose adjustment by earlier errors is one matrix product."""
 STRIP = 8
 """Columns within a panel that see the errors of earlier strips through one product, those of their own one by one."""
-STEPS = 12
+STEPS = 6
 LOUDEST = 8.0
-"""Steps towards, and bound of, the amplification of `Dither`; each goes half the way, as what is lost falls steeply."""
+"""Steps towards, and bound of, the amplification of `Dither`."""
+BIAS = 0.025
+"""How far from 1 the projection of a faithful rounding may be."""
+LOST = 0.3
+"""A projection below it keeps nothing of use."""
+AUTO = ("nearest", "dither", "stochastic")
+"""What `choose` tries of `STRATEGIES`, from the least noise upwards."""
 MASK = (1 << 32) - 1
 
 
@@ -232,58 +239,91 @@ class Dither:
     """Stochastic rounding with less noise: a value moves up only when it is near enough to the upper code.
 
     That deletes the smallest changes, so the change is first amplified along each direction by what is lost there in
-    the mean. amplify: float32 `[r, r]` for each sector, what is added of the change in the coordinates of its V.
+    the mean.
+
+    amplify: float32 `[r, r]` for each sector, what is added of the change in the coordinates of its V. Without
+        directions `[1, 1]`, alone: what is added of the whole change.
     """
 
     key: int
-    directions: Directions
+    directions: Directions | None
     amplify: tuple[torch.Tensor, ...]
     name: ClassVar[str] = "dither"
 
     @classmethod
-    def of(cls, key: int, directions: Directions, sample: Sequence[Sample]) -> Dither:
-        return cls(key, directions, tuple(_amplified(directions, n, sample) for n in range(len(directions.sectors))))
+    def of(cls, key: int, directions: Directions | None, sample: Sequence[Sample]) -> Dither:
+        if directions is None:
+            return cls(key, None, (_amplified(None, sample)[0],))
+        found = {}
+        for number, sector in enumerate(directions.sectors):
+            tiles = [tile.rows(low, high) for tile in sample for low, high in _within(tile, sector)]
+            if tiles:
+                found[number] = _amplified(sector.narrow, tiles)
+        mean = statistics.fmean(added for _, added in found.values()) if found else 0.0
+        amplify = [
+            found[number][0] if number in found else mean * torch.eye(sector.right.shape[1], device=sector.right.device)
+            for number, sector in enumerate(directions.sectors)
+        ]
+        return cls(key, directions, tuple(amplify))
 
     def codes(self, rows: torch.Tensor, grid: Grid, start: int, base: torch.Tensor | None = None) -> torch.Tensor:
         assert base is not None
         rows = rows.clone()
-        for number, low, high in self.directions.pieces(start, start + len(rows)):
-            part = slice(low - start, high - start)
-            _amplify_(rows[part], base[part], self.directions.sectors[number].narrow, self.amplify[number])
+        if self.directions is None:
+            _amplify_(rows, base, None, self.amplify[0])
+        else:
+            for number, low, high in self.directions.pieces(start, start + len(rows)):
+                part = slice(low - start, high - start)
+                _amplify_(rows[part], base[part], self.directions.sectors[number].narrow, self.amplify[number])
         shift = uniform(self.key, start, len(rows), rows.shape[1], rows.device).sub_(0.5).mul_(AMPLITUDE).add_(0.5)
         return grid.dithered(rows, shift)
 
 
-def _amplify_(rows: torch.Tensor, base: torch.Tensor, right: torch.Tensor, amplify: torch.Tensor) -> None:
-    """rows + (rows - base) V amplify V^T, in place."""
-    rows.addmm_((rows - base) @ right @ amplify, right.T)
+def _within(tile: Sample, sector: Sector) -> Iterator[tuple[int, int]]:
+    """The rows of a tile that lie in a sector."""
+    low, high = max(tile.start, sector.first), min(tile.start + len(tile.base), sector.end)
+    if low < high:
+        yield low, high
 
 
-def _amplified(directions: Directions, number: int, sample: Sequence[Sample]) -> torch.Tensor:
-    """The gains less one that keep a sector's change in the mean, in a few multiplicative steps on the sample."""
-    right = directions.sectors[number].narrow
-    pieces = [
-        Sample(low, tile.base[low - tile.start : high - tile.start], tile.merged[low - tile.start : high - tile.start],
-               tile.grid.rows(low - tile.start, high - tile.start))
-        for tile in sample
-        for found, low, high in directions.pieces(tile.start, tile.start + len(tile.base))
-        if found == number
-    ]  # fmt: skip
-    seen = [((tile.merged - tile.base) @ right).double() for tile in pieces]
-    energy = sum((change.T @ change for change in seen), torch.zeros(2 * (right.shape[1],), dtype=torch.float64))
+def _amplify_(rows: torch.Tensor, base: torch.Tensor, right: torch.Tensor | None, amplify: torch.Tensor) -> None:
+    """rows + (rows - base) V amplify V^T, in place; without V all of the change by one number."""
+    if right is None:
+        rows.add_(rows - base, alpha=amplify.item())
+    else:
+        rows.addmm_((rows - base) @ right @ amplify, right.T)
+
+
+def _amplified(right: torch.Tensor | None, sample: Sequence[Sample]) -> tuple[torch.Tensor, float]:
+    """The gains less one that keep the change in the mean, and their mean, which directions that the sample does not
+    show get too. Found by secants: what is kept grows with a power of the gain, `steep`."""
+    seen = [_coordinates(tile.merged - tile.base, right) for tile in sample]
+    energy = torch.stack([change.T @ change for change in seen]).sum(0)
     sizes, axes = torch.linalg.eigh(energy)
-    gains = torch.ones_like(sizes)
+    shown = sizes > 1e-6 * sizes[-1]
+    gains, steep = torch.ones_like(sizes), torch.full_like(sizes, 2.0)
     amplify = torch.zeros_like(energy, dtype=torch.float32)
-    for _ in range(STEPS):
+    mean, lacked, step = 0.0, torch.zeros_like(sizes), torch.zeros_like(sizes)
+    for number in range(STEPS):
         kept = torch.zeros_like(energy)
-        for tile, change in zip(pieces, seen, strict=True):
+        for tile, change in zip(sample, seen, strict=True):
             rows = tile.merged.clone()
             _amplify_(rows, tile.base, right, amplify)
-            kept += change.T @ ((_mean(tile.grid, rows) - tile.base) @ right).double()
-        ratio = sizes / (axes * (kept @ axes)).sum(0).clamp_min(1e-30)
-        gains = torch.where(sizes > 1e-9 * sizes[-1], gains * ratio.clamp(0.25, 4).sqrt(), gains).clamp(1, LOUDEST)
-        amplify = (axes * (gains - 1) @ axes.T).float()
-    return amplify
+            kept += change.T @ _coordinates(_mean(tile.grid, rows) - tile.base, right)
+        lack = (sizes / (axes * (kept @ axes)).sum(0).clamp_min(1e-30)).clamp(0.25, 4).log()
+        if number:
+            steep = torch.where(step.abs() > 1e-3, ((lacked - lack) / step).clamp(1, 4), steep)
+        before = gains.log()
+        gains = (before + lack / steep).exp().clamp(1, LOUDEST)
+        lacked, step = lack, gains.log() - before
+        mean = float((gains * sizes).where(shown, 0).sum() / sizes.where(shown, 0).sum().clamp_min(1e-30)) - 1
+        amplify = (axes * (gains - 1).where(shown, mean) @ axes.T).float()
+    return amplify, mean
+
+
+def _coordinates(change: torch.Tensor, right: torch.Tensor | None) -> torch.Tensor:
+    """In V; without it every value is one: float64 `[n, r]` or `[n * columns, 1]`."""
+    return (change.reshape(-1, 1) if right is None else change @ right).double()
 
 
 def _mean(grid: Grid, rows: torch.Tensor) -> torch.Tensor:
@@ -297,48 +337,98 @@ def _mean(grid: Grid, rows: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """Some rows of a weight from `start` on: before and after the merge, float32, and their grid."""
+    """Some rows of a weight from `start` on: before and after the merge, float32, and the grid they are written on."""
 
     start: int
     base: torch.Tensor
     merged: torch.Tensor
     grid: Grid
 
+    def rows(self, low: int, high: int) -> Sample:
+        """The rows `[low, high)` of the weight."""
+        part = slice(low - self.start, high - self.start)
+        return Sample(low, self.base[part], self.merged[part], self.grid.rows(part.start, part.stop))
+
+
+def made(name: str, key: int, directions: Directions | None, sample: Sequence[Sample]) -> Rounding:
+    """The strategy of this name for a weight. Without directions `dither` stands in for `adapter-aware`."""
+    if name == "nearest":
+        return Nearest()
+    if name == "stochastic":
+        return Stochastic(key)
+    if name == "adapter-aware" and directions is not None:
+        return AdapterAware.of(directions)
+    return Dither.of(key, directions, sample)
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What `choose` took, and what it expects of nearest and of stochastic rounding."""
+    """One way to write a weight, and what is expected of it.
+
+    scales: which of the grids offered to `choose`.
+    survival, projection, noise: as `survival.Survival` has them, but against the base itself, not as the target would
+        hold it; the first reckoned from the others.
+    doubt: of the projection, as it was measured on a part of the weight: its standard deviation.
+    """
 
     rounding: Rounding
-    nearest: float
-    stochastic: float
+    scales: str
+    survival: float
+    projection: float
+    noise: float
+    doubt: float
+
+    @property
+    def faithful(self) -> bool:
+        """Whether it keeps the change in the mean."""
+        return abs(1 - self.projection) <= BIAS + 2 * self.doubt
 
 
-def choose(key: int, sample: Sequence[Sample], elements: int, directions: Directions | None) -> Choice:
-    """The rounding for a weight of `elements` values, measured on some of its rows.
+def choose(
+    key: int,
+    samples: Mapping[str, Sequence[Sample]],
+    elements: int,
+    directions: Directions | None,
+    names: Sequence[str] = AUTO,
+) -> Choice:
+    """Scales and rounding for a weight of `elements` values, measured on some of its rows.
 
-    Nearest, where as much of the change survives it as survives stochastic rounding: the change is large against a
-    step, or the base does not stand on the grid; nearest then has the least noise. Everywhere else it deletes the
-    change, and stochastic rounding keeps it.
+    The first that keeps the change in the mean is taken; `names`, and for each the grids of `samples` in their order,
+    are tried from the least noise upwards. Nearest keeps the change where it is large against a step, or the base does
+    not stand on the grid; where it deletes the change, a drawn rounding keeps it. The base's own scales are left where
+    they clip the merged weight. If none keeps it, the one that keeps most is taken, and where that is
+    hardly anything, the one with the least noise: the base rather stays what it was.
+
+    samples: the same rows under each set of scales that may be taken, by its name, the preferred first.
     """
-    near = _expected(Nearest(), sample, elements, directions)
-    chance = _expected(Stochastic(key), sample, elements, directions)
-    return Choice(Nearest() if near >= chance else Stochastic(key), near, chance)
+    tried = []
+    for name in names:
+        for scales, sample in samples.items():
+            choice = _tried(made(name, key, directions, sample), scales, sample, elements, directions)
+            if choice.faithful:
+                return choice
+            tried.append(choice)
+    if max(choice.projection for choice in tried) < LOST:
+        return min(tried, key=lambda choice: choice.noise)
+    return min(tried, key=lambda choice: abs(1 - choice.projection))
 
 
-def _expected(rounding: Rounding, sample: Sequence[Sample], elements: int, directions: Directions | None) -> float:
-    """Survival of the whole weight, from some of its rows.
+def _tried(
+    rounding: Rounding, scales: str, sample: Sequence[Sample], elements: int, directions: Directions | None
+) -> Choice:
+    """What is expected of the whole weight, from some of its rows.
 
     Two parts make an error within the adapter's directions: what the change lacks along itself, which a few rows tell,
     and the share of the noise that falls there by chance, as many dimensions as r x r has of all elements.
     """
     sums = Sums()
     for tile in sample:
-        held = tile.grid.nearest(tile.base)
-        codes = rounding.codes(tile.merged, tile.grid, tile.start)
-        sums.see(tile.start, tile.grid.values(held), tile.merged - tile.base, tile.grid.values(codes), 0)
+        written = tile.grid.values(rounding.codes(tile.merged, tile.grid, tile.start, tile.base))
+        sums.see(tile.start, tile.base, tile.merged - tile.base, written, 0)
     figures = sums.figures()
     if figures.projection is None or figures.noise is None:
-        return 1.0
-    dimensions = 1 if directions is None else directions.dimensions
-    return 1 - math.hypot(1 - figures.projection, figures.noise * math.sqrt(dimensions / elements))
+        return Choice(rounding, scales, 1.0, 1.0, 0.0, 0.0)
+    chance = figures.noise * math.sqrt((directions.dimensions if directions else 1) / elements)
+    survival = 1 - math.hypot(1 - figures.projection, chance)
+    doubt = figures.noise / math.sqrt(sums.elements)
+    return Choice(rounding, scales, survival, figures.projection, figures.noise, doubt)

@@ -9,7 +9,7 @@ from hashlib import sha256
 import pytest
 import torch
 
-from lora_merge.grids import Affine, Codebook, Float8, Grid
+from lora_merge.grids import Affine, Codebook, Float8, Grid, refined
 from lora_merge.rounding import (
     STRATEGIES,
     AdapterAware,
@@ -20,6 +20,7 @@ from lora_merge.rounding import (
     Stochastic,
     choose,
     key,
+    made,
     uniform,
 )
 from lora_merge.survival import Directions, Sums, Survival
@@ -332,25 +333,103 @@ def test_dither_amplifies_what_it_would_lose():
     assert case.figures(Dither.of(key(0, "w"), case.directions, sample)).projection == pytest.approx(1, abs=0.05)
 
 
+def test_dither_without_directions_amplifies_the_whole_change():
+    case = Case(0.04)
+    dither = Dither.of(key(0, "w"), None, case.sample)
+    assert case.figures(Dither(dither.key, None, (torch.zeros(1, 1),))).projection < 0.97
+    assert case.figures(dither).projection == pytest.approx(1, abs=0.04)
+    assert case.figures(dither).noise < case.figures(case.rounding("stochastic")).noise
+
+
+def test_dither_of_directions_that_the_sample_does_not_show():
+    """Fewer rows than r tell the mean gain of the other directions; experts outside the sample get it, too."""
+    case = Case(0.04)
+    few = [Sample(0, case.base[:5], case.merged[:5], case.grid.rows(0, 5))]
+    gains = torch.linalg.eigvalsh(Dither.of(key(0, "w"), case.directions, few).amplify[0])
+    assert len(gains) == R and gains.min() > 0.3 * gains.max() > 0
+    [sector] = case.directions.sectors
+    left, right = normal(OUT, R, seed=1), normal(R, COLUMNS, seed=2)
+    halves = Directions.of([Pair(left.view(2, OUT // 2, R), right.expand(2, R, COLUMNS))])
+    half = slice(0, OUT // 2)
+    seen = [Sample(0, case.base[half], case.merged[half], case.grid.rows(0, OUT // 2))]
+    dither = Dither.of(key(0, "w"), halves, seen)
+    assert torch.equal(dither.amplify[1], dither.amplify[1][0, 0] * torch.eye(R))
+    assert case.figures(dither).projection == pytest.approx(1, abs=0.05)
+    assert sector.end == OUT
+
+
 @pytest.mark.parametrize(
     ("relative", "on_grid", "name"),
-    [(0.005, True, "stochastic"), (0.08, True, "stochastic"), (0.6, True, "nearest"), (0.05, False, "nearest")],
+    [
+        (0.001, True, "stochastic"),  # even the loudest dither loses some of it
+        (0.005, True, "dither"),
+        (0.08, True, "dither"),
+        (0.3, True, "nearest"),
+        (0.05, False, "nearest"),
+        (0.005, False, "nearest"),
+    ],
 )
 def test_choice(relative, on_grid, name):
     case = Case(relative, on_grid)
-    choice = choose(key(0, "w"), case.sample, case.merged.numel(), case.directions)
-    assert choice.rounding.name == name
+    choice = choose(key(0, "w"), {"kept": case.sample}, case.merged.numel(), case.directions)
+    assert (choice.rounding.name, choice.scales) == (name, "kept")
+    assert choice.faithful
     # What is expected from a third of the rows is what is found on all.
     part = slice(64, 128)
     sample = [Sample(64, case.base[part], case.merged[part], case.grid.rows(64, 128))]
-    guess = choose(key(0, "w"), sample, case.merged.numel(), case.directions)
+    guess = choose(key(0, "w"), {"kept": sample}, case.merged.numel(), case.directions)
     assert guess.rounding.name == name
-    assert guess.nearest == pytest.approx(case.figures(Nearest()).survival, abs=0.1)
-    assert guess.stochastic == pytest.approx(case.figures(Stochastic(key(0, "w"))).survival, abs=0.15)
+    sums = Sums(case.directions)
+    codes = guess.rounding.codes(case.merged, case.grid, 0, case.base)
+    sums.see(0, case.base, case.delta, case.grid.values(codes), 0)
+    found = sums.figures()
+    assert guess.projection == pytest.approx(found.projection, abs=5 * guess.doubt)
+    assert guess.noise == pytest.approx(found.noise, rel=0.1)
+    assert guess.survival == pytest.approx(found.survival, abs=0.05 + 5 * guess.doubt)
+
+
+def offered(case: Case) -> dict[str, list[Sample]]:
+    fresh = refined(int4(case.merged), case.merged)
+    return {"kept": case.sample, "fresh": [Sample(0, case.base, case.merged, fresh)]}
+
+
+def test_choice_of_scales():
+    """The base's own, unless they clip what became of the weight."""
+    for relative, taken in ((0.02, ("dither", "kept")), (0.3, ("nearest", "kept")), (2.0, ("nearest", "fresh"))):
+        case = Case(relative)
+        choice = choose(key(0, "w"), offered(case), case.merged.numel(), case.directions)
+        assert (choice.rounding.name, choice.scales) == taken
+    kept = choose(key(0, "w"), {"kept": case.sample}, case.merged.numel(), case.directions)
+    assert not kept.faithful or kept.noise > 1.5 * choice.noise
+
+
+def test_choice_among_one_strategy():
+    """The better scales; and none that change the base for nothing."""
+    large, small = Case(0.12), Case(0.02)
+    found = {
+        scales: choose(1, {scales: sample}, large.merged.numel(), large.directions, ("nearest",))
+        for scales, sample in offered(large).items()
+    }
+    best = max(found.values(), key=lambda choice: choice.projection)
+    assert choose(1, offered(large), large.merged.numel(), large.directions, ("nearest",)) == best
+    lost = choose(1, offered(small), small.merged.numel(), small.directions, ("nearest",))
+    assert lost.scales == "kept" and not lost.faithful and lost.survival < 0.1
+    aware = choose(1, offered(small), small.merged.numel(), small.directions, ("adapter-aware",))
+    assert aware.rounding.name == "adapter-aware" and aware.faithful
 
 
 def test_choice_without_a_change_or_factors():
     case = Case(0.02)
     still = [Sample(0, case.base, case.base, case.grid)]
-    assert choose(1, still, case.base.numel(), case.directions).rounding.name == "nearest"
-    assert choose(1, case.sample, case.base.numel(), None).rounding.name == "stochastic"
+    assert choose(1, {"kept": still}, case.base.numel(), case.directions).rounding.name == "nearest"
+    assert choose(1, {"kept": case.sample}, case.base.numel(), None).rounding.name == "dither"
+    assert made("adapter-aware", 1, None, case.sample).name == "dither"
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_strategies_by_name(name):
+    case = Case(0.03)
+    rounding = made(name, key(0, "w"), case.directions, case.sample)
+    assert rounding.name == name
+    expected = case.rounding(name).codes(case.merged, case.grid, 0, case.base)
+    assert torch.equal(rounding.codes(case.merged, case.grid, 0, case.base), expected)
