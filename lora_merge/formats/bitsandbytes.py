@@ -37,7 +37,7 @@ from lora_merge import bits as codec
 from lora_merge.errors import InputError, UnsupportedError, printable
 from lora_merge.formats.base import SECTION, ConfigPath, Cut, Parts, Quantized, ReadPart, Wanted
 from lora_merge.formats.bnb_config import METHOD, check_kept, section
-from lora_merge.formats.bnb_grids import STEP, Blocks, Doubled, Int8Rows, block_absmax, gathered, spread
+from lora_merge.formats.bnb_grids import STEP, Blocks, Doubled, Int8Rows, block_absmax, gathered, rising, spread
 from lora_merge.formats.bnb_state import DTYPES, LEVELS, NAMES, NESTED, Nesting, QuantState
 from lora_merge.formats.plain import LIMITS
 from lora_merge.formats.raw import fill, numbers, torch_dtype
@@ -312,8 +312,12 @@ class FourBit(Bitsandbytes):
             doubled = self.nesting.doubled(absmax, first, rows.shape)
             scale = doubled.absmax(state.nested_offset)
         text = torch.frombuffer(bytearray(state.encoded(self._room())), dtype=torch.uint8)
-        grid = self._grid(scale, quant_map, text, PADDING[self.quant_type], doubled)
-        return replace(grid, absmax=exact, short=rows.numel() % self.blocksize)
+        table, order = rising(quant_map)
+        return Blocks(
+            table=table, quant_map=quant_map, order=order, state=text, padding=PADDING[self.quant_type], scale=scale,
+            doubled=doubled, absmax=exact, short=rows.numel() % self.blocksize,
+            group=math.gcd(self.blocksize, columns), dtype=torch_dtype(self.dtype),
+        )  # fmt: skip
 
     def unpack(self, parts: Mapping[str, torch.Tensor], rows: int, columns: int) -> tuple[torch.Tensor, Blocks]:
         n, data, text, doubled = rows * columns, parts["weight"], parts[self.state_part], None
@@ -329,11 +333,14 @@ class FourBit(Bitsandbytes):
             scale = doubled.absmax(state.nested_offset)
         else:
             scale = spread(numbers(parts["weight.absmax"], "F32", 1)[:, 0], self.blocksize, (rows, columns))
-        grid = self._grid(scale, quant_map, text, padding, doubled)
+        table, order = rising(quant_map)
         codes = codec.unpack(data, 4, n, order="high").view(rows, columns)
-        if grid.order is not None:
-            codes = grid.order.argsort().to(codes.dtype)[codes.int()]
-        return codes, grid
+        if order is not None:
+            codes = order.argsort().to(codes.dtype)[codes.int()]
+        return codes, Blocks(
+            table=table, quant_map=quant_map, order=order, state=text, padding=padding, scale=scale, doubled=doubled,
+            group=math.gcd(self.blocksize, columns), dtype=torch_dtype(self.dtype),
+        )  # fmt: skip
 
     def pack(self, codes: torch.Tensor, grid: Grid, out: Mapping[str, torch.Tensor]) -> None:
         import torch
@@ -370,18 +377,6 @@ class FourBit(Bitsandbytes):
     @staticmethod
     def _bytes(values: int) -> int:
         return -(-values // 2)
-
-    def _grid(
-        self, scale: torch.Tensor, quant_map: torch.Tensor, state: torch.Tensor, padding: int, doubled: Doubled | None
-    ) -> Blocks:
-        """scale: `[n, groups]`."""
-        assert self.shape, "the shape of the weight was not told"
-        table, order = quant_map.sort(stable=True)
-        rising = bool((quant_map[1:] >= quant_map[:-1]).all())
-        return Blocks(
-            table=table, quant_map=quant_map, order=None if rising else order.byte(), state=state, padding=padding,
-            scale=scale, doubled=doubled, group=math.gcd(self.blocksize, self.shape[1]), dtype=torch_dtype(self.dtype),
-        )  # fmt: skip
 
 
 def _int8(parts: Parts, config: Mapping[str, Any], module: str, read: ReadPart) -> LLMInt8:

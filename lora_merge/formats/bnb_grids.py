@@ -131,6 +131,12 @@ class Int8Rows(Affine):
         return replace(super().rows(start, stop), SCB=self.SCB[start:stop])
 
 
+def rising(quant_map: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The levels of a quant_map upwards, and the nibble of each, uint8; None where it is the place."""
+    table, order = quant_map.sort(stable=True)
+    return table, None if bool((order[1:] > order[:-1]).all()) else order.byte()
+
+
 def block_absmax(rows: torch.Tensor, blocksize: int) -> torch.Tensor:
     """The largest magnitude of each block, float32 `[blocks]`; the library lets that of one which is not full be 1e-38
     at least."""

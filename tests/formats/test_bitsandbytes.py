@@ -290,6 +290,14 @@ def test_ties_go_to_the_lower_code_in_large_tiles_as_in_small():
         assert (grid.rows(0, 1).nearest(rows[:1]).numpy() == expected).all()
 
 
+def test_rows_of_a_stack_are_fitted_as_those_of_a_matrix():
+    """`--trained-on nf4` of stacked experts: the grid is asked for, nothing is stored."""
+    rows = torch.randn(8, 96, generator=torch.Generator().manual_seed(4))
+    format = Bitsandbytes.preset(Wanted(4, quant_type="nf4"), {})
+    stack, matrix = (format.settled(TensorSpec("BF16", shape)).fit(rows) for shape in ((2, 4, 96), (8, 96)))
+    assert torch.equal(stack.values(stack.nearest(rows)), matrix.values(matrix.nearest(rows)))
+
+
 def test_zero_blocks_stay_zero():
     values = torch.zeros(3, 70)
     values[2, 69] = 1.0
