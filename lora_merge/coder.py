@@ -14,7 +14,7 @@ from lora_merge.formats import Quantized
 from lora_merge.formats.base import same_grid
 from lora_merge.grids import Affine, Grid, refined
 from lora_merge.jobs import Coding, Rewrite
-from lora_merge.rounding import AdapterAware, Dither, Nearest, Rounding, Sample, Stochastic, choose, key
+from lora_merge.rounding import AUTO, Nearest, Rounding, Sample, choose, key
 from lora_merge.stored_rows import Tile
 from lora_merge.survival import Directions, Sums
 from lora_merge.tiles import rows_bound
@@ -26,13 +26,18 @@ SAMPLED = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Coder:
-    """How one weight is written. kept: on the base's own scales; target: settled for this weight."""
+    """How one weight is written.
+
+    target: settled for this weight. kept: on the base's own scales. merged: an adapter changes it. same: the base
+    stands on the target's grid already. refine: fresh scales are the best shares of the format's own.
+    """
 
     target: Quantized
     rounding: Rounding
     kept: bool
     merged: bool
     same: bool
+    refine: bool
     directions: Directions | None
 
     @property
@@ -44,7 +49,7 @@ class Coder:
         self, tile: Tile, base: torch.Tensor, rows: torch.Tensor, into: Mapping[str, torch.Tensor]
     ) -> Sums | Change:
         """Write merged `rows` of a tile that was `base`, both float32 `[n, columns]`; what that did to them."""
-        grid = tile.grid if self.kept else fresh(self.target, rows, tile.start, self.merged)
+        grid = tile.grid if self.kept else fresh(self.target, rows, tile.start, self.refine)
         assert grid is not None
         codes = self.rounding.codes(rows, grid, tile.start, base)
         self.target.pack(codes, grid, into)
@@ -62,10 +67,10 @@ class Coder:
         return sums
 
 
-def fresh(target: Quantized, rows: torch.Tensor, start: int, merged: bool) -> Grid:
-    """The scales of the format's own rule; for a merge the best shares of them. A conversion stays the library's."""
+def fresh(target: Quantized, rows: torch.Tensor, start: int, refine: bool) -> Grid:
+    """The scales of the format's own rule, or the best shares of them, which evenly spaced codes are better served by."""
     grid = target.fit(rows, start)
-    return refined(grid, rows) if merged and isinstance(grid, Affine) else grid
+    return refined(grid, rows) if refine and isinstance(grid, Affine) else grid
 
 
 def _conversion(base: torch.Tensor, written: torch.Tensor) -> Change:
@@ -82,42 +87,26 @@ def settle(
     """
     coding = job.coding or Coding()
     same = job.source is not None and same_grid(job.source.format, target, job.weight)
-    kept = keeps(job)
-    merged = bool(job.effects)
-    directions = directions_of(job, bounds) if merged else None
-    if not merged:
-        return Coder(target, Nearest(), kept, merged, same, None)
-    number = key(coding.seed, job.name)
-    seen = [
-        Sample(
-            tile.start, tile.rows, rows, tile.grid if kept and tile.grid else fresh(target, rows, tile.start, merged)
-        )
-        for tile, rows in samples
-    ]
-    rounding = _rounding(coding.rounding, number, seen, job.weight.numel, directions)
-    return Coder(target, rounding, kept, merged, same, directions)
+    if not job.effects:
+        return Coder(target, Nearest(), keeps(job), False, same, False, None)  # the bytes of the format's own library
+    directions = directions_of(job, bounds)
+    refine = not (isinstance(job.target, Quantized) and job.target.needs_survey)  # no row has a scale of its own there
+    offered = {}
+    if keeps(job):
+        offered["kept"] = [Sample(tile.start, tile.rows, rows, tile.grid) for tile, rows in samples if tile.grid]
+    if coding.scales != "keep" and not target.needs_survey:
+        offered["fresh"] = [
+            Sample(tile.start, tile.rows, rows, fresh(target, rows, tile.start, refine)) for tile, rows in samples
+        ]
+    names = AUTO if coding.rounding == "auto" else (coding.rounding,)
+    choice = choose(key(coding.seed, job.name), offered, job.weight.numel, directions, names)
+    return Coder(target, choice.rounding, choice.scales == "kept", True, same, refine, directions)
 
 
 def keeps(job: Rewrite) -> bool:
-    """Whether a weight keeps the scales that it has in the base."""
+    """Whether a weight can keep the scales that it has in the base, and may."""
     wanted = job.coding.scales if job.coding else "auto"
     return wanted != "fresh" and job.source is not None and same_grid(job.source.format, job.target, job.weight)
-
-
-def _rounding(
-    word: str, number: int, samples: Sequence[Sample], elements: int, directions: Directions | None
-) -> Rounding:
-    """The strategy of this name; `dither` and `adapter-aware` need to know the adapter's directions, and where these
-    are not to be had the choice is that of `auto`."""
-    if word == "nearest":
-        return Nearest()
-    if word == "stochastic":
-        return Stochastic(number)
-    if word == "dither" and directions is not None:
-        return Dither.of(number, directions, samples)
-    if word == "adapter-aware" and directions is not None:
-        return AdapterAware.of(directions)
-    return choose(number, samples, elements, directions).rounding
 
 
 def directions_of(job: Rewrite, bounds: Sequence[Bound]) -> Directions | None:
