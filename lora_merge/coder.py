@@ -68,7 +68,7 @@ class Coder:
 
 
 def fresh(target: Quantized, rows: torch.Tensor, start: int, refine: bool) -> Grid:
-    """The scales of the format's own rule, or the best shares of them, which evenly spaced codes are better served by."""
+    """The scales of the format's own rule, or the best shares of them: better for codes evenly spaced."""
     grid = target.fit(rows, start)
     return refined(grid, rows) if refine and isinstance(grid, Affine) else grid
 

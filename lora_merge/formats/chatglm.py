@@ -97,7 +97,10 @@ class ChatGLM(Quantized):
                 f"ChatGLM's loader takes every linear of its layers at one width: {listed(left) or sorted(widths)} "
                 "cannot differ; leave --keep out, or write --format compressed-tensors"
             )
-        return {("quantization_bit",): widths.pop()}
+        changes: dict[ConfigPath, Any] = {("quantization_bit",): widths.pop()}
+        if "quantization_embeddings" in config:
+            changes["quantization_embeddings",] = any(module in SHARED for module in written)
+        return changes
 
     @classmethod
     def plain_changes(cls, config: Mapping[str, Any]) -> dict[ConfigPath, Any]:
@@ -158,7 +161,7 @@ class ChatGLM(Quantized):
         words = scale.view(torch.int32 if dtype is torch.float32 else torch.int16)
         short = scale.float() * (self.top + 0.5) < most
         scale = torch.where(short, (words + 1).view(dtype), scale)
-        return self._grid(scale.float(), -self.top, rows.shape[1])
+        return self._grid(scale, -self.top, rows.shape[1])
 
     def unpack(self, parts: Mapping[str, torch.Tensor], rows: int, columns: int) -> tuple[torch.Tensor, Affine]:
         codes = codec.unpack(parts["weight"].view(rows, -1), self.bits, columns, order="high", signed=True)
@@ -175,8 +178,8 @@ class ChatGLM(Quantized):
         return f"chatglm int{self.bits}"
 
     def _grid(self, scale: torch.Tensor, low: int, columns: int) -> Affine:
-        """`scale` float32 `[rows, 1]`. Fresh scales leave code -8 (-128) unused, as do the official ones; files whose
-        codes turned over have it, and keep it."""
+        """scale: `[rows, 1]`, in its stored dtype or float32. Fresh scales leave code -8 (-128) unused, as do the
+        official ones; files whose codes turned over have it, and keep it."""
         from lora_merge.grids import Affine
 
         coding = None if self.coding == "F32" else torch_dtype(self.coding)

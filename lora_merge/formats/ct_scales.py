@@ -64,7 +64,7 @@ def integer(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scales and zero points (signed) for groups whose values reach from `low` to `high`, zero included.
 
-    `low`, `high`: float32 `[n, groups]`. Both results float32; the scale rounded to `dtype`, in which it is stored.
+    `low`, `high`: float32 `[n, groups]`. The scale in `dtype`, in which it is stored; the zero point float32.
     """
     import torch
 
@@ -80,7 +80,7 @@ def integer(
 
 
 def floating(most: torch.Tensor, coding: torch.dtype, dtype: torch.dtype) -> torch.Tensor:
-    """Scales that take the largest magnitudes `most` to 448; float32, rounded to `dtype`."""
+    """Scales that take the largest magnitudes `most` to 448, in `dtype`."""
     import torch
 
     return _not_zero((most.to(coding) / torch.tensor(LARGEST_E4M3, dtype=coding)).to(dtype))
@@ -164,10 +164,10 @@ def _in_groups(rows: torch.Tensor, group: int) -> torch.Tensor:
 
 
 def _not_zero(scale: torch.Tensor) -> torch.Tensor:
-    """Scales without zeros, float32; the library puts the dtype's epsilon there."""
+    """Scales without zeros; the library puts the dtype's epsilon there."""
     import torch
 
-    return scale.masked_fill(scale == 0, torch.finfo(scale.dtype).eps).float()
+    return scale.masked_fill(scale == 0, torch.finfo(scale.dtype).eps)
 
 
 def _two_to(exponent: torch.Tensor) -> torch.Tensor:
