@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from lora_merge.errors import InputError, UnsupportedError
+from lora_merge.formats import weights as stored_weights
 from lora_merge.formats.awq import AWQ, AWQGemv, AWQGemvFast
 from lora_merge.formats.base import GONE, Wanted
+from lora_merge.formats.gptq import GPTQ
 from lora_merge.grids import refined
 from lora_merge.spec import TensorSpec
 
@@ -253,6 +255,22 @@ def test_gptq_and_awq_are_told_apart_by_their_shapes():
         for kind in (AWQ, AWQGemv, AWQGemvFast):
             assert detected(kind, gptq, config) is None
             assert detected(kind, gptq | {"g_idx": TensorSpec("I32", (128,))}, config) is None
+
+
+def test_gptq_does_not_take_awqs_parts():
+    modules = by_module(load_file(CHECKPOINT / "model.safetensors"))
+    modules |= by_module(load_file(FIXTURES / "awq_gemv" / "model.safetensors"))
+    for config in ({}, {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 32}}):
+        assert not any(detected(GPTQ, parts, config) for parts in modules.values())
+
+
+def test_the_checkpoint_is_found_to_be_awq_as_a_whole(config):
+    tensors = specs_of(load_file(CHECKPOINT / "model.safetensors"))
+    found = stored_weights(tensors, config, no_read)
+    quantized = {name for name, stored in found.items() if isinstance(stored.format, AWQ)}
+    assert len(quantized) == 7 and all(name.endswith("proj.weight") for name in quantized)
+    used = {part for stored in found.values() for part in stored.parts.values()}
+    assert used == tensors.keys()
 
 
 def test_where_gemv_could_be_gptq_the_config_decides():
