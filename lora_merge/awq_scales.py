@@ -8,8 +8,8 @@ AWQ chooses a positive factor for each channel from what goes through it, and mo
 The model computes what it did, the factors are nowhere stored, and a delta trained on the original does not fit; B A
 does with A's columns times the factors before the linear and B's rows over those behind it. s is the ratio of the
 norms. t and u are the ratio of the biases of v and up where they have some, else the least squares factor between
-their rows; whether there are any is for the columns of o and down to say (v and o of different shapes, as with grouped
-queries, have none). At last every weight is compared.
+their rows, without the large values that AWQ clips; whether there are any is for the columns of o and down to say (v
+and o of different shapes, as with grouped queries, have none). At last every weight is compared.
 https://github.com/casper-hansen/AutoAWQ/blob/main/awq/quantize/scale.py
 """
 
@@ -41,6 +41,8 @@ NORMS = {"input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "sel
 """All that a layer may have; another says that the first two stand elsewhere than in a Llama."""
 MOST = 0.25
 """Relative difference between the rescaled original and AWQ's weight above which it is more than 4 bits' rounding."""
+CLIPPED = 1.5
+"""Times the root mean square of its row: a value above it may have been clipped."""
 BLOCK = 1 << 20
 """Elements read at once, about."""
 ROWS_TOGETHER = 8
@@ -117,6 +119,14 @@ class Products:
         return math.sqrt(rest / whole) if whole else rest and math.inf
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Sums:
+    """Of all values, and of those that were not clipped."""
+
+    whole: Products
+    inner: Products
+
+
 def _demand_llama(layer: str, awq: Mapping[str, TensorSpec], original: Mapping[str, TensorSpec]) -> None:
     parts = (*BEHIND_NORM, *BEHIND_LINEAR, *dict.fromkeys(BEHIND_NORM.values()))
     odd = [f"{part} is missing" for part in parts if f"{layer}.{part}.weight" not in awq.keys() & original.keys()]
@@ -145,12 +155,12 @@ def _of_layer(layer: str, linears: Collection[str], awq: Weights, original: Weig
     sums = {linear: _summed(f"{layer}.{linear}.weight", before.get(linear), awq, original) for linear in needed}
     behind = {}
     for first, second in pairs:
-        factor = _between(sums[first], sums[second], _of_bias(f"{layer}.{first}.bias", awq, original))
+        factor = _between(sums[first].inner, sums[second].inner, _of_bias(f"{layer}.{first}.bias", awq, original))
         if factor is not None:
             before[second], behind[first] = factor, 1 / factor
     far = []
-    for linear, products in sums.items():
-        distance = products.distance((behind if linear in BEHIND_NORM else before).get(linear))
+    for linear, of in sums.items():
+        distance = of.whole.distance((behind if linear in BEHIND_NORM else before).get(linear))
         if not distance < MOST:
             far.append(f"{layer}.{linear} by {distance:.0%}")
     if far:
@@ -195,7 +205,7 @@ def _between(first: Products, second: Products, bias: torch.Tensor | None) -> to
     return best if second.distance(best) < second.distance(None) else None
 
 
-def _summed(name: str, columns: torch.Tensor | None, awq: Weights, original: Weights) -> Products:
+def _summed(name: str, columns: torch.Tensor | None, awq: Weights, original: Weights) -> Sums:
     """Sums of each row, the original's columns multiplied; of each column, where these factors are not yet known."""
     import torch
 
@@ -207,9 +217,13 @@ def _summed(name: str, columns: torch.Tensor | None, awq: Weights, original: Wei
         stop = min(height, start + step)
         ours, theirs = awq.rows(name, start, stop), original.rows(name, start, stop)
         theirs = theirs if columns is None else theirs * columns.float()
-        products = (ours * ours, ours * theirs, theirs * theirs)
+        squares = theirs * theirs
+        small = squares <= CLIPPED**2 * squares.mean(1, keepdim=True)
+        products = [ours * ours, ours * theirs, squares]
+        products += [product * small for product in products]
         blocks.append(torch.stack([product.sum(over, dtype=torch.float64) for product in products]))
-    return Products(*(torch.cat(blocks, 1) if over else torch.stack(blocks).sum(0)))
+    sums = torch.cat(blocks, 1) if over else torch.stack(blocks).sum(0)
+    return Sums(Products(*sums[:3]), Products(*sums[3:]))
 
 
 def _single(factor: torch.Tensor | None) -> torch.Tensor | None:

@@ -15,6 +15,7 @@ FIXTURES = Path(__file__).parents[1] / "fixtures"
 LAYER = "model.layers.0"
 LINEARS = [f"self_attn.{one}_proj" for one in "qkvo"] + [f"mlp.{one}_proj" for one in ("gate", "up", "down")]
 MODULES = [f"{LAYER}.{linear}" for linear in LINEARS]
+WIDE = 256
 COLUMNS_OF = [0, 2, 4, 6, 1, 3, 5, 7]
 
 
@@ -104,7 +105,7 @@ def test_without_a_bias_the_rows_tell(awq, original):
     del awq.specs[f"{LAYER}.self_attn.v_proj.bias"]
     scalings = recover(awq, original, MODULES)
     found = scalings[f"{LAYER}.self_attn.o_proj"].columns
-    assert 0 < (found / bias - 1).abs().max() < 0.03
+    assert 0 < (found / bias - 1).abs().max() < 0.05
     for module in MODULES:
         ours, theirs = awq.tensors[f"{module}.weight"], original.tensors[f"{module}.weight"]
         assert apart(rescaled(theirs, scalings[module]), ours) < 0.087
@@ -117,7 +118,7 @@ def test_a_bias_too_small_to_tell_is_replaced_by_its_row(awq, original):
     original.tensors[name][:3] = torch.tensor([0.0, 1.8e-7, 0.1])
     found = recover(awq, original, MODULES)[f"{LAYER}.self_attn.o_proj"].columns
     assert torch.allclose(found[3:], exact[3:])
-    assert (found[:3] / exact[:3] - 1).abs().max() < 0.03
+    assert (found[:3] / exact[:3] - 1).abs().max() < 0.05
 
 
 def forward(weights, x):
@@ -163,18 +164,20 @@ def test_a_converted_adapter_does_to_the_awq_model_what_it_does_to_the_original(
     assert (merged(awq.tensors | unrounded, scalings) - wanted).norm() / effect < 0.001
 
 
-def rounded(weight, group=32):
-    """4 bits and back, as AWQ does it."""
+def rounded(weight, clip=1.0, group=32):
+    """4 bits and back, as AWQ does it; `clip` is the share of each group's largest value that is kept."""
     groups = weight.unflatten(1, (-1, group))
+    most = clip * groups.abs().amax(-1, keepdim=True)
+    groups = groups.clamp(-most, most)
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     scale = (high - low) / 15
     zero = (-low / scale).round().clamp(0, 15)
     return (((groups / scale).round() + zero).clamp(0, 15) - zero).mul(scale).flatten(1)
 
 
-def model(layers=2, heads=4, kv_heads=4, between=True, biases=False, spread=1.0, seed=0):
+def model(layers=2, heads=4, kv_heads=4, between=True, biases=False, spread=1.0, clip=1.0):
     """An original, its AWQ by the book, and the factors s_attn, t, s_mlp, u of each layer."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
 
     def draw(*shape):
         return torch.randn(*shape, generator=generator)
@@ -182,11 +185,11 @@ def model(layers=2, heads=4, kv_heads=4, between=True, biases=False, spread=1.0,
     original, awq, factors = {}, {}, []
     for n in range(layers):
         layer = f"model.layers.{n}"
-        shapes = {"q": (64, 16 * heads), "k": (64, 16 * kv_heads), "v": (64, 16 * kv_heads), "o": (16 * heads, 64)}
-        sides = {f"self_attn.{one}_proj": side for one, side in shapes.items()}
-        sides |= {"mlp.gate_proj": (64, 192), "mlp.up_proj": (64, 192), "mlp.down_proj": (192, 64)}
+        sides = {"self_attn.q_proj": (WIDE, 16 * heads), "self_attn.o_proj": (16 * heads, WIDE)}
+        sides |= dict.fromkeys(("self_attn.k_proj", "self_attn.v_proj"), (WIDE, 16 * kv_heads))
+        sides |= {"mlp.gate_proj": (WIDE, 192), "mlp.up_proj": (WIDE, 192), "mlp.down_proj": (192, WIDE)}
         weights = {linear: draw(out, width) / width**0.5 for linear, (width, out) in sides.items()}
-        s, t, m, u = (torch.exp(spread * draw(width).clamp(-1, 1) / 2) for width in (64, 16 * kv_heads, 64, 192))
+        s, t, m, u = (torch.exp(spread * draw(width).clamp(-1, 1) / 2) for width in (WIDE, 16 * kv_heads, WIDE, 192))
         if not between:
             t, u = torch.ones_like(t), torch.ones_like(u)
         factors.append((s, t, m, u))
@@ -201,11 +204,13 @@ def model(layers=2, heads=4, kv_heads=4, between=True, biases=False, spread=1.0,
         }
         norms = {"input_layernorm": s, "post_attention_layernorm": m}
         for norm, factor in norms.items():
-            original[f"{layer}.{norm}.weight"] = 1 + 0.1 * draw(64)
+            original[f"{layer}.{norm}.weight"] = 1 + 0.1 * draw(WIDE)
             awq[f"{layer}.{norm}.weight"] = (original[f"{layer}.{norm}.weight"] / factor).bfloat16()
         for linear, weight in weights.items():
             original[f"{layer}.{linear}.weight"] = weight
-            awq[f"{layer}.{linear}.weight"] = rounded(moved[linear])
+            awq[f"{layer}.{linear}.weight"] = rounded(
+                moved[linear], 1.0 if linear.endswith(("q_proj", "k_proj")) else clip
+            )
         if biases:
             original[f"{layer}.self_attn.v_proj.bias"] = draw(16 * kv_heads)
             awq[f"{layer}.self_attn.v_proj.bias"] = original[f"{layer}.self_attn.v_proj.bias"] / t
@@ -216,20 +221,22 @@ def names(layers=2):
     return [f"model.layers.{n}.{linear}" for n in range(layers) for linear in LINEARS]
 
 
+@pytest.mark.parametrize("clip", [0.8, 1.0])
 @pytest.mark.parametrize("spread", [0.2, 1.0])
 @pytest.mark.parametrize("biases", [False, True])
-def test_the_factors_that_were_applied_are_found(biases, spread):
-    original, awq, factors = model(biases=biases, spread=spread)
+def test_the_factors_that_were_applied_are_found(biases, spread, clip):
+    original, awq, factors = model(biases=biases, spread=spread, clip=clip)
     scalings = recover(awq, original, names())
     for n, (s, t, m, u) in enumerate(factors):
         at = {linear: scalings[f"model.layers.{n}.{linear}"] for linear in LINEARS}
         assert (at["self_attn.q_proj"].columns / s - 1).abs().max() < 0.005
         assert (at["mlp.gate_proj"].columns / m - 1).abs().max() < 0.005
-        assert (at["self_attn.o_proj"].columns / t - 1).abs().max() < (1e-5 if biases else 0.05)
-        assert (at["self_attn.v_proj"].rows * t - 1).abs().max() < (1e-5 if biases else 0.05)
-        assert (at["mlp.down_proj"].columns / u - 1).abs().max() < 0.05
-        assert (at["mlp.up_proj"].rows * u - 1).abs().max() < 0.05
-        assert abs((at["mlp.down_proj"].columns / u - 1).mean()) < 0.004  # off by chance, not by rule
+        for first, second, factor in (("self_attn.v_proj", "self_attn.o_proj", t), ("mlp.up_proj", "mlp.down_proj", u)):
+            off = at[second].columns / factor - 1
+            exact = biases and first == "self_attn.v_proj"
+            assert off.abs().max() < (1e-5 if exact else 0.035)
+            assert abs(off.mean()) < 0.003  # off by chance, not by rule
+            assert torch.allclose(at[first].rows * at[second].columns, torch.ones(1))
 
 
 def test_rows_that_tell_nothing_have_a_factor_of_one():
@@ -237,10 +244,11 @@ def test_rows_that_tell_nothing_have_a_factor_of_one():
     assert sums.factor().tolist() == [1.5, 1, 1, 1]
 
 
+@pytest.mark.parametrize("clip", [0.8, 1.0])
 @pytest.mark.parametrize("kv_heads", [2, 4])
 @pytest.mark.parametrize("biases", [False, True])
-def test_linears_that_were_not_scaled_towards_each_other_have_no_factor(biases, kv_heads):
-    original, awq, _ = model(kv_heads=kv_heads, between=False, biases=biases)
+def test_linears_that_were_not_scaled_towards_each_other_have_no_factor(biases, kv_heads, clip):
+    original, awq, _ = model(kv_heads=kv_heads, between=False, biases=biases, clip=clip)
     scalings = recover(awq, original, names())
     for module, scaling in scalings.items():
         assert scaling.rows is None, module
@@ -260,7 +268,7 @@ def test_a_model_that_was_only_rounded_has_factors_of_one():
             awq.tensors[name] = original.tensors[name]
     for scaling in recover(awq, original, names()).values():
         assert scaling.rows is None
-        assert scaling.columns is None or torch.equal(scaling.columns, torch.ones(64))
+        assert scaling.columns is None or torch.equal(scaling.columns, torch.ones(WIDE))
 
 
 def test_only_what_is_asked_for_is_read_and_in_blocks(monkeypatch):
@@ -269,9 +277,9 @@ def test_only_what_is_asked_for_is_read_and_in_blocks(monkeypatch):
     read = {f"model.layers.1.self_attn.{one}_proj.weight" for one in "vo"}
     assert awq.read == original.read == read
     awq.most = original.most = 0
-    monkeypatch.setattr(awq_scales, "BLOCK", 1024)
+    monkeypatch.setattr(awq_scales, "BLOCK", 1024)  # 16 rows of 64 columns, 8 of 256
     blocks = recover(awq, original, ["model.layers.1.self_attn.o_proj"])
-    assert awq.most == original.most == 1024
+    assert awq.most == original.most == 8 * WIDE
     for part in whole["model.layers.1.self_attn.o_proj"].columns, factors[1][1]:
         assert torch.allclose(blocks["model.layers.1.self_attn.o_proj"].columns, part, rtol=0.05)
     original.tensors["model.layers.1.self_attn.o_proj.weight"][:24] = 0.1
