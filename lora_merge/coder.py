@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -70,7 +71,7 @@ class Coder:
 def fresh(target: Quantized, rows: torch.Tensor, start: int, refine: bool) -> Grid:
     """The scales of the format's own rule, or the best shares of them: better for codes evenly spaced."""
     grid = target.fit(rows, start)
-    return refined(grid, rows) if refine and isinstance(grid, Affine) else grid
+    return refined(grid, rows) if refine and type(grid) is Affine else grid
 
 
 def _conversion(base: torch.Tensor, written: torch.Tensor) -> Change:
@@ -120,7 +121,7 @@ def sample_starts(job: Rewrite) -> Iterator[tuple[int, int]]:
     rows, columns = job.weight.matrix(job.stacked)
     together = job.target.rows_at_once(job.weight)
     if job.source is not None:
-        together = max(together, job.source.format.rows_at_once(job.source.weight))
+        together = math.lcm(together, job.source.format.rows_at_once(job.source.weight))
     height = -(-SAMPLED // max(1, columns * together)) * together
     within = rows_bound(job)
     count = min(SAMPLES, max(1, rows // height))

@@ -18,7 +18,7 @@ from lora_merge.effects import Wishes
 from lora_merge.errors import AdapterError, UnsupportedError, listed
 from lora_merge.formats import Quantized
 from lora_merge.joblist import job_list
-from lora_merge.jobs import Job, Plan, Rewrite
+from lora_merge.jobs import Copy, Job, Plan, Rewrite
 from lora_merge.keys import Resolver
 from lora_merge.replication import replicate
 from lora_merge.request import Request
@@ -137,7 +137,9 @@ def _follow_vocabulary(draft: Draft, jobs: Sequence[Job]) -> None:
     Raises AdapterError where only one of embedding and head did: no model has two vocabularies.
     """
     specs = draft.specs
-    after = {job.name: (job.weight if isinstance(job, Rewrite) else job.spec).shape for job in jobs}
+    after = {name: spec.shape for name, spec in specs.items()}
+    after |= {job.name: job.weight.shape for job in jobs if isinstance(job, Rewrite)}
+    after |= {job.name: job.spec.shape for job in jobs if isinstance(job, Copy) and job.adapter is not None}
     paths = vocab_paths(draft.config)
     tokens = {at(draft.config, path) for path in paths}
     resized = []

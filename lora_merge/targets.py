@@ -118,7 +118,7 @@ def _own(
     every = linears(tensors, skeleton(config, tensors))
     kept = [module for module in (*every.chosen, *every.kept) if module not in written]
     changes = kind.config_changes(written, kept, config)
-    own_files = {kind.own_file: changes[SECTION,]} if kind.own_file else {}
+    own_files = _own_file(kind, changes)
     return Targets({**plain, **own}, changes, own_files=own_files)
 
 
@@ -235,12 +235,16 @@ def _quantized(
     changes = {path: value for old in _kinds(present) for path, value in old.plain_changes(config).items()}
     changes |= kind.config_changes(written, kept, config)
     notes = [f"{printable(module)} stays plain: {reason}" for module, reason in reasons.items()]
-    own_files = {old.own_file: None for old in _kinds(present) if old.own_file}
-    if kind.own_file:
-        own_files[kind.own_file] = changes[SECTION,]
+    own_files = {old.own_file: None for old in _kinds(present) if old.own_file} | _own_file(kind, changes)
     formats: dict[str, Format | Quantized] = dict(plain)
     formats |= {module + kind.logical: format for module in written}
     return Targets(formats, changes, tuple(notes), own_files)
+
+
+def _own_file(kind: type[Quantized], changes: Mapping[ConfigPath, Any]) -> dict[str, Mapping[str, Any] | None]:
+    """The file in which some loaders of the format look for what config.json says."""
+    body = changes.get((SECTION,))
+    return {kind.own_file: kind.as_own_file(body)} if kind.own_file and body else {}
 
 
 def _default_bits(kind: type[Quantized]) -> int:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from lora_merge.formats import inc
 from lora_merge.formats.auto_round import AutoRound
 from lora_merge.formats.awq import AWQ, AWQGemv, AWQGemvFast
 from lora_merge.formats.base import Cut, Format, Parts, Quantized, Stored, Wanted
@@ -25,8 +26,8 @@ QUANTIZED: dict[str, type[Quantized]] = {
     "compressed-tensors": CompressedTensors,
     "bitsandbytes": Bitsandbytes,  # type: ignore[type-abstract]
     "gptq": GPTQ,
-    "awq": AWQ,
     "auto-round": AutoRound,
+    "awq": AWQ,
     "fp8": FP8,
     "fbgemm_fp8": FbgemmFP8,
     "modelopt": ModelOpt,
@@ -48,6 +49,7 @@ def weights(
 
     read: the bytes of a small tensor. Raises InputError and UnsupportedError as `Quantized.detect` does.
     """
+    inc.refuse(tensors)
     found: dict[str, Stored] = {}
     taken: set[str] = set()
     for kind in (*QUANTIZED.values(), *VARIANTS):

@@ -161,6 +161,11 @@ class Quantized(ABC):
         return own_file
 
     @classmethod
+    def as_own_file(cls, section: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
+        """The content of `own_file` for a `quantization_config`. before: what the base has there."""
+        return section
+
+    @classmethod
     def plain_changes(cls, config: Mapping[str, Any]) -> dict[ConfigPath, Any]:
         """What config.json must say of an output whose weights are no longer in this format."""
         found: list[ConfigPath] = [(key,) for key in SECTIONS if key in config]
