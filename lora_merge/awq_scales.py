@@ -196,13 +196,13 @@ def _of_bias(name: str, awq: Weights, original: Weights) -> torch.Tensor | None:
 
 
 def _between(first: Products, second: Products, bias: torch.Tensor | None) -> torch.Tensor | None:
-    """The factors between two linears: those of what may be that the second's columns fit best; None: all 1."""
+    """The factors between two linears, from the first's bias or else its rows; None where the second's columns fit no
+    better with them."""
     if len(first.awq) != len(second.awq):
         return None
     rows = 1 / first.factor()
-    likely = [rows] if bias is None else [rows, bias.where(bias.isfinite(), rows)]
-    best = min(likely, key=second.distance)
-    return best if second.distance(best) < second.distance(None) else None
+    factor = rows if bias is None else bias.where(bias.isfinite(), rows)
+    return factor if second.distance(factor) < second.distance(None) else None
 
 
 def _summed(name: str, columns: torch.Tensor | None, awq: Weights, original: Weights) -> Sums:

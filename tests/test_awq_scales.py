@@ -188,7 +188,7 @@ def model(layers=2, heads=4, kv_heads=4, between=True, biases=False, spread=1.0,
         sides = {"self_attn.q_proj": (WIDE, 16 * heads), "self_attn.o_proj": (16 * heads, WIDE)}
         sides |= dict.fromkeys(("self_attn.k_proj", "self_attn.v_proj"), (WIDE, 16 * kv_heads))
         sides |= {"mlp.gate_proj": (WIDE, 192), "mlp.up_proj": (WIDE, 192), "mlp.down_proj": (192, WIDE)}
-        weights = {linear: draw(out, width) / width**0.5 for linear, (width, out) in sides.items()}
+        weights = {linear: draw(out, width) * draw(out, 1).exp() for linear, (width, out) in sides.items()}
         s, t, m, u = (torch.exp(spread * draw(width).clamp(-1, 1) / 2) for width in (WIDE, 16 * kv_heads, WIDE, 192))
         if not between:
             t, u = torch.ones_like(t), torch.ones_like(u)
@@ -208,9 +208,8 @@ def model(layers=2, heads=4, kv_heads=4, between=True, biases=False, spread=1.0,
             awq[f"{layer}.{norm}.weight"] = (original[f"{layer}.{norm}.weight"] / factor).bfloat16()
         for linear, weight in weights.items():
             original[f"{layer}.{linear}.weight"] = weight
-            awq[f"{layer}.{linear}.weight"] = rounded(
-                moved[linear], 1.0 if linear.endswith(("q_proj", "k_proj")) else clip
-            )
+            share = 1.0 if linear.endswith(("q_proj", "k_proj")) else clip
+            awq[f"{layer}.{linear}.weight"] = rounded(moved[linear], share)
         if biases:
             original[f"{layer}.self_attn.v_proj.bias"] = draw(16 * kv_heads)
             awq[f"{layer}.self_attn.v_proj.bias"] = original[f"{layer}.self_attn.v_proj.bias"] / t
@@ -234,8 +233,8 @@ def test_the_factors_that_were_applied_are_found(biases, spread, clip):
         for first, second, factor in (("self_attn.v_proj", "self_attn.o_proj", t), ("mlp.up_proj", "mlp.down_proj", u)):
             off = at[second].columns / factor - 1
             exact = biases and first == "self_attn.v_proj"
-            assert off.abs().max() < (1e-5 if exact else 0.035)
-            assert abs(off.mean()) < 0.003  # off by chance, not by rule
+            assert off.abs().max() < (1e-5 if exact else 0.05)
+            assert off.std() < 0.012 and abs(off.mean()) < 0.003  # off by chance, not by rule
             assert torch.allclose(at[first].rows * at[second].columns, torch.ones(1))
 
 
@@ -313,6 +312,12 @@ def test_another_model_is_refused_and_every_weight_named(awq, original):
         recover(awq, original, MODULES)
     original.tensors[f"{LAYER}.input_layernorm.weight"][3] *= -1
     with pytest.raises(UnsupportedError, match=r"input_layernorm\.weight: the original's is no positive multiple"):
+        recover(awq, original, MODULES)
+
+
+def test_another_model_is_told_by_its_large_values_alone(awq, original):
+    original.tensors[f"{LAYER}.self_attn.q_proj.weight"][:, 0] *= 10
+    with pytest.raises(UnsupportedError, match=r"q_proj by \d+%"):
         recover(awq, original, MODULES)
 
 
