@@ -88,6 +88,20 @@ def figure(value: float | None) -> str:
     return "-" if value is None else f"{round(value, 2) + 0.0:.2f}"
 
 
+def starred(text: str) -> str:
+    """With `*` for the number of a layer or an expert."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", printable(text))
+
+
+def told(notes: Iterable[str]) -> Iterable[str]:
+    """A line for each note; one for all that say the same of several layers."""
+    groups: dict[str, list[str]] = {}
+    for note in notes:
+        groups.setdefault(starred(note), []).append(note)
+    for text, members in groups.items():
+        yield f"note: {printable(members[0])}" if len(members) == 1 else f"note: {text} (x{len(members)})"
+
+
 def families(
     items: Iterable[Item], kind: Callable[[Item], tuple[str, ...]], apart: bool = False
 ) -> list[tuple[str, list[Item]]]:
@@ -99,8 +113,7 @@ def families(
         return [(printable(item.name), [item]) for item in items]
     groups: dict[tuple[str, ...], list[Item]] = {}
     for item in items:
-        name = re.sub(r"(?<=\.)\d+(?=\.)", "*", printable(item.name))
-        groups.setdefault((name, *kind(item)), []).append(item)
+        groups.setdefault((starred(item.name), *kind(item)), []).append(item)
     return [
         (printable(members[0].name) if len(members) == 1 else f"{name} x{len(members)}", members)
         for (name, *_), members in groups.items()
@@ -128,7 +141,7 @@ def show_plan(plan: PlanResult, *, as_json: bool, verbose: bool) -> None:
     print(f"\n{counts}, into {len(plan.shards)} shards")
     for path, value in plan.config_changes.items():
         print(f"config.json: {path} = {json.dumps(value)}")
-    say(f"note: {printable(note)}" for note in plan.notes)
+    say(told(plan.notes))
     print(f"needs {size(plan.disk)} of disk and at least {size(plan.memory)} of memory; nothing was written")
 
 
@@ -177,7 +190,7 @@ def show_result(result: MergeResult, *, as_json: bool) -> None:
             f"kept of the adapters: survival {figure(kept.survival)}, projection {figure(kept.projection)}, "
             f"noise {figure(kept.noise)} (|error| / |change|)"
         )
-    say(f"note: {printable(note)}" for note in result.notes)
+    say(told(result.notes))
     print(f"written to {printable(result.out)}")
 
 
@@ -232,7 +245,7 @@ def show_inspection(found: Inspection, *, as_json: bool, verbose: bool) -> None:
         first = members[0]
         rows.append((name, first.dtype, str(list(first.shape)), printable(first.file)))
     say(table(rows))
-    say(f"note: {printable(note)}" for note in found.notes)
+    say(told(found.notes))
 
 
 def show_verification(found: Verification, *, as_json: bool) -> None:

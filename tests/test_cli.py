@@ -133,6 +133,13 @@ def test_a_result_in_codes_shows_what_is_kept(job, capsys):
     assert all(weight["survival"] > 0.3 and weight["scales"] in ("kept", "fresh") for weight in body["weights"])
 
 
+def test_notes_that_say_the_same_of_several_layers_are_one_line(capsys):
+    notes = ("a.0.b stays plain: odd", "a.1.b stays plain: odd", "a.0.c stays plain: odd", "torn\x1b")
+    show_result(MergeResult(Path("out"), "", (), 0, 1, (), 0, 1.0, "cpu", notes), as_json=False)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert said == ["note: a.*.b stays plain: odd (x2)", "note: a.0.c stays plain: odd", "note: torn\\x1b"]
+
+
 def test_one_lost_weight_shows_in_its_family(capsys):
     weights = [
         MergedWeight(

@@ -5,14 +5,14 @@ from __future__ import annotations
 import ast
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import click
 import pytest
 
 import lora_merge
-from lora_merge import cli, errors
+from lora_merge import cli, errors, request
 from lora_merge.adapters import KINDS, LATER, NEVER
 from lora_merge.formats import FORMATS
 
@@ -55,7 +55,28 @@ def options(command: click.Command) -> set[str]:
 
 def test_the_table_of_formats_is_the_code() -> None:
     listed = {row[0].strip("`"): (row[2], row[3]) for row in rows(section("Formats of weights"))}
-    assert listed == {name: ("yes", "yes" if kind.writable else "no") for name, kind in FORMATS.items()}
+    assert listed == {name: ("yes", "yes" if name in request.FORMATS else "kept") for name in FORMATS}
+    assert all(FORMATS[name].writable for name in request.FORMATS)
+
+
+def test_the_table_of_roundings_is_the_code() -> None:
+    assert {row[0].strip("`") for row in rows(section("Rounding"))} == set(request.ROUNDINGS)
+
+
+@pytest.mark.parametrize(
+    ("option", "known"),
+    [
+        ("dtype", request.DTYPES),
+        ("quant-type", request.QUANT_TYPES),
+        ("rounding", request.ROUNDINGS),
+        ("scales", request.SCALES),
+        ("trained-on", request.TRAINED_ON),
+    ],
+)
+def test_choices_are_all_told(option: str, known: Iterable[str]) -> None:
+    row = next(row for row in rows(section("Use")) if row[0].startswith(f"`--{option} "))
+    words = set(re.findall(r"[\w-]+", " ".join(CODE.findall(" ".join(row)))))
+    assert set(known) <= words, set(known) - words
 
 
 def test_the_table_of_kinds_is_the_code() -> None:
