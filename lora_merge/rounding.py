@@ -381,7 +381,7 @@ class Choice:
     @property
     def faithful(self) -> bool:
         """Whether it keeps the change in the mean."""
-        return abs(1 - self.projection) <= BIAS + 2 * self.doubt
+        return abs(1 - self.projection) <= BIAS + 3 * self.doubt
 
 
 def choose(

@@ -1,0 +1,155 @@
+"""What requantizing one weight costs, in units of torch's own `w.float().mul_(s).round_()` on it, in one run.
+
+First a 4096 x 4096 weight of compressed-tensors int4, group 128, with a LoRA of r = 16, written in the same format by
+tiles as a merge does it: unpack, values, product, codes, pack; then with what survives measured as well. Then rounding
+alone, on the other grids. Times are the least of several runs, each beside a run of the unit, on one thread.
+
+    python benchmarks/kernels.py [--size 4096] [--runs 7]
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+
+from lora_merge.adapters.lowrank import BoundLowRank
+from lora_merge.formats.compressed_tensors import CompressedTensors
+from lora_merge.formats.ct_schemes import PACK, Scheme
+from lora_merge.grids import Affine, Codebook, Float8, Grid, refined
+from lora_merge.rounding import STRATEGIES, Nearest, Rounding, Sample, Stochastic, key, made
+from lora_merge.spec import TensorSpec
+from lora_merge.survival import Directions, Sums
+from lora_merge.tiles import TILE, WIDE
+
+RANK, GROUP = 16, 128
+BARS = {"nearest": 3, "adapter-aware": 12}
+LEVELS = 16
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight as it is stored, and its adapter."""
+
+    format: CompressedTensors
+    spec: TensorSpec
+    parts: dict[str, torch.Tensor]
+    update: BoundLowRank
+    directions: Directions
+
+    @classmethod
+    def made(cls, size: int) -> Weight:
+        torch.manual_seed(0)
+        spec = TensorSpec("BF16", (size, size))
+        format = CompressedTensors(Scheme(PACK, 4, group_size=GROUP)).settled(spec)
+        parts = {
+            part: torch.empty(cut.nbytes, dtype=torch.uint8) for part, cut in format.slices(spec, size, 0, size).items()
+        }
+        format.encode(torch.randn(size, size) / size**0.5, parts)
+        update = BoundLowRank(torch.randn(1, size, RANK), torch.randn(1, RANK, size), 0.02 / (size * RANK) ** 0.5)
+        return cls(format, spec, parts, update, cast(Directions, Directions.of([update])))
+
+    def stored(self, parts: dict[str, torch.Tensor], start: int, stop: int) -> dict[str, torch.Tensor]:
+        """The bytes of rows `[start, stop)`."""
+        cuts = self.format.slices(self.spec, self.spec.shape[1], start, stop)
+        return {part: parts[part][cut.begin : cut.end] for part, cut in cuts.items()}
+
+    def requantized(self, rounding: Rounding, measured: bool) -> Sums:
+        """The whole weight with its change, into fresh parts, tile by tile."""
+        rows, columns = self.spec.shape
+        out = {part: torch.empty_like(data) for part, data in self.parts.items()}
+        sums = Sums(self.directions)
+        step = (WIDE if rounding.name == "adapter-aware" else TILE) // columns
+        for start in range(0, rows, step):
+            stop = min(rows, start + step)
+            held, grid = self.format.unpack(self.stored(self.parts, start, stop), stop - start, columns)
+            base = grid.values(held)
+            merged = self.update.apply(base.clone(), start)
+            codes = rounding.codes(merged, grid, start, base)
+            self.format.pack(codes, grid, self.stored(out, start, stop))
+            if measured:
+                sums.see(start, base, merged.sub_(base), grid.values(codes), int(torch.count_nonzero(codes != held)))
+        return sums
+
+    def rounding(self, name: str) -> Rounding:
+        rows = slice(0, 64)
+        codes, grid = self.format.unpack(self.stored(self.parts, rows.start, rows.stop), 64, self.spec.shape[1])
+        base = grid.values(codes)
+        merged = self.update.apply(base.clone(), 0)
+        return made(name, key(0, "w"), self.directions, [Sample(0, base, merged, grid)])
+
+
+def ratio(work: Callable[[], object], unit: Callable[[], object], runs: int) -> float:
+    """Least time of the work over least time of the unit, taken in turns."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(runs):
+        for one, seconds in zip((work, unit), times, strict=True):
+            begun = time.perf_counter()
+            one()
+            seconds.append(time.perf_counter() - begun)
+    return min(times[0]) / min(times[1])
+
+
+def grids(rows: torch.Tensor) -> dict[str, Grid]:
+    def scale(group: int) -> torch.Tensor:
+        return rows.view(len(rows), -1, group).abs().amax(-1)
+
+    table = torch.linspace(-1, 1, LEVELS)
+    table = table * table.abs()
+    return {
+        "int4 group 128": Affine(scale=scale(128) / 7.5, group=128, low=-8, high=7, dtype=torch.bfloat16),
+        "int8 per row": Affine(scale=scale(rows.shape[1]) / 127, group=rows.shape[1], low=-127, high=127),
+        "16 levels, block 64": Codebook(table=table, scale=scale(64), group=64, dtype=torch.bfloat16),
+        "float8 e4m3 per row": Float8(
+            kind=torch.float8_e4m3fn, scale=scale(rows.shape[1]) / 448, group=rows.shape[1], dtype=torch.bfloat16
+        ),
+    }
+
+
+def rounded(rows: torch.Tensor, grid: Grid, rounding: Rounding) -> None:
+    step = TILE // rows.shape[1]
+    for start in range(0, len(rows), step):
+        rounding.codes(rows[start : start + step], grid.rows(start, start + step), start)
+
+
+def refitted(rows: torch.Tensor, grid: Grid) -> None:
+    step = TILE // rows.shape[1]
+    for start in range(0, len(rows), step):
+        refined(grid.rows(start, start + step), rows[start : start + step])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=4096)
+    parser.add_argument("--runs", type=int, default=7)
+    words = parser.parse_args()
+    torch.set_num_threads(1)
+    plain = torch.randn(words.size, words.size).bfloat16()
+
+    def unit() -> None:
+        plain.float().mul_(0.3).round_()
+
+    weight = Weight.made(words.size)
+    print("| int4 -> int4 | bar | ratio | with survival |\n|---|---:|---:|---:|")
+    for name in STRATEGIES:
+        rounding = weight.rounding(name)
+        ratios = [
+            ratio(lambda r=rounding, m=measured: weight.requantized(r, m), unit, words.runs)  # type: ignore[misc]
+            for measured in (False, True)
+        ]
+        print(f"| {name} | {BARS.get(name, '')} | {ratios[0]:.1f} | {ratios[1]:.1f} |", flush=True)
+    print("\n| rounding alone | nearest | stochastic | refined scales |\n|---|---:|---:|---:|")
+    rows = plain.float()
+    for title, grid in grids(rows).items():
+        ways = [Nearest(), Stochastic(key(0, "w"))]
+        found = [ratio(lambda g=grid, w=way: rounded(rows, g, w), unit, words.runs) for way in ways]  # type: ignore[misc]
+        found.append(ratio(lambda g=grid: refitted(rows, g), unit, words.runs))  # type: ignore[misc]
+        print(f"| {title} | " + " | ".join(f"{value:.1f}" for value in found) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
