@@ -53,8 +53,13 @@ class Coder:
         grid = tile.grid if self.kept else fresh(self.target, rows, tile.start, self.refine)
         assert grid is not None
         codes = self.rounding.codes(rows, grid, tile.start, base)
-        self.target.pack(codes, grid, into)
         written = grid.values(codes)
+        if self.kept and tile.codes is not None:
+            # What the base says with other codes (a zero of the other sign), or in rows that nobody changes, stays.
+            still = (rows == base).all(1, keepdim=True)
+            codes = tile.codes.where(still.logical_or(written == base), codes)
+            written = base.where(still, written)
+        self.target.pack(codes, grid, into)
         if not self.merged:
             return _conversion(base, written)
         if self.same:

@@ -195,8 +195,10 @@ def _with_siblings(jobs: Sequence[tuple[str, Job]]) -> list[tuple[str, Job]]:
         for _, job in jobs
         if isinstance(job, Rewrite) and isinstance(job.target, Quantized) and job.target.fused
     }
-    joined = {
-        job.name: replace(job, siblings=tuple(fused[one] for one in fused_set(module, fused)))
-        for module, job in fused.items()
-    }
+    joined = {}
+    for module, job in fused.items():
+        family = [fused[one] for one in fused_set(module, fused)]
+        if any(one.effects for one in family):  # one scale: all compute it in the same dtype
+            family = [replace(one, coding=replace(one.coding or Coding(), native="F32")) for one in family]
+        joined[job.name] = replace(next(one for one in family if one.name == job.name), siblings=tuple(family))
     return [(home, joined.get(job.name, job) if isinstance(job, Rewrite) else job) for home, job in jobs]

@@ -142,6 +142,10 @@ class CompressedTensors(Quantized):
         return (*whole, "weight_shape", "weight_g_idx", "weight_global_scale")
 
     @property
+    def fused(self) -> bool:  # type: ignore[override]
+        return self.scheme.format == NVFP4
+
+    @property
     def needs_survey(self) -> bool:
         return self.scheme.strategy in ("tensor", "tensor_group") and self.peak is None
 
