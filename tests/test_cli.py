@@ -95,6 +95,7 @@ def test_the_help_shows_every_option_once_under_its_heading(capsys):
     heads = [line[:-1] for line in lines if line.endswith(":") and not line.startswith(" ")]
     assert heads == [*cli.SECTIONS, "Report", "Other commands"]
     shown = re.findall(r"^  (?:-\w, )?(--[\w-]+)", "\n".join(lines), re.MULTILINE)
+    assert shown[-5:] == ["--verbose", "--json", "--quiet", "--debug", "--help"]
     options = [option for option in cli.app.commands["merge"].params if isinstance(option, click.Option)]
     assert sorted(shown) == sorted([*(option.opts[-1] for option in options), "--help"])
 
