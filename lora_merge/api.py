@@ -67,7 +67,12 @@ def inspect(path: PathLike) -> Inspection:
 
 
 def verify(
-    out: PathLike, *, base: PathLike | None = None, adapters: Sequence[PathLike] = (), progress: Progress = _silent
+    out: PathLike,
+    *,
+    base: PathLike | None = None,
+    adapters: Sequence[PathLike] = (),
+    adapter_base: PathLike | None = None,
+    progress: Progress = _silent,
 ) -> Verification:
     """Prove a finished output: digests, headers, index, finiteness of what was merged.
 
@@ -79,6 +84,8 @@ def verify(
         from lora_merge.recompute import compare
 
         words = json.loads((Path(out) / MANIFEST).read_bytes())["options"]
+        if adapter_base is not None:
+            words["adapter_base"] = str(adapter_base)
         again = request(base, adapters, None, **words)
         with opened(again) as job:
             compare(job.executor(), job.plan, Path(out), progress)
@@ -130,7 +137,9 @@ def opened(request: Request) -> Iterator[OpenJob]:
     with ExitStack() as files:
         base = files.enter_context(open_base(request.base))
         adapters = tuple(files.enter_context(open_adapter(path)) for path in request.adapters)
-        yield OpenJob(request, base, adapters, planning.make(request, base, adapters))
+        named = request.adapter_base not in (None, "same")
+        original = files.enter_context(open_base(Path(str(request.adapter_base)))) if named else None
+        yield OpenJob(request, base, adapters, planning.make(request, base, adapters, original))
 
 
 def plan_request(request: Request) -> PlanResult:

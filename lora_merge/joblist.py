@@ -7,23 +7,30 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from lora_merge import effects
+from lora_merge.awq_scales import NOT_RESCALED
+from lora_merge.checkpoint import Checkpoint
 from lora_merge.draft import Draft
 from lora_merge.effects import Effect, Wish, Wishes
-from lora_merge.errors import UnsupportedError, UsageError, listed, printable
+from lora_merge.errors import AdapterError, UnsupportedError, UsageError, listed, printable
 from lora_merge.formats import QUANTIZED, Format, Plain, Quantized, Stored, Wanted
+from lora_merge.formats.awq import Layout as AWQLayout
 from lora_merge.formats.base import same_grid
 from lora_merge.formats.plain import PART, WRITABLE
 from lora_merge.jobs import Coding, Copy, Job, Rewrite
 from lora_merge.linears import fused_set, linears
 from lora_merge.request import Request
+from lora_merge.rescaling import Scalings, rescaled
 from lora_merge.spec import PLAIN_FLOATS, TensorSpec
 from lora_merge.targets import Targets, quantization, skeleton
 
 
-def job_list(draft: Draft, wishes: Wishes, request: Request, targets: Targets) -> list[tuple[str, Job]]:
+def job_list(
+    draft: Draft, wishes: Wishes, request: Request, targets: Targets, original: Checkpoint | None = None
+) -> list[tuple[str, Job]]:
     """A job for every weight and other tensor of the output, each with the base file that it comes from, in the order
     of those files."""
-    maker = _Maker(draft, wishes, request, targets, *_rounded(draft, request))
+    scalings = _scalings(draft, wishes, request, original)
+    maker = _Maker(draft, wishes, request, targets, *_rounded(draft, request), scalings)
     places = {name: number for number, name in enumerate(draft.base.tensors)}
     homes = {name: draft.sources[name] for name in draft.specs if name in draft.sources}
     homes |= {name: draft.sources[next(iter(stored.parts.values()))] for name, stored in draft.weights.items()}
@@ -54,6 +61,30 @@ def _rounded(draft: Draft, request: Request) -> tuple[Quantized | None, Collecti
     return QUANTIZED["bitsandbytes"].preset(wanted, {}), {f"{module}.weight" for module in found.chosen}
 
 
+def _scalings(draft: Draft, wishes: Wishes, request: Request, original: Checkpoint | None) -> Scalings | None:
+    """How an adapter of the original is converted for an AWQ base; None where it is not to be.
+
+    Raises AdapterError where nobody said on which of the two it was trained.
+    """
+    rescaling = {name for name, stored in draft.weights.items() if isinstance(stored.format, AWQLayout)}
+    if not rescaling:
+        if request.adapter_base is not None:
+            raise UsageError("--adapter-base is for AWQ checkpoints; this base is none, leave it out")
+        return None
+    if not wishes.by_tensor or request.adapter_base == "same":
+        return None
+    if original is None:
+        raise AdapterError(
+            f"{printable(draft.base.path)}: AWQ has rescaled the channels of this checkpoint, so that an adapter which "
+            "was trained on the original does not fit as it is. Say --adapter-base same if it was trained on this "
+            "checkpoint, or --adapter-base ORIGINAL with the folder of the original model, and it is converted"
+        )
+    known = Draft.of(original)
+    known.gather()
+    touched = sorted({name.rpartition(".")[0] for name in wishes.by_tensor})
+    return Scalings(draft, known, touched)
+
+
 class _Maker:
     """Makes the jobs of one draft, weight by weight; what cannot be merged gathers in `refused`."""
 
@@ -65,6 +96,7 @@ class _Maker:
         targets: Targets,
         trained_on: Quantized | None,
         rounded: Collection[str],
+        scalings: Scalings | None,
     ) -> None:
         self.draft = draft
         self.wishes = wishes.by_tensor
@@ -72,6 +104,7 @@ class _Maker:
         self.targets = targets.formats
         self.trained_on = trained_on
         self.rounded = rounded
+        self.scalings = scalings
         self.specs = draft.specs
         self.refused: list[str] = []
 
@@ -129,6 +162,8 @@ class _Maker:
         self, name: str, wished: Sequence[Wish], found: Stored, stored: Stored, target: Format | Quantized
     ) -> Rewrite:
         applied, weight = effects.build(name, found.weight, wished, self.request.strengths)
+        if self.scalings is not None and name.split(".")[-2] not in NOT_RESCALED:
+            applied = tuple(replace(one, patch=rescaled(name, one.patch, self.scalings)) for one in applied)
         if not target.writable:
             raise UnsupportedError(
                 f"{printable(name)} is stored as {target}, which is read and not written; choose another output with "

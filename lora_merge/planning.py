@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from lora_merge import __version__, effects, shards
@@ -35,8 +36,10 @@ RECORDED = (
 """Words of a request that decide the bytes of the output."""
 
 
-def make(request: Request, base: Checkpoint, adapters: Sequence[Checkpoint]) -> Plan:
-    """The plan of a request whose inputs are open.
+def make(
+    request: Request, base: Checkpoint, adapters: Sequence[Checkpoint], original: Checkpoint | None = None
+) -> Plan:
+    """The plan of a request whose inputs are open. original: what `--adapter-base` names.
 
     Raises AdapterError where an adapter does not fit, UnsupportedError where a weight cannot be merged or written.
     """
@@ -51,13 +54,16 @@ def make(request: Request, base: Checkpoint, adapters: Sequence[Checkpoint]) -> 
     targets = decide(request, draft.weights, draft.config, draft.specs)
     draft.changes |= targets.changes
     draft.notes += targets.notes
-    return _assembled(draft, job_list(draft, wishes, request, targets), targets, request, adapters)
+    jobs = job_list(draft, wishes, request, targets, original)
+    return _assembled(draft, jobs, targets, request, adapters, original)
 
 
 def options(request: Request) -> dict[str, Any]:
     """The words of a request that decide the bytes of the output, where they differ from the default."""
     defaults = {field.name: field.default for field in fields(request)}
     words = {name: getattr(request, name) for name in RECORDED}
+    if words["adapter_base"] not in (None, "same"):
+        words["adapter_base"] = Path(words["adapter_base"]).resolve().name  # what it holds is in the digest
     return {name: value for name, value in words.items() if value != defaults[name]}
 
 
@@ -104,6 +110,7 @@ def _assembled(
     targets: Targets,
     request: Request,
     adapters: Sequence[Checkpoint],
+    original: Checkpoint | None,
 ) -> Plan:
     """Shards to the byte, index, config, digest."""
     base = draft.base
@@ -126,6 +133,7 @@ def _assembled(
     digests = tuple({file.path.name: file_digest(file.path) for file in adapter.files} for adapter in adapters)
     configs = [adapter.config for adapter in adapters]
     inputs = [[identity(file) for file in base.files], digests, configs]
+    inputs += [[identity(file) for file in original.files]] if original else []
     settings = [(shard.file, shard.header.hex()) for shard in laid]
     name = digest(__version__, options(request), inputs, settings, {".".join(k): v for k, v in changes.items()})
     return Plan(laid, files, side, changes, tuple(dict.fromkeys(draft.notes)), name, digests)
