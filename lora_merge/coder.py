@@ -62,14 +62,9 @@ class Coder:
         self.target.pack(codes, grid, into)
         if not self.merged:
             return _conversion(base, written)
-        if self.same:
-            held, before = (tile.codes if self.kept else None), base
-        else:
-            held = grid.nearest(base)
-            before = grid.values(held)
-        changed = int((codes != held).sum()) if held is not None else int((written != before).sum())
+        before = base if self.same else grid.values(grid.nearest(base))
         sums = Sums(self.directions)
-        sums.see(tile.start, before, rows.sub_(base), written, changed)
+        sums.see(tile.start, before, rows.sub_(base), written, int((written != before).sum()))
         return sums
 
 

@@ -7,7 +7,7 @@ With Q0 the base as the target format holds it, D the wanted change, Q the value
                 factors 1 - |<E, D>| / <D, D>.
     projection  <Q - Q0, D> / <D, D>
     noise       |E| / |D|
-    changed     share of codes that differ from those of Q0
+    changed     share of values that differ from those of Q0
     relative    |D| / |Q0|
 """
 
@@ -127,7 +127,7 @@ class Sums:
     changed: int = 0
 
     def see(self, start: int, base: torch.Tensor, wanted: torch.Tensor, written: torch.Tensor, changed: int) -> None:
-        """Rows from `start` on, float32 `[n, columns]`: Q0, D and Q; `changed` of their codes are not those of Q0."""
+        """Rows from `start` on, float32 `[n, columns]`: Q0, D and Q; `changed` of its values are not those of Q0."""
         error = written - base
         error -= wanted
         self.wanted += _square(wanted)

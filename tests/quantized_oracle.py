@@ -36,9 +36,9 @@ class Held:
     scale: torch.Tensor | None = None
     zero: torch.Tensor | None = None
 
-    def _around(self, wanted: torch.Tensor, wide: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        """The values of the levels on either side of float64 `wanted`; where it stands on one, both are that one, or
-        if `wide` those on either side of it."""
+    def _around(self, wanted: torch.Tensor, wide: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The values of the levels on either side of float64 `wanted`, and whether the lower has an even code; where it
+        stands on one, both are that one, or if `wide` those on either side of it."""
         assert self.levels is not None and self.scale is not None and self.zero is not None
         place = wanted / self.scale.masked_fill(self.scale == 0, torch.inf) + self.zero
         place = place.clamp(self.levels[0], self.levels[-1])
@@ -47,13 +47,15 @@ class Held:
         if wide:
             on = lower == upper
             lower, upper = (lower - on.long()).clamp(min=0), (upper + on.long()).clamp(max=len(self.levels) - 1)
-        return (self.levels[lower] - self.zero) * self.scale, (self.levels[upper] - self.zero) * self.scale
+        even = (lower - (self.levels == 0).nonzero().item()) % 2 == 0
+        return (self.levels[lower] - self.zero) * self.scale, (self.levels[upper] - self.zero) * self.scale, even
 
     def nearest(self, wanted: torch.Tensor) -> torch.Tensor:
-        """Float32 values of the nearest levels of the same grid."""
-        low, high = self._around(wanted.double())
-        near = torch.where((wanted.double() - low).abs() < (high - wanted.double()).abs(), low, high)
-        return near.to(self.dtype).float()
+        """Float32 values of the nearest levels of the same grid; of the even one, where two are."""
+        wanted = wanted.double()
+        low, high, even = self._around(wanted)
+        lower, upper = (wanted - low).abs(), (high - wanted).abs()
+        return torch.where((lower < upper) | ((lower == upper) & even), low, high).to(self.dtype).float()
 
     def off(self, wanted: torch.Tensor, share: float) -> torch.Tensor:
         """Where a value is farther from `wanted` than that share of the grid's gap there (1/2: the nearest level; 1:
@@ -62,7 +64,7 @@ class Held:
         blur = 2 * HALF_ULP[self.dtype] * wanted.abs() + 1e-6 * wanted.abs().max()
         if self.levels is None:
             return (self.values.double() - wanted).abs() > blur
-        low, high = self._around(wanted, wide=share > 0.5)
+        low, high, _ = self._around(wanted, wide=share > 0.5)
         inside = wanted.clamp(low.minimum(high), low.maximum(high))
         return (self.values.double() - inside).abs() > share * (high - low).abs() + blur
 
