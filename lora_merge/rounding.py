@@ -33,7 +33,7 @@ AMPLITUDE = 0.9
 """Of `Dither`; smaller ones make errors that add up."""
 PANEL = 64
 """Columns whose adjustment by earlier errors is one matrix product."""
-STRIP = 8
+STRIP = 16
 """Columns within a panel that see the errors of earlier strips through one product, those of their own one by one."""
 STEPS = 6
 LOUDEST = 8.0
@@ -187,41 +187,61 @@ def _shaped(rows: torch.Tensor, grid: Grid, right: torch.Tensor, gains: torch.Te
 
     What a format's dtype does to the decoded value is left out of the errors: it is far below a step.
     """
-    turned = rows.T.contiguous()
-    codes = torch.empty_like(turned, dtype=grid.codes(rows[:1, :1]).dtype)
-    carried = rows.new_zeros(right.shape[1], len(rows))  # -P, [r, n]
+    codes = torch.empty_like(rows.T, dtype=grid.codes(rows[:1, :1]).dtype, memory_format=torch.contiguous_format)
+    carried = rows.new_zeros(right.shape[1], len(rows))  # P, [r, n]
     scales, zeros = grid.scale.float(), None if grid.zero is None else grid.zero.float()
+    strip = _Strip.of(rows)
     for start, stop, group in _panels(grid, rows.shape[1]):
-        wanted = turned[start:stop]
-        aims = torch.addmm(wanted, gains[start:stop], carried)
+        wanted = rows[:, start:stop].contiguous().T.contiguous()  # twice is faster than once with long strides
+        aims = torch.addmm(wanted, gains[start:stop], carried, alpha=-1)
         scale = scales[:, group].contiguous()
         divisor = scale.masked_fill(scale == 0, math.inf)
         wanted, aims = wanted.div_(divisor), aims.div_(divisor)
         if zeros is not None:
             wanted, aims = wanted.add_(zeros[:, group]), aims.add_(zeros[:, group])
-        _snap_panel_(wanted, aims, gains[start:stop] @ right[start:stop].T, grid)
+        errors = wanted.neg_()
+        _snap_panel_(aims, errors, gains[start:stop] @ right[start:stop].T, grid, strip)
         codes[start:stop] = grid.codes(aims)
-        carried.addmm_(right[start:stop].T, wanted.sub_(aims).mul_(scale))
+        carried.addmm_(right[start:stop].T, errors.mul_(scale))
     return codes.T
 
 
-def _snap_panel_(wanted: torch.Tensor, aims: torch.Tensor, answers: torch.Tensor, grid: Grid) -> None:
+@dataclass(frozen=True, slots=True)
+class _Strip:
+    """A few columns in work, and how far each moves per unit that an earlier one of them missed, with the views of both
+    that are needed again and again."""
+
+    columns: torch.Tensor  # [STRIP, n]
+    answers: torch.Tensor  # [STRIP, STRIP]
+    each: Sequence[torch.Tensor]
+    earlier: Sequence[tuple[torch.Tensor, torch.Tensor]]
+
+    @classmethod
+    def of(cls, rows: torch.Tensor) -> _Strip:
+        columns, answers = rows.new_empty(STRIP, len(rows)), rows.new_empty(STRIP, STRIP)
+        earlier = [(columns[:j].T, answers[j, :j]) for j in range(STRIP)]
+        return cls(columns, answers, columns.unbind(0), earlier)
+
+
+def _snap_panel_(aims: torch.Tensor, errors: torch.Tensor, answers: torch.Tensor, grid: Grid, strip: _Strip) -> None:
     """Columns `[m, n]` of a panel, in the grid's coordinate: aims become levels, one column after the other.
 
+    errors: what each column is wanted to be, negative; then by how much it missed that.
     answers `[m, m]`: how far each column moves per unit that an earlier one missed.
     """
-    answers = answers.tril(-1)
-    aims.addmm_(answers, wanted)
-    each, lines = aims.unbind(0), answers.unbind(0)
-    for first in range(0, len(aims), STRIP):
-        last = min(len(aims), first + STRIP)
-        if first:
-            aims[first:last].addmm_(answers[first:last, :first], aims[:first], alpha=-1)
-        turned = aims[first:last].T
-        for j in range(first, last):
-            if j > first:
-                each[j].addmv_(turned[:, : j - first], lines[j][first:j], alpha=-1)
-            grid.snap_(each[j])
+    pieces = zip(*(torch.split(matrix, STRIP) for matrix in (aims, errors, answers.tril_(-1))), strict=True)
+    last = 0
+    for aim, error, answer in pieces:
+        first, last = last, last + len(aim)
+        # Of the strip itself the levels are still missing in `errors`; each column is told them as they come.
+        columns = torch.addmm(aim, answer[:, :last], errors[:last], alpha=-1, out=strip.columns[: len(aim)])
+        strip.answers[: len(aim), : len(aim)] = answer[:, first:last]
+        for j in range(len(aim)):
+            if j:
+                strip.each[j].addmv_(*strip.earlier[j], alpha=-1)
+            grid.snap_(strip.each[j])
+        aim.copy_(columns)
+        error.add_(columns)
 
 
 def _panels(grid: Grid, columns: int) -> Iterator[tuple[int, int, int]]:
