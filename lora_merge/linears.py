@@ -14,6 +14,8 @@ NOT_QUANTIZED = re.compile(
     r"|score|classifier|v_head)(\..*)?"
 )
 """Heads, embeddings, norms and routers: what hardly shrinks and what rounding hurts most."""
+EXPERT = re.compile(r".*\.(experts\.\d+\.\w+|gate|router)")
+"""Experts stored one by one, and routers: linears in the file where the class has stacks and modules of its own."""
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"), ("w1", "w3"))
 """Siblings that a server computes as one matrix, and that need one global scale."""
 
@@ -27,19 +29,27 @@ class Linears:
 
 
 def linears(
-    weights: Mapping[str, TensorSpec], skeleton: Skeleton | None, keep: Collection[re.Pattern[str]] = ()
+    weights: Mapping[str, TensorSpec],
+    skeleton: Skeleton | None,
+    keep: Collection[re.Pattern[str]] = (),
+    experts: bool = False,
 ) -> Linears:
     """Divide the linears of a model.
 
     weights: by name without quantization. skeleton: of the model class; without one every matrix that is not named
-    like an embedding counts as a linear. keep: modules that any of these matches stay as they are.
+    like an embedding counts as a linear. keep: modules that any of these matches stay as they are. experts: those that
+    are stored one by one count, too, where the class has a stack of them.
     """
     matrices = {
         name.removesuffix(".weight")
         for name, spec in weights.items()
         if name.endswith(".weight") and len(spec.shape) == 2 and spec.dtype in PLAIN_FLOATS
     }
-    named = _of_class(skeleton) if skeleton else _of_names(weights, matrices)
+    every = [name.removesuffix(".weight") for name in weights if name.removesuffix(".weight") in matrices]
+    named = _of_class(skeleton) if skeleton else _of_names(every)
+    known = set(named.values())
+    if experts:
+        named |= {module: module for module in every if EXPERT.fullmatch(module) and module not in known}
     chosen = {
         stored
         for module, stored in named.items()
@@ -63,8 +73,7 @@ def _of_class(skeleton: Skeleton) -> dict[str, str]:
     return found
 
 
-def _of_names(weights: Mapping[str, TensorSpec], matrices: Collection[str]) -> dict[str, str]:
-    modules = [name.removesuffix(".weight") for name in weights if name.removesuffix(".weight") in matrices]
+def _of_names(modules: Collection[str]) -> dict[str, str]:
     return {module: module for module in modules if not re.search(r"(^|[._])(embed|wte|wpe)[^.]*$", module)}
 
 

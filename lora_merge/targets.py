@@ -115,7 +115,7 @@ def _own(
         raise UnsupportedError("--keep on a base in several formats; choose one with --format")
     kind = kinds[0]
     written: dict[str, Any] = {name.removesuffix(kind.logical): format for name, format in own.items()}
-    every = linears(tensors, skeleton(config, tensors))
+    every = linears(tensors, skeleton(config, tensors), experts=kind.expert_linears)
     kept = [module for module in (*every.chosen, *every.kept) if module not in written]
     changes = kind.config_changes(written, kept, config)
     own_files = _own_file(kind, changes)
@@ -175,7 +175,7 @@ def _chosen(
     tensors: Mapping[str, TensorSpec],
 ) -> Linears:
     """The modules to quantize: those that are, or in a plain base those that its class or this format's loader has."""
-    found = linears(tensors, skeleton(config, tensors), keep)
+    found = linears(tensors, skeleton(config, tensors), keep, kind.expert_linears)
     logical = kind.logical
     modules = {name.removesuffix(logical): name for name in weights if name.endswith(logical)}
     if present:

@@ -74,3 +74,15 @@ def test_every_linear_is_quantized_or_ignored(tmp_path):
     coded = {name.removesuffix(".weight_packed") for name in oracle.read(out) if name.endswith(".weight_packed")}
     ignored = set(oracle.config(out)["quantization_config"]["ignore"])
     assert linears == coded | ignored and not coded & ignored
+
+
+@pytest.mark.parametrize("model", ["mixtral", "qwen2_moe", "qwen3_moe"])
+def test_experts_are_quantized_one_by_one_and_the_routers_ignored(tmp_path, model):
+    base, out = tmp_path / "base", tmp_path / "out"
+    zoo.save(zoo.build(model), base)
+    lora_merge.merge(base, [], out, bits=4, dtype="bfloat16")
+    experts = [name for name in oracle.read(base) if ".experts." in name]
+    assert experts and all(f"{name}_packed" in oracle.read(out) for name in experts)
+    assert any(name.endswith(".gate") for name in oracle.config(out)["quantization_config"]["ignore"])
+    lora_merge.merge(out, [], tmp_path / "sixteen", bits=16)
+    agree(out, tmp_path / "sixteen", 0.02)

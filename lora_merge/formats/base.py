@@ -127,6 +127,8 @@ class Quantized(ABC):
     moves what they were measured on: scales of activations."""
     opaque: ClassVar[tuple[str, ...]] = ()
     """Parts whose dtype does not say what their bytes are."""
+    expert_linears: ClassVar[bool] = False
+    """Loaders take experts that are stored one by one as linears, though the model class stacks them."""
     fused: ClassVar[bool] = False
     """Weights that a server computes as one matrix must share what `survey` sees."""
 

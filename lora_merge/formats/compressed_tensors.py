@@ -70,6 +70,7 @@ class CompressedTensors(Quantized):
     shape: tuple[int, int] | None = None
 
     name: ClassVar[str] = "compressed-tensors"
+    expert_linears: ClassVar[bool] = True
     marks: ClassVar[tuple[str, ...]] = ("weight_scale",)
     part_names: ClassVar[tuple[str, ...]] = (
         "weight_packed", "weight", "weight_scale", "weight_global_scale", "weight_zero_point", "weight_shape",
