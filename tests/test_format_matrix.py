@@ -49,6 +49,8 @@ OUTPUTS = {
     "modelopt-fp8": {"format": "modelopt", "bits": 8},
     "modelopt-fp4": {"format": "modelopt", "bits": 4},
 }
+TOLD = {"awq": {"adapter_base": "same"}}
+"""What a base of this format must be told."""
 DRIFT = {"bnb-nf4-double": 0.01}
 """The library takes codes before it rounds the scales; so far may they then move, as a share of the value."""
 DIGITS = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
@@ -128,7 +130,7 @@ def test_the_matrix_has_every_format_that_is_written():
 @pytest.mark.parametrize("source", OUTPUTS)
 def test_a_merge_lands_on_the_nearest_values_of_the_target(bases, tmp_path, source, target):
     base, values, adapter, factors = bases
-    words = OUTPUTS[target] | {"rounding": "nearest", "min_survival": -100.0}
+    words = OUTPUTS[target] | {"rounding": "nearest", "min_survival": -100.0} | TOLD.get(source, {})
     lora_merge.merge(base(source), adapter, tmp_path / "out", verify=True, **words)
     before = values(source)
     for name, (after, codes, grid) in weights_of(tmp_path / "out").items():
@@ -143,3 +145,23 @@ def test_a_merge_lands_on_the_nearest_values_of_the_target(bases, tmp_path, sour
             # Decoding rounds both values to bfloat16, each by half a unit of its 8 digits at most.
             slack = (2.0**-8 + DRIFT.get(target, 0)) * (after.abs() + other.abs()) + 1e-6 * merged.abs().amax()
             assert (error <= (other - merged).abs() + slack).all(), (name, step)
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_the_same_bytes_for_any_block_and_thread_count(bases, tmp_path, monkeypatch, name):
+    """Tiles are made small, so that each weight has many."""
+    base, _, adapter, _ = bases
+    source = base(name)
+    monkeypatch.setattr("lora_merge.tiles.TILE", 1 << 10)
+    found = []
+    for number, (threads, tiles) in enumerate([(1, 1), (1, 3), (3, 2)]):
+        monkeypatch.setattr("lora_merge.machine.BLOCK_TILES", tiles)
+        out = tmp_path / f"out{number}"
+        same = {"dtype": OUTPUTS[name]["dtype"]} if "dtype" in OUTPUTS[name] else {}
+        lora_merge.merge(source, adapter, out, threads=threads, min_survival=-100.0, **same, **TOLD.get(name, {}))
+        found.append(files_of(out))
+    assert found[0] == found[1] == found[2]
