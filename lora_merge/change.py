@@ -42,13 +42,18 @@ class Change:
         self.changed += other.changed
 
 
-def measure(job: Rewrite, before: torch.Tensor, written: Mapping[str, torch.Tensor]) -> Change:
-    """What writing a tile of a plain weight changed, seen on its first rows, which were `before`."""
+def measure(job: Rewrite, before: torch.Tensor, written: Mapping[str, torch.Tensor], height: int) -> Change:
+    """What writing a tile of `height` rows of a plain weight changed, seen on its first rows, which were `before`."""
     import torch
 
-    after = torch.empty_like(before)
     cuts = job.target.slices(job.weight, before.shape[1], 0, len(before))
-    job.target.decode({part: written[part][: cut.end] for part, cut in cuts.items()}, after)
+    if any(cut.lines > 1 for cut in cuts.values()):  # the rows lie across the bytes
+        tile = before.new_empty(height, before.shape[1])
+        job.target.decode(written, tile)
+        after = tile[: len(before)]
+    else:
+        after = torch.empty_like(before)
+        job.target.decode({part: written[part][: cut.end] for part, cut in cuts.items()}, after)
     changed = int((after != before).sum())
     delta = torch.linalg.vector_norm(after.sub_(before)).item() ** 2
     return Change(torch.linalg.vector_norm(before).item() ** 2, delta, before.numel(), changed)

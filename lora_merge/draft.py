@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from lora_merge.adapters.base import Patch
+from lora_merge.adapters.layers import is_conv1d
 from lora_merge.checkpoint import Checkpoint
 from lora_merge.effects import Wish, Wishes, patches
-from lora_merge.formats import QUANTIZED, Stored
+from lora_merge.formats import QUANTIZED, Plain, Stored
 from lora_merge.formats import weights as gathered
 from lora_merge.formats.base import SECTION, ConfigPath
 from lora_merge.jsonfile import read_json
@@ -42,9 +43,31 @@ class Draft:
         """Everything as it is in the base."""
         return cls(base, {name: name for name in base.tensors}, _config(base), notes=list(base.notes))
 
-    def gather(self) -> None:
-        """Find the weights among the tensors, once it is known which layers there are."""
+    def gather(self, turned: bool = False) -> None:
+        """Find the weights among the tensors, once it is known which layers there are.
+
+        turned: plain ones of a Conv1D, stored `[in, out]`, count as `[out, in]`.
+        """
         self.weights = gathered(self._tensors, self.config, self._read)
+        for name, stored in self.weights.items() if turned else ():
+            if isinstance(stored.format, Plain) and self.is_conv1d(name) and len(stored.weight.shape) == 2:
+                weight = TensorSpec(stored.weight.dtype, stored.weight.shape[::-1])
+                self.weights[name] = replace(stored, format=replace(stored.format, turned=True), weight=weight)
+
+    def is_conv1d(self, name: str) -> bool:
+        """Whether the model class has this weight `[in, out]`."""
+        return name.endswith(".weight") and is_conv1d(name.removesuffix(".weight"), self.config.get("model_type"))
+
+    def straightened(self, wishes: Wishes) -> Wishes:
+        """Tell those who change a Conv1D that it lies `[out, in]` here: codes do, and plain weights that `gather`
+        turned."""
+        by_tensor = dict(wishes.by_tensor)
+        for name, stored in self.weights.items():
+            if name in by_tensor and (not isinstance(stored.format, Plain) or stored.format.turned):
+                by_tensor[name] = tuple(
+                    replace(wish, target=replace(wish.target, straight=True)) for wish in by_tensor[name]
+                )
+        return replace(wishes, by_tensor=by_tensor)
 
     @property
     def _tensors(self) -> dict[str, TensorSpec]:

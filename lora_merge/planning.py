@@ -49,7 +49,7 @@ def make(
     draft.notes += [note for adapter in adapters for note in adapter.notes]
     draft.notes += [note for reading in readings for note in reading.notes]
     _replicate(draft, readings)
-    draft.gather()
+    draft.gather(turned=request.quantizes)
     wishes = _resolve(draft, adapters, readings, request.allow_unused)
     targets = decide(request, draft.weights, draft.config, draft.specs)
     draft.changes |= targets.changes
@@ -99,6 +99,7 @@ def _resolve(
             raise
         raise UnsupportedError(f"{error}. Note that {quantization(draft.config)}") from None
     draft.notes += wishes.notes
+    wishes = draft.straightened(wishes)
     if tie is None:
         return wishes
     return draft.part_ties(tie, wishes, adapters, any(reading.ties_embeddings for reading in readings))

@@ -176,7 +176,7 @@ class Rewriter:
             rows = _merged(job, ready, tile)
             check_finite(job, rows, tile.start)
             job.target.encode(rows.cpu(), into)
-            return [measure(job, before.cpu(), into)] if len(before) else []
+            return [measure(job, before.cpu(), into, len(rows))] if len(before) else []
         base = tile.rows.cpu() if not job.effects else tile.rows.to("cpu", copy=True)
         rows = _merged(job, ready, tile).cpu()
         check_finite(job, rows, tile.start)

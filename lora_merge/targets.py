@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lora_merge.adapters.layers import is_conv1d
 from lora_merge.errors import UnsupportedError, UsageError, listed, printable
 from lora_merge.formats import FORMATS, QUANTIZED, Format, Plain, Quantized, Stored, Wanted
 from lora_merge.formats.base import SECTION, ConfigPath
@@ -48,7 +49,7 @@ def decide(
             f"config.json says that the base is quantized ({said}), and no weight in a format that can be read is "
             "found; take the unquantized original, or a checkpoint in one of the formats that README.md lists"
         )
-    plain = {name: _plain(stored, request, config) for name, stored in weights.items()}
+    plain = {name: _plain(name, stored, request, config) for name, stored in weights.items()}
     if request.decodes:
         _check_sixteen_bits(request, weights, plain)
         return _decoded(present, plain, config)
@@ -74,12 +75,17 @@ def declared(config: Mapping[str, Any]) -> str | None:
     return str(method) if method else f"ChatGLM int{bits}" if bits else None
 
 
-def _plain(stored: Stored, request: Request, config: Mapping[str, Any]) -> Plain:
-    """The plain format of a weight: as asked, else its own, else that to which it decodes."""
+def _plain(name: str, stored: Stored, request: Request, config: Mapping[str, Any]) -> Plain:
+    """The plain format of a weight: as asked, else its own, else what it decodes to; turned as its class has it."""
     own = stored.weight.dtype if stored.weight.dtype in WRITABLE else "F32"
     if own == "F32" and request.bits == 16 and isinstance(stored.format, Quantized):
         own = DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), own)
-    return Plain(request.target_dtype or own)
+    if isinstance(stored.format, Quantized):
+        module = name.removesuffix(".weight")
+        turned = len(stored.weight.shape) == 2 and is_conv1d(module, config.get("model_type"))
+    else:
+        turned = _is_turned(stored)
+    return Plain(request.target_dtype or own, turned)
 
 
 def _check_sixteen_bits(request: Request, weights: Mapping[str, Stored], plain: Mapping[str, Plain]) -> None:
@@ -185,9 +191,15 @@ def _chosen(
     elif kind.stacked:
         taken = [module for module, name in modules.items() if len(weights[name].weight.shape) == 3]
     else:
-        return found
+        turned = [module for module, name in modules.items() if kind.conv1d and _is_turned(weights[name])]
+        extra = [module for module in turned if module not in found.chosen and not _matches(keep, module)]
+        return Linears((*found.chosen, *extra), tuple(module for module in found.kept if module not in extra))
     every = dict.fromkeys((*found.chosen, *found.kept))
     return Linears(tuple(taken), tuple(module for module in every if module not in set(taken)))
+
+
+def _is_turned(stored: Stored) -> bool:
+    return isinstance(stored.format, Plain) and stored.format.turned
 
 
 def _matches(patterns: Sequence[re.Pattern[str]], module: str) -> bool:

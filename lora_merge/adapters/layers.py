@@ -88,7 +88,7 @@ def linear(pair: Pair, parameter: str = "weight") -> Claim:
             raise pair.misfit(target, weight, f"a weight {list(shape)}")
         a = Factor(pair.a, _flat(pair.a_shape), blocks=pair.a_blocks)
         b = Factor(pair.b, _flat(pair.b_shape), blocks=pair.b_blocks, diagonal=pair.diagonal)
-        if turned and (pair.conv1d or not straight):
+        if turned and not (straight and (target.straight or not pair.conv1d)):
             update = LowRank(replace(a, transpose=True), replace(b, transpose=True), pair.scale)
             return _started(pair, _magnified(pair, update, columnwise=True), weight, True, target)
         update = LowRank(replace(b, rows=target.rows), a, pair.scale, first, stacked=True if one_expert else None)
@@ -157,7 +157,7 @@ def bias(module: str, key: str, length: int, scale: float) -> Claim:
     return Claim(module, "bias", (key,), build, shape=(length,))
 
 
-def is_conv1d(module: str, model_type: str | None, fan_in_fan_out: bool) -> bool:
+def is_conv1d(module: str, model_type: str | None, fan_in_fan_out: bool = False) -> bool:
     """Whether a square weight is stored `[in, out]`; PEFT's flag is that of the last layer it saw."""
     if model_type in CONV1D_MODELS:
         return module.rpartition(".")[2] in CONV1D_NAMES

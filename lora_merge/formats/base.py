@@ -129,6 +129,8 @@ class Quantized(ABC):
     """Parts whose dtype does not say what their bytes are."""
     expert_linears: ClassVar[bool] = False
     """Loaders take experts that are stored one by one as linears, though the model class stacks them."""
+    conv1d: ClassVar[bool] = False
+    """Its loader quantizes transformers' Conv1D as well, whose weights then lie `[out, in]` as those of a linear."""
     fused: ClassVar[bool] = False
     """Weights that a server computes as one matrix must share what `survey` sees."""
 

@@ -64,6 +64,7 @@ class Bitsandbytes(Quantized):
 
     __slots__ = ()
     name: ClassVar[str] = METHOD
+    conv1d: ClassVar[bool] = True
     part_names: ClassVar[tuple[str, ...]] = (
         "weight", "weight.absmax", "weight.quant_map", QUANT_STATE + "nf4", QUANT_STATE + "fp4",
         "weight.nested_absmax", "weight.nested_quant_map", "SCB", "weight_format",

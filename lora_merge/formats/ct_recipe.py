@@ -22,6 +22,7 @@ VERSION = "0.20.0"
 CLASSES = {"Linear"}
 REGEX = "re:"
 
+
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """The groups of a config: targets and scheme; in the order of the file."""

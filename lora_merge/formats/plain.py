@@ -30,9 +30,10 @@ LIMITS = {
 
 @dataclass(frozen=True, slots=True)
 class Plain:
-    """Values in one float dtype (safetensors name)."""
+    """Values in one float dtype (safetensors name). turned: a matrix is stored `[in, out]` (transformers' Conv1D)."""
 
     dtype: str
+    turned: bool = False
 
     name: ClassVar[str] = "plain"
     writable: ClassVar[bool] = True
@@ -44,10 +45,11 @@ class Plain:
         return cls(spec.dtype) if spec and len(parts) == 1 and spec.dtype in PLAIN_FLOATS else None
 
     def describe(self, weight: TensorSpec) -> dict[str, TensorSpec]:
-        return {PART: TensorSpec(self.dtype, weight.shape)}
+        return {PART: TensorSpec(self.dtype, weight.shape[::-1] if self.turned else weight.shape)}
 
     def measure(self, parts: Parts) -> TensorSpec:
-        return parts[PART]
+        spec = parts[PART]
+        return TensorSpec(spec.dtype, spec.shape[::-1]) if self.turned else spec
 
     def refusal(self, weight: TensorSpec) -> str | None:
         return None if self.dtype in WRITABLE else f"{self.dtype} is read but not written; choose a --dtype"
@@ -56,18 +58,22 @@ class Plain:
         return 1
 
     def slices(self, weight: TensorSpec, columns: int, start: int, stop: int) -> dict[str, Cut]:
-        row = columns * BITS[self.dtype] // 8
-        return {PART: Cut(start * row, stop * row)}
+        size = BITS[self.dtype] // 8
+        if self.turned:
+            return {PART: Cut(start * size, stop * size, columns, weight.shape[0] * size)}
+        return {PART: Cut(start * columns * size, stop * columns * size)}
 
     @property
     def limit(self) -> float:
         return LIMITS[self.dtype]
 
     def decode(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
-        out.copy_(self._values(parts[PART]).view(out.shape))
+        values = self._values(parts[PART])
+        out.copy_(values.view(out.shape[::-1]).T if self.turned else values.view(out.shape))
 
     def encode(self, rows: torch.Tensor, out: Mapping[str, torch.Tensor]) -> None:
-        self._values(out[PART]).view(rows.shape).copy_(rows)
+        values = self._values(out[PART])
+        (values.view(rows.shape[::-1]).T if self.turned else values.view(rows.shape)).copy_(rows)
 
     def __str__(self) -> str:
         return self.dtype
