@@ -50,7 +50,7 @@ ROWS = (
     Row("fp16 -> int4 group 64", target=INT4, weights=(1.0,)),
     Row("fp16 -> int4 per row", target=PER_ROW, weights=(1.0,)),
     Row("fp16 -> NF4", target=NF4, weights=(1.0,)),
-    Row("fp16 -> NF4, adapter-nf4 --trained-on nf4", target=NF4 | {"trained_on": "nf4"}, adapter="adapter-nf4", weights=(1.0,)),
+    Row("fp16 -> NF4 --trained-on nf4, adapter-nf4", {}, NF4 | {"trained_on": "nf4"}, "adapter-nf4", (1.0,)),
     Row("fp16 -> int8", target=INT8, weights=(1.0,)),
     Row("fp16 -> LLM.int8", target={"format": "bitsandbytes", "bits": 8}, weights=(1.0,)),
     Row("int4 -> int8", INT4, INT8, weights=(1.0,)),
@@ -75,7 +75,8 @@ def measured(row: Row, weight: float, seeds: int, model: Model, home: Path) -> s
         base = TINY / "base"
     adapter = TINY / row.adapter
     words = {"weight": weight, **row.target}
-    lora_merge.merge(base, adapter, home / "unquantized", **words | PLAIN)
+    said = {name: words[name] for name in ("weight", "adapter_base", "trained_on") if name in words}
+    lora_merge.merge(base, adapter, home / "unquantized", **said, **PLAIN)
     start, best = score(model, base, home), score(model, home / "unquantized", home)
     gains, used = [], set()
     for seed in range(seeds):
@@ -93,7 +94,8 @@ def main() -> None:
     parser.add_argument("--only", default="")
     asked = parser.parse_args()
     model = Model(64)
-    print("| base -> output | weight | base | unquantized merge | gain kept, % | rounding |\n|---|---:|---:|---:|---:|---|")
+    print("| base -> output | weight | base | unquantized merge | gain kept, % | rounding |")
+    print("|---|---:|---:|---:|---:|---|")
     for row in ROWS:
         for weight in row.weights if asked.only in row.name else ():
             with tempfile.TemporaryDirectory() as home:
