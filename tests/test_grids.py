@@ -36,6 +36,8 @@ GRIDS = {
     "negative scales": Affine(scale=-scales(3), group=30, low=-8, high=7),
     "codebook": Codebook(table=E2M1, scale=scales(3), group=30),
     "codebook, ties to even": Codebook(table=E2M1, scale=scales(3), group=30, up=torch.arange(14) % 2 == 0),
+    "codebook, both zeros": Codebook(table=torch.tensor([-2, -1, -0.0, 0.0, 0.5, 3]), scale=scales(3), group=30),
+    "codebook, many levels": Codebook(table=torch.linspace(-1, 1, 100) ** 3 * 6, scale=scales(3), group=30),
     "codebook, bfloat16": Codebook(table=E2M1, scale=scales(3), group=30, dtype=torch.bfloat16),
     "e4m3": Float8(kind=torch.float8_e4m3fn, scale=scales(1) / 50, group=COLUMNS),
     "e5m2": Float8(kind=torch.float8_e5m2, scale=scales(3) / 50, group=30),
@@ -81,7 +83,7 @@ def test_the_values_of_codes_are_nearest_to_those_codes(grid):
     assert torch.equal(grid.values(lower), values)
     shift = torch.rand(7, COLUMNS, generator=torch.Generator().manual_seed(3))
     assert torch.equal(grid.values(grid.dithered(values, shift)), values)
-    if not isinstance(grid, Float8):  # there both zeros are one value
+    if (table(grid).diff(dim=0) != 0).all():  # else both zeros are one value
         assert torch.equal(grid.nearest(values), codes)
 
 
@@ -161,6 +163,33 @@ def test_ties_of_a_codebook():
     # To even: 0, 1, 2, 4 have an even last bit, as the cast to 4-bit floats does it.
     even = Codebook(table=E2M1, scale=torch.ones(1, 1), group=4, up=torch.arange(14) % 2 == 0)
     assert even.values(even.nearest(ties)).tolist() == [[0.0, 1.0, 2.0, -2.0]]
+
+
+@pytest.mark.parametrize("up", [None, torch.arange(14) % 2 == 0])
+def test_few_levels_are_compared_as_many_are_searched(up, monkeypatch):
+    grid = Codebook(table=E2M1, scale=torch.full((1, 1), 0.7), group=4096, up=up)
+    ties = (E2M1[1:] + E2M1[:-1]) / 2 * 0.7
+    rows = torch.cat([normal(4000) * 3, E2M1 * 0.7, ties, torch.tensor([-9.0, 9.0])]).unsqueeze(0)
+    compared = grid.nearest(rows)
+    monkeypatch.setattr("lora_merge.grids.FEW", 0)
+    assert torch.equal(grid.nearest(rows), compared)
+
+
+def test_dithering_moves_no_further_than_to_the_next_level():
+    """Where codes are found by another scale than they decode by, the nearest is not always near."""
+
+    class Apart(Codebook):
+        def coordinate(self, rows: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+            return super().coordinate(rows, dtype) * 0.5
+
+    grid = Apart(table=E2M1, scale=torch.ones(1, 1), group=3)
+    rows = torch.tensor([[5.9, -5.9, 0.0]])
+    near = grid.nearest(rows)
+    assert grid.values(near).tolist() == [[3.0, -3.0, 0.0]]
+    for shift in (0.0, 0.5, 0.99):
+        got = grid.values(grid.dithered(rows, torch.full_like(rows, shift)))
+        assert got.abs().max() == 4 if shift == 0.99 else got.abs().max() <= 4
+        assert got[0, 2] == 0
 
 
 def test_float8_neighbours_pass_zero_and_stop_at_the_ends():
