@@ -46,8 +46,10 @@ def merge(
 ) -> MergeResult:
     """Merge adapters into a checkpoint and write the result to the new folder `out`.
 
-    words: the options of the command line with underscores: dtype, weight, alpha, base_is_residual, allow_unused,
-        max_shard_size, device, max_memory, threads, resume, restart, overwrite, verify. Sizes are bytes or `2GB`.
+    words: the options of the command line with underscores, as `lora_merge.request.Request` has them: bits, format,
+        dtype, quant_type, double_quant, group_size, scales, rounding, seed, min_survival, keep (a pattern or several),
+        trained_on, adapter_base, weight, alpha, base_is_residual, allow_unused, max_shard_size, device, max_memory,
+        threads, resume, restart, overwrite, verify. Sizes are bytes or `2GB`.
     progress: called with (name, nbytes, total) after each block that was written.
     Raises the errors of `lora_merge.errors`; `out` exists only if this returns.
     """
@@ -101,6 +103,10 @@ def request(base: PathLike, adapters: PathLike | Sequence[PathLike], out: PathLi
     for name in ("max_memory", "max_shard_size"):
         if words.get(name) is not None:
             words[name] = parse_size(words[name])
+    if isinstance(words.get("keep"), str):
+        words["keep"] = (words["keep"],)
+    if "keep" in words:
+        words["keep"] = tuple(words["keep"])
     if "weight" in words:
         weight = words["weight"]
         words["weight"] = (float(weight),) if isinstance(weight, int | float) else tuple(map(float, weight))
@@ -201,6 +207,8 @@ def _result(job: OpenJob, weights: Sequence[Mapping[str, Any]], resumed: int, be
 
 def _check_survival(request: Request, lines: Sequence[Mapping[str, Any]]) -> None:
     """NumericError that names the weights whose change rounding has all but deleted, and says what would keep it."""
+    if request.min_survival <= 0:
+        return
     known = [line for line in lines if line.get("survival") is not None]
     lost = [line for line in known if line["survival"] < request.min_survival]
     if not lost:

@@ -168,8 +168,10 @@ def _is_as_asked(request: Request, kind: type[Quantized], present: Mapping[str, 
     """Whether the base is already what is asked for, so that its own parameters are kept."""
     if not present or request.quant_type or request.group_size or request.double_quant:
         return False
-    formats = [stored.format for stored in present.values()]
-    return all(isinstance(format, kind) and (request.bits is None or format.bits == request.bits) for format in formats)
+    formats = [stored.format for stored in present.values() if isinstance(stored.format, Quantized)]
+    return all(
+        format.name == kind.name and format.writable and request.bits in (None, format.bits) for format in formats
+    )
 
 
 def _chosen(
@@ -196,6 +198,10 @@ def _chosen(
         return Linears((*found.chosen, *extra), tuple(module for module in found.kept if module not in extra))
     every = dict.fromkeys((*found.chosen, *found.kept))
     return Linears(tuple(taken), tuple(module for module in every if module not in set(taken)))
+
+
+def _is_stack(stored: Stored) -> bool:
+    return isinstance(stored.format, Quantized) and stored.format.stacked
 
 
 def _is_turned(stored: Stored) -> bool:
@@ -225,9 +231,12 @@ def _quantized(
 ) -> Targets:
     """Every chosen weight in one format; those that it cannot hold stay plain, and config.json says so."""
     specs = {module: weights[module + kind.logical].weight for module in found.chosen}
-    if not specs:
+    stacks = [name for name in present if name.removesuffix(kind.logical) not in specs and _is_stack(present[name])]
+    if stacks or not specs:
+        why = f"stacks of experts ({listed(stacks, 2)}) stay in their own format, or become plain with --bits 16"
         raise UnsupportedError(
-            f"no weight of the base can be written as {kind.name}: none is a linear of its layers that --keep leaves"
+            f"the base cannot be written as {kind.name}: "
+            f"{why if stacks else 'no weight is a linear of its layers that --keep leaves'}"
         )
     own = _common(present)
     dtype = request.target_dtype or _dtype(weights, specs)

@@ -300,7 +300,7 @@ class FP8Experts(FP8):
     part: str = STACK_SCALES
     rank: int = 3
 
-    name: ClassVar[str] = "fp8_experts"
+    name: ClassVar[str] = FP8.name
     codes_part: ClassVar[str] = ""
     marks: ClassVar[tuple[str, ...]] = (STACK_SCALES,)
     part_names: ClassVar[tuple[str, ...]] = ("", STACK_SCALES)
