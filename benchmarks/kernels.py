@@ -2,7 +2,7 @@
 
 First a 4096 x 4096 weight of compressed-tensors int4, group 128, with a LoRA of r = 16, written in the same format by
 tiles as a merge does it: unpack, values, product, codes, pack; then with what survives measured as well. Then rounding
-alone, on the other grids. Times are the least of several runs, each beside a run of the unit, on one thread.
+alone, on the other grids. Times are medians of several runs, each beside a run of the unit, on one thread.
 
     python benchmarks/kernels.py [--size 4096] [--runs 7]
 """
@@ -10,6 +10,7 @@ alone, on the other grids. Times are the least of several runs, each beside a ru
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -84,14 +85,14 @@ class Weight:
 
 
 def ratio(work: Callable[[], object], unit: Callable[[], object], runs: int) -> float:
-    """Least time of the work over least time of the unit, taken in turns."""
+    """Median time of the work over that of the unit, taken in turns: what fresh memory costs the unit varies much."""
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(runs):
         for one, seconds in zip((work, unit), times, strict=True):
             begun = time.perf_counter()
             one()
             seconds.append(time.perf_counter() - begun)
-    return min(times[0]) / min(times[1])
+    return statistics.median(times[0]) / statistics.median(times[1])
 
 
 def grids(rows: torch.Tensor) -> dict[str, Grid]:
