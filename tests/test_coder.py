@@ -96,8 +96,9 @@ def test_rows_that_nobody_changes_keep_their_bytes(name, strategy):
         rows = tile.rows.clone()
         rows[changed] += 0.2 * (update.left[0] @ update.right[0])[changed]
         into = room(target)
-        coder.code(tile, tile.rows.clone(), rows.clone(), into)
-        after, _ = target.unpack(into, *SHAPE)
+        sums = coder.code(tile, tile.rows.clone(), rows.clone(), into)
+        after, grid = target.unpack(into, *SHAPE)
+        assert sums.changed == (grid.values(after) != tile.rows).sum()
         still = torch.ones(SHAPE[0], dtype=torch.bool)
         still[changed] = False
         assert torch.equal(after[still], tile.codes[still])

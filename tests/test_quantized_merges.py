@@ -230,7 +230,7 @@ def test_keep_takes_modules_of_a_quantized_base_out(tmp_path, base, words):
 
 
 def test_keeping_everything_is_refused(tmp_path):
-    with pytest.raises(UnsupportedError, match="none is a linear of its layers that --keep leaves"):
+    with pytest.raises(UnsupportedError, match="is a linear of its layers that --keep leaves"):
         lora_merge.merge(PLAIN, [], tmp_path / "out", bits=4, keep=(".",))
 
 
