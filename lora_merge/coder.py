@@ -54,18 +54,29 @@ class Coder:
         assert grid is not None
         codes = self.rounding.codes(rows, grid, tile.start, base)
         written = grid.values(codes)
-        if self.kept and tile.codes is not None:
-            # What the base says with other codes (a zero of the other sign), or in rows that nobody changes, stays.
-            still = (rows == base).all(1, keepdim=True)
-            codes = tile.codes.where(still.logical_or(written == base), codes)
-            written = base.where(still, written)
-        self.target.pack(codes, grid, into)
         if not self.merged:
+            self.target.pack(codes, grid, into)
             return _conversion(base, written)
         before = base if self.same else grid.values(grid.nearest(base))
+        wanted, moved = rows.sub_(base), written != before
+        if self.kept and tile.codes is not None:
+            # What the base says with other codes (a zero of the other sign), or in rows that nobody changes, stays.
+            still = _zero_rows(wanted)
+            if any_still := bool(still.any()):
+                moved[still], written[still] = False, base[still]
+            if any_still or not isinstance(grid, Affine):
+                codes = codes.where(moved, tile.codes)
+        self.target.pack(codes, grid, into)
         sums = Sums(self.directions)
-        sums.see(tile.start, before, rows.sub_(base), written, int((written != before).sum()))
+        sums.see(tile.start, before, wanted, written, int(moved.sum()))
         return sums
+
+
+def _zero_rows(rows: torch.Tensor) -> torch.Tensor:
+    """Which rows are all zero; bool `[n]`."""
+    if not rows.numel():
+        return torch.ones(len(rows), dtype=torch.bool)
+    return (rows.amax(1) == 0).logical_and_(rows.amin(1) == 0)
 
 
 def fresh(target: Quantized, rows: torch.Tensor, start: int, refine: bool) -> Grid:

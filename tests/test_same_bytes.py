@@ -48,7 +48,7 @@ def all_ways(home, tmp_path, monkeypatch, base, **words):
     source, adapter = home / base, home / "adapter"
     lora_merge.merge(source, adapter, tmp_path / "one", threads=1, **words)
     first = bases.contents(tmp_path / "one")
-    least = lora_merge.plan(source, adapter, **words).memory + 16_000_000
+    least = lora_merge.plan(source, adapter, **words).memory + 64_000_000
     for number, (threads, block, memory) in enumerate([(2, 1, None), (3, 2, None), (2, 3, None), (1, 7, least)]):
         monkeypatch.setattr(machine, "BLOCK_TILES", block)
         out = tmp_path / f"out{number}"
