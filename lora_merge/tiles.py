@@ -9,7 +9,7 @@ from lora_merge.jobs import Rewrite
 
 TILE = 1 << 19
 """float32 elements of a tile: 2 MB, which stays in a core's cache between decoding, product and encoding."""
-WIDE = 1 << 22
+WIDE = 1 << 23
 """The same for adapter-aware rounding, which goes through the columns one by one and wants a thousand rows."""
 KEPT = 6
 """Factors kept for the next weight that shares them: A and B of three stacks, as gate, up and down take turns."""

@@ -28,7 +28,7 @@ FLOORS = [
     {"jobs"},
     {"effects"},
     {"adapters", "formats", "keys", "ties", "replication", "output", "pipeline"},
-    {"rounding", "survival", "grids", "bits", "checkpoint", "skeleton", "awq_scales"},
+    {"rounding", "feedback", "survival", "grids", "bits", "checkpoint", "skeleton", "awq_scales"},
     {"weight_files", "places"},
     {"jsonfile", "config_paths"},
     {"containers", "request", "results"},

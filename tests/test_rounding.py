@@ -418,6 +418,21 @@ def test_choice_among_one_strategy():
     assert aware.rounding.name == "adapter-aware" and aware.faithful
 
 
+def test_where_noise_costs_nothing_a_small_bias_is_not_let_pass():
+    """Eight bits: nearest loses a little of the change, drawing nothing, and either is quiet against the weight."""
+    case = Case(0.015)
+    scale = case.base.unflatten(1, (-1, 64)).abs().amax(-1) / 127
+    grid = Affine(scale=scale, group=64, low=-127, high=127)
+    base = grid.values(grid.nearest(normal(OUT, COLUMNS)))
+    sample = {"kept": [Sample(0, base, base + case.delta, grid)]}
+    near = choose(1, sample, base.numel(), case.directions, ("nearest",))
+    assert 0.005 < 1 - near.projection < 0.025
+    chosen = choose(1, sample, base.numel(), case.directions)
+    assert chosen.rounding.name == "dither"
+    assert abs(1 - chosen.projection) < 0.004
+    assert chosen.error < 0.02
+
+
 def test_choice_without_a_change_or_factors():
     case = Case(0.02)
     still = [Sample(0, case.base, case.base, case.grid)]
