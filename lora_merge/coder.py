@@ -30,7 +30,7 @@ class Coder:
     """How one weight is written.
 
     target: settled for this weight. kept: on the base's own scales. merged: an adapter changes it. same: the base
-    stands on the target's grid already. refine: fresh scales are the best shares of the format's own.
+    stands on the target's grid already.
     """
 
     target: Quantized
@@ -38,7 +38,6 @@ class Coder:
     kept: bool
     merged: bool
     same: bool
-    refine: bool
     directions: Directions | None
 
     @property
@@ -50,7 +49,10 @@ class Coder:
         self, tile: Tile, base: torch.Tensor, rows: torch.Tensor, into: Mapping[str, torch.Tensor]
     ) -> Sums | Change:
         """Write merged `rows` of a tile that was `base`, both float32 `[n, columns]`; what that did to them."""
-        grid = tile.grid if self.kept else fresh(self.target, rows, tile.start, self.refine)
+        if not self.merged:  # the bytes of the format's own library
+            grid = tile.grid if self.kept else self.target.fit(rows, tile.start)
+        else:
+            grid = tile.grid if self.kept else fresh(self.target, rows, tile.start)
         assert grid is not None
         codes = self.rounding.codes(rows, grid, tile.start, base)
         written = grid.values(codes)
@@ -79,10 +81,10 @@ def _zero_rows(rows: torch.Tensor) -> torch.Tensor:
     return (rows.amax(1) == 0).logical_and_(rows.amin(1) == 0)
 
 
-def fresh(target: Quantized, rows: torch.Tensor, start: int, refine: bool) -> Grid:
-    """The scales of the format's own rule, or the best shares of them: better for codes evenly spaced."""
+def fresh(target: Quantized, rows: torch.Tensor, start: int) -> Grid:
+    """The best shares of the scales that the format's own rule gives, where these are free."""
     grid = target.fit(rows, start)
-    return refined(grid, rows) if refine and type(grid) is Affine else grid
+    return refined(grid, rows) if target.refinable(grid) else grid
 
 
 def _conversion(base: torch.Tensor, written: torch.Tensor) -> Change:
@@ -100,19 +102,18 @@ def settle(
     coding = job.coding or Coding()
     same = job.source is not None and same_grid(job.source.format, target, job.weight)
     if not job.effects:
-        return Coder(target, Nearest(), keeps(job), False, same, False, None)  # the bytes of the format's own library
+        return Coder(target, Nearest(), keeps(job), False, same, None)
     directions = directions_of(job, bounds)
-    refine = not (isinstance(job.target, Quantized) and job.target.needs_survey)  # no row has a scale of its own there
     offered = {}
     if keeps(job):
         offered["kept"] = [Sample(tile.start, tile.rows, rows, tile.grid) for tile, rows in samples if tile.grid]
     if coding.scales != "keep" and not target.needs_survey:
         offered["fresh"] = [
-            Sample(tile.start, tile.rows, rows, fresh(target, rows, tile.start, refine)) for tile, rows in samples
+            Sample(tile.start, tile.rows, rows, fresh(target, rows, tile.start)) for tile, rows in samples
         ]
     names = AUTO if coding.rounding == "auto" else (coding.rounding,)
     choice = choose(key(coding.seed, job.name), offered, job.weight.numel, directions, names)
-    return Coder(target, choice.rounding, choice.scales == "kept", True, same, refine, directions)
+    return Coder(target, choice.rounding, choice.scales == "kept", True, same, directions)
 
 
 def keeps(job: Rewrite) -> bool:

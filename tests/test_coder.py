@@ -4,10 +4,13 @@ import pytest
 import torch
 
 from lora_merge.coder import Coder, fresh
+from lora_merge.formats.awq import AWQ
 from lora_merge.formats.base import Wanted
+from lora_merge.formats.bitsandbytes import Bitsandbytes
 from lora_merge.formats.chatglm import ChatGLM
 from lora_merge.formats.compressed_tensors import CompressedTensors
 from lora_merge.formats.ct_schemes import INT, Scheme
+from lora_merge.formats.gptq import GPTQ
 from lora_merge.rounding import AdapterAware, Nearest, Stochastic
 from lora_merge.spec import TensorSpec
 from lora_merge.stored_rows import Tile
@@ -22,6 +25,9 @@ FORMATS = {
     "ct fp8": CompressedTensors.preset(Wanted(8, quant_type="fp8"), {}),
     "ct nvfp4": CompressedTensors.preset(Wanted(4, quant_type="nvfp4"), {}),
     "ct mxfp4": CompressedTensors.preset(Wanted(4, quant_type="mxfp4"), {}),
+    "nf4": Bitsandbytes.preset(Wanted(4), {}),
+    "gptq": GPTQ.preset(Wanted(4), {"x": TensorSpec("F16", SHAPE)}),
+    "awq": AWQ.preset(Wanted(4), {"x": TensorSpec("F16", SHAPE)}),
     "ct int8 tensor": CompressedTensors(Scheme(INT, 8, strategy="tensor")),
 }
 
@@ -45,7 +51,7 @@ def test_codes_are_chosen_on_the_very_scales_that_are_written(name):
     """Shares of a scale are not always numbers of the dtype in which it is stored."""
     rows = rows_of(1)
     target = settled(name, rows)
-    grid = fresh(target, rows, 0, refine=not FORMATS[name].needs_survey)
+    grid = fresh(target, rows, 0)
     into = room(target)
     codes = grid.nearest(rows)
     target.pack(codes, grid, into)
@@ -54,14 +60,12 @@ def test_codes_are_chosen_on_the_very_scales_that_are_written(name):
     assert torch.equal(read.values(again), grid.values(codes))
 
 
-@pytest.mark.parametrize("name", ["chatglm int4", "ct int4"])
+@pytest.mark.parametrize("name", ["chatglm int4", "ct int4", "gptq", "awq"])
 def test_fresh_scales_of_a_merge_err_less_than_the_librarys(name):
     rows = rows_of(2)
     target = settled(name, rows)
-    errors = []
-    for refine in (False, True):
-        grid = fresh(target, rows, 0, refine)
-        errors.append((grid.values(grid.nearest(rows)) - rows).norm().item())
+    grids = target.fit(rows), fresh(target, rows, 0)
+    errors = [(grid.values(grid.nearest(rows)) - rows).norm().item() for grid in grids]
     assert errors[1] < 0.97 * errors[0]
 
 
@@ -91,7 +95,7 @@ def test_rows_that_nobody_changes_keep_their_bytes(name, strategy):
     target, before, tile = stored(name)
     update, known = directions()
     rounding = {"nearest": Nearest(), "stochastic": Stochastic(5), "adapter-aware": AdapterAware.of(known)}[strategy]
-    coder = Coder(target, rounding, True, True, True, False, known)
+    coder = Coder(target, rounding, True, True, True, known)
     for changed in (slice(0, 0), slice(6, 10)):
         rows = tile.rows.clone()
         rows[changed] += 0.2 * (update.left[0] @ update.right[0])[changed]
@@ -116,6 +120,6 @@ def test_a_zero_keeps_its_sign_where_its_row_changes(name):
     assert zeros.any()
     rows[~zeros] *= 1.1
     into = room(target)
-    Coder(target, Nearest(), True, True, True, False, None).code(tile, tile.rows.clone(), rows + 0.0, into)
+    Coder(target, Nearest(), True, True, True, None).code(tile, tile.rows.clone(), rows + 0.0, into)
     after, _ = target.unpack(into, *SHAPE)
     assert torch.equal(after[zeros], tile.codes[zeros])

@@ -109,6 +109,9 @@ class AutoRound(Quantized):
     def describe(self, weight: TensorSpec) -> dict[str, TensorSpec]:
         return self.packing.describe(weight)
 
+    def refinable(self, grid: Grid) -> bool:
+        return self.packing.refinable(grid)
+
     def measure(self, parts: Parts) -> TensorSpec:
         return self.packing.measure(parts)
 

@@ -239,6 +239,13 @@ class Quantized(ABC):
         `start` of the weight; whole multiples of `rows_at_once`, unless they are the last."""
         raise NotImplementedError
 
+    def refinable(self, grid: Grid) -> bool:
+        """Whether each scale of a grid that `fit` gave may be replaced by another: none is shared between rows, and all
+        are stored as plain numbers."""
+        from lora_merge.grids import Affine
+
+        return type(grid) is Affine
+
     @abstractmethod
     def unpack(self, parts: Mapping[str, torch.Tensor], rows: int, columns: int) -> tuple[torch.Tensor, Grid]:
         """Codes `[rows, columns]` and their grid, from the bytes that `slices` names."""

@@ -250,6 +250,9 @@ class CompressedTensors(Quantized):
             return self._grid(scales.power_of_two(most, self.bits, coding), None, rows.shape[1])
         return self._grid(scales.floating(most, coding, dtype), None, rows.shape[1])
 
+    def refinable(self, grid: Grid) -> bool:
+        return self.scheme.coding == "int" and self.scheme.strategy in ("group", "channel")
+
     def unpack(self, parts: Mapping[str, torch.Tensor], rows: int, columns: int) -> tuple[torch.Tensor, Grid]:
         scheme, wide = self.scheme, self._grain(columns)[1]
         whole = numbers(parts["weight_global_scale"], "F32", 1)[0, 0] if scheme.format == NVFP4 else None
