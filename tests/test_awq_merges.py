@@ -1,4 +1,4 @@
-"""An adapter that was trained on the original, merged into the AWQ checkpoint of it: the model's output is the judge."""
+"""An adapter of the original, merged into its AWQ checkpoint: the model's output is the judge."""
 
 import json
 from pathlib import Path
@@ -56,7 +56,7 @@ def distance(found, expected):
 
 
 def rounded_afterwards(wanted, shapes, tmp_path):
-    """What AWQ makes of the merged original: its channels rescaled as in the AWQ checkpoint, then rounded to nearest."""
+    """What AWQ makes of the merged original: its channels rescaled as in the checkpoint, then rounded to nearest."""
     lora_merge.merge(AWQ, [], tmp_path / "frame", format="plain", dtype="float32")
     tensors, merged = (load_file(folder / "model.safetensors") for folder in (tmp_path / "frame", wanted))
     with open_base(AWQ) as awq, open_base(ORIGINAL) as original:

@@ -1,15 +1,13 @@
 """quantization_config of compressed-tensors: read, written, and which modules it is about."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
 
 from lora_merge.errors import InputError, UnsupportedError
-from lora_merge.formats.ct_recipe import Recipe, choose, fused_set, quantization_config
+from lora_merge.formats.ct_recipe import Recipe, quantization_config
 from lora_merge.formats.ct_schemes import FLOAT, INT, NAIVE, PACK, Scheme, preset, uniform_group_size
-from lora_merge.spec import TensorSpec
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 CHECKPOINTS = sorted(path.name for path in FIXTURES.glob("ct_*") if (path / "config.json").exists())
@@ -127,26 +125,3 @@ def test_a_second_scheme_names_its_modules():
     assert [found.schemes(name)[0] for name in ("a.q", "a.down")] == [wide, narrow]
     mixed = quantization_config({"a": wide, "b": preset("fp8", 8, 128)}, [])
     assert mixed["format"] == "mixed-precision"
-
-
-def test_linears_are_chosen_by_class_or_by_name():
-    kept = ["lm_head", "model.layers.0.mlp.gate", "model.layers.0.mlp.shared_expert_gate", "model.embed_tokens"]
-    taken = [
-        "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.gate_proj", "model.layers.0.mlp.experts.3.down_proj",
-    ]  # fmt: skip
-    specs = {f"{module}.weight": TensorSpec("BF16", (64, 64)) for module in kept + taken}
-    specs |= {
-        "model.norm.weight": TensorSpec("BF16", (64,)),
-        "model.layers.0.self_attn.q_proj.bias": TensorSpec("BF16", (64,)),
-    }
-    assert choose(specs) == (taken, kept[:3])
-    linears = ["lm_head", *taken[:2]]
-    assert choose(specs, linears) == (taken[:2], ["lm_head"])
-    assert choose(specs, linears, re.compile("gate_proj")) == (taken[:1], ["lm_head", taken[1]])
-
-
-def test_fused_siblings_are_found_where_they_exist():
-    modules = {"a.q_proj", "a.k_proj", "a.v_proj", "m.gate_proj", "m.up_proj", "m.down_proj"}
-    assert set(fused_set("a.k_proj", modules)) == {"a.q_proj", "a.k_proj", "a.v_proj"}
-    assert fused_set("m.down_proj", modules) == ("m.down_proj",)
-    assert fused_set("x.q_proj", modules) == ("x.q_proj",)
