@@ -172,8 +172,8 @@ def anonymous(pid: int) -> int:
     return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon")), 0)
 
 
-def measure(command: Sequence[str | Path], out: Path) -> Measured:
-    """Run a command that makes `out`, and remove `out` again. Exits where the command fails."""
+def measure(command: Sequence[str | Path], out: Path, keep: bool = False) -> Measured:
+    """Run a command that makes `out`, and remove `out` again unless it is to be kept. Exits where the command fails."""
     begin, peak = time.perf_counter(), 0
     process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     while process.poll() is None:
@@ -183,7 +183,8 @@ def measure(command: Sequence[str | Path], out: Path) -> Measured:
     said = process.stderr.read().decode() if process.stderr else ""
     if process.returncode:
         sys.exit(f"{command[:4]} ... ended with {process.returncode}:\n{said}")
-    shutil.rmtree(out)
+    if not keep:
+        shutil.rmtree(out)
     return Measured(seconds, peak)
 
 
