@@ -88,6 +88,10 @@ def verify(
         words = json.loads((Path(out) / MANIFEST).read_bytes())["options"]
         if adapter_base is not None:
             words["adapter_base"] = str(adapter_base)
+        elif (named := words.get("adapter_base")) not in (None, "same"):
+            raise UsageError(
+                f"verify: this merge was made with --adapter-base {named}; give its folder again with --adapter-base"
+            )
         again = request(base, adapters, None, **words)
         with opened(again) as job:
             compare(job.executor(), job.plan, Path(out), progress)

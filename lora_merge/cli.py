@@ -194,13 +194,22 @@ def inspect(path: Path, as_json: bool, quiet: bool, debug: bool, verbose: bool) 
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--base", type=click.Path(path_type=Path), help="Recompute every weight from this base.")
 @click.option("--adapter", type=click.Path(path_type=Path), multiple=True, help="Adapters of the merge, in order.")
+@click.option("--adapter-base", type=click.Path(path_type=Path), help="The original that the merge was given.")
 @with_shared
-def verify(out: Path, base: Path | None, adapter: tuple[Path, ...], as_json: bool, quiet: bool, debug: bool) -> None:
+def verify(
+    out: Path,
+    base: Path | None,
+    adapter: tuple[Path, ...],
+    adapter_base: Path | None,
+    as_json: bool,
+    quiet: bool,
+    debug: bool,
+) -> None:
     """Read a finished output again and prove it against its own record, and against its inputs where given."""
     from lora_merge import api
 
     with Reporter(quiet=quiet or as_json) as reporter:
-        result = api.verify(out, base=base, adapters=adapter, progress=reporter)
+        result = api.verify(out, base=base, adapters=adapter, adapter_base=adapter_base, progress=reporter)
     if not quiet or as_json:
         show_verification(result, as_json=as_json)
 

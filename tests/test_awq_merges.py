@@ -142,3 +142,7 @@ def test_a_converted_merge_is_the_same_however_it_is_cut_and_can_be_recomputed(t
     assert one == two
     found = lora_merge.verify(tmp_path / "out0", base=AWQ, adapters=[adapter], adapter_base=ORIGINAL)
     assert found.recomputed
+    with pytest.raises(UsageError, match="--adapter-base awq_base_fp16; give its folder again"):
+        lora_merge.verify(tmp_path / "out0", base=AWQ, adapters=[adapter])
+    told = ["verify", tmp_path / "out0", "--base", AWQ, "--adapter", adapter, "--adapter-base", ORIGINAL]
+    assert run(list(map(str, told))) == 0
