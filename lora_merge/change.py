@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from lora_merge.grids import Grid
     from lora_merge.survival import Sums
 
     Measured: TypeAlias = "Change | Sums"
@@ -83,6 +84,22 @@ def check_finite(job: Rewrite, rows: torch.Tensor, start: int) -> None:
         f"{printable(job.name)}: {found} are not finite after the merge (first: {value} at {first}); "
         "the base or the adapter is damaged, check it with lora-merge inspect"
     )
+
+
+def check_reach(job: Rewrite, rows: torch.Tensor, grid: Grid) -> None:
+    """Raise NumericError where rows in steps of the scales that they are to keep are no longer float32 numbers."""
+    import torch
+
+    scale = grid.scale.float().abs()
+    least = float(scale.masked_fill(scale == 0, math.inf).amin()) if scale.numel() else math.inf
+    low, high = torch.aminmax(rows) if rows.numel() else (0.0, 0.0)
+    if max(-float(low), float(high)) <= least * torch.finfo(torch.float32).max:
+        return
+    if not bool(grid.coordinate(rows).isfinite().all()):
+        raise NumericError(
+            f"{printable(job.name)}: merged values up to {max(-float(low), float(high)):g} are beyond all codes of its "
+            f"scales, the least of which is {least:g}; the base is damaged, or write fresh scales with --scales fresh"
+        )
 
 
 def result(job: Rewrite, measured: Measured | None, words: Mapping[str, str]) -> dict[str, Any]:

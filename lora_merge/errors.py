@@ -25,6 +25,9 @@ class LoraMergeError(Exception):
 
     exit_code: ClassVar[int] = 1
 
+    def __str__(self) -> str:
+        return printable(super().__str__())  # a config may say anything
+
 
 class UsageError(LoraMergeError):
     exit_code = 2

@@ -11,7 +11,7 @@ from lora_merge.awq_scales import NOT_RESCALED
 from lora_merge.checkpoint import Checkpoint
 from lora_merge.draft import Draft
 from lora_merge.effects import Effect, Wish, Wishes
-from lora_merge.errors import AdapterError, UnsupportedError, UsageError, listed, printable
+from lora_merge.errors import AdapterError, InputError, UnsupportedError, UsageError, listed, printable
 from lora_merge.formats import QUANTIZED, Format, Plain, Quantized, Stored, Wanted
 from lora_merge.formats.awq import Layout as AWQLayout
 from lora_merge.formats.base import same_grid
@@ -46,7 +46,18 @@ def job_list(
     draft.notes += _stale(draft, [job for _, job in jobs])
     last = jobs[-1][0] if jobs else ""
     jobs += [(last, maker.added(name)) for name in wishes.added]
+    _refuse_clashes([job for _, job in jobs])
     return _with_siblings(jobs)
+
+
+def _refuse_clashes(jobs: Sequence[Job]) -> None:
+    """InputError where a part that is written has the name of a tensor of the base that belongs to no weight."""
+    found = Counter(name for job in jobs for name in job.parts)
+    if twice := [name for name, count in found.items() if count > 1]:
+        raise InputError(
+            f"{listed(twice)}: of no use in the base, and the name of what is to be written; the base mixes two "
+            "checkpoints; fetch it again, or choose another --format"
+        )
 
 
 def _rounded(draft: Draft, request: Request) -> tuple[Quantized | None, Collection[str]]:

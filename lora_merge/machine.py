@@ -58,7 +58,8 @@ def _cuts(threads: int) -> Iterator[tuple[int, int]]:
 
 def working_set(plan: Plan, machine: Machine) -> int:
     """Bytes that a run holds beyond Python and torch: buffers in flight, factors, weights seen whole, headers."""
-    widest = max((tile_rows(job) * job.weight.matrix(job.stacked)[1] for job in plan.rewrites), default=TILE)
+    rewritten = [job for job in plan.rewrites if job.weight.numel]
+    widest = max((tile_rows(job) * job.weight.matrix(job.stacked)[1] for job in rewritten), default=TILE)
     tile = max(widest, 1) * 4
     coded = any(job.coding for job in plan.rewrites)
     slot = 2 * machine.block_tiles * max(tile, TILE * 4) // 2 + (CODED_TILES if coded else PLAIN_TILES) * tile + COPIED

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lora_merge.adapters.base import Additive, Bound, Needs
-from lora_merge.change import MEASURED, MEASURED_TILES, check_finite, measure
+from lora_merge.change import MEASURED, MEASURED_TILES, check_finite, check_reach, measure
 from lora_merge.checkpoint import Checkpoint
 from lora_merge.coder import Coder, keeps, sample_starts, settle
 from lora_merge.device import pick_device
@@ -132,8 +132,12 @@ class Rewriter:
         if seen is None:
             opened = opened or self._opened(job)
             target = job.target.settled(job.weight, job.coding.native if job.coding else "F32")
-            merged = (_merged(job, opened, tile) for tile in opened.stored.tiles())
-            seen = torch.cat([target.survey(rows.cpu()) for rows in merged])
+            merged = ((tile.start, _merged(job, opened, tile).cpu()) for tile in opened.stored.tiles())
+            found = []
+            for start, rows in merged:
+                check_finite(job, rows, start)
+                found.append(target.survey(rows))
+            seen = torch.cat(found)
             with self._lock:
                 self._surveys[job.name] = seen
         return seen
@@ -147,6 +151,9 @@ class Rewriter:
             tile = opened.stored.tile(start, stop, opened.stored.read(start, stop, slot), slot)
             base = tile.rows.cpu().clone()
             rows = _merged(job, opened, tile).cpu()
+            check_finite(job, rows, start)
+            if tile.grid is not None and keeps(job):
+                check_reach(job, rows, tile.grid)
             yield Tile(start, base, tile.codes, tile.grid), rows
 
     def rewrite(
@@ -180,6 +187,8 @@ class Rewriter:
         base = tile.rows.cpu() if not job.effects else tile.rows.to("cpu", copy=True)
         rows = _merged(job, ready, tile).cpu()
         check_finite(job, rows, tile.start)
+        if tile.grid is not None and coder.kept and coder.merged:
+            check_reach(job, rows, tile.grid)
         return [coder.code(tile, base, rows, into)]
 
 

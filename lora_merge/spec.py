@@ -35,10 +35,12 @@ class TensorSpec:
 
         A row is an index of the first dimension: `[n]` is `(n, 1)`, a linear `[out, in]` itself, a convolution
         `[out, in, *kernel]` is `(out, in * kernel)`. `stacked` experts `[experts, a, b]` have rows of the first two
-        dimensions, `(experts * a, b)`, so that one expert need not fit into a block.
+        dimensions, `(experts * a, b)`, so that one expert need not fit into a block. Without any values there are no
+        rows, however many the shape names.
         """
         lead = 2 if stacked and len(self.shape) > 2 else min(1, len(self.shape))
-        return (math.prod(self.shape[:lead]), math.prod(self.shape[lead:]))
+        columns = math.prod(self.shape[lead:])
+        return (math.prod(self.shape[:lead]) if columns else 0, columns)
 
     def __str__(self) -> str:
         return f"{self.dtype} {list(self.shape)}"

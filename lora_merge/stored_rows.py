@@ -10,10 +10,13 @@ from dataclasses import dataclass, field
 import torch
 
 from lora_merge.checkpoint import Checkpoint
+from lora_merge.errors import InputError, printable
 from lora_merge.factors import buffer
 from lora_merge.formats import Cut, Quantized
+from lora_merge.formats.raw import numbers
 from lora_merge.grids import Grid
 from lora_merge.jobs import Rewrite
+from lora_merge.spec import PLAIN_FLOATS
 from lora_merge.tiles import tile_rows
 
 WINDOWS = 2
@@ -79,6 +82,7 @@ class StoredRows:
                 for part in cuts
                 if part in common
             }
+            self._check_shared()
             self.turned = [part for part, cut in cuts.items() if cut.stride and part not in common]
 
     def _load(self, part: str, begin: int, nbytes: int) -> torch.Tensor:
@@ -86,6 +90,18 @@ class StoredRows:
         data = torch.empty(nbytes, dtype=torch.uint8)
         self.base.read_into(self.job.source.parts[part], begin, buffer(data))
         return data
+
+    def _check_shared(self) -> None:
+        """InputError where a part of the whole weight is not finite: some are copied, or drop out of the rows."""
+        assert self.job.source is not None
+        for part, data in self.shared.items():
+            name = self.job.source.parts[part]
+            dtype = self.base.tensors[name].dtype
+            if dtype in PLAIN_FLOATS and not bool(numbers(data, dtype, 1).isfinite().all()):
+                raise InputError(
+                    f"{printable(name)}: holds NaN or infinity, expected finite numbers; the checkpoint is damaged, "
+                    "fetch it again"
+                )
 
     def _window(self, part: str, cut: Cut) -> torch.Tensor:
         """The lines of a cut, uint8 `[lines, stride]`; those last used are kept."""
@@ -136,7 +152,10 @@ class StoredRows:
         if not isinstance(source.format, Quantized):
             source.format.decode(parts, rows)
             return Tile(start, self._rounded(rows, start).to(self.device))
-        codes, grid = source.format.unpack(parts, *rows.shape)
+        try:
+            codes, grid = source.format.unpack(parts, *rows.shape)
+        except InputError as error:
+            raise InputError(f"{printable(self.job.name)}: {error}") from None
         return Tile(start, grid.values(codes, rows).to(self.device), codes, grid)
 
     def _rounded(self, rows: torch.Tensor, start: int) -> torch.Tensor:

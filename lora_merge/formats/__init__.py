@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from lora_merge.errors import InputError, printable
 from lora_merge.formats import inc
 from lora_merge.formats.auto_round import AutoRound
 from lora_merge.formats.awq import AWQ, AWQGemv, AWQGemvFast
@@ -92,7 +93,15 @@ def _stored(
 ) -> Stored | None:
     specs = {part: tensors[name] for part, name in names.items()}
     format = kind.detect(specs, config, stem, lambda part: read(names[part]))
-    return Stored(format, format.measure(specs), names) if format else None
+    if format is None:
+        return None
+    weight = format.measure(specs)
+    if not weight.numel:
+        raise InputError(
+            f"{printable(names[next(iter(specs))])}: its weight is {list(weight.shape)}, without any values; the "
+            "checkpoint is damaged, fetch it again"
+        )
+    return Stored(format, weight, names)
 
 
 __all__ = ["FORMATS", "QUANTIZED", "Cut", "Format", "Parts", "Plain", "Quantized", "Stored", "Wanted", "weights"]

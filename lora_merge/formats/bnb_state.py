@@ -41,6 +41,8 @@ LEVELS = {
     ),
 }  # fmt: skip
 """Value of each nibble. fp4: sign, two bits of exponent, one of mantissa, though not in the order of IEEE floats."""
+LONGEST = 4096
+"""The library has no kernel for longer blocks."""
 NESTED = 256
 """Blocksize of double quantization."""
 WIDEST = "1.1754943508222875e-38"
@@ -82,6 +84,8 @@ class QuantState:
         sizes = [said["blocksize"], *said["shape"], said.get("nested_blocksize", 1)]
         if any(type(size) is not int or size < 1 for size in sizes):
             raise ValueError("sizes must be positive integers")
+        if max(sizes[0], sizes[-1]) > LONGEST:
+            raise ValueError(f"blocks have at most {LONGEST} elements")
         offset = float(said["nested_offset"]) if "nested_blocksize" in said else 0.0
         if not math.isfinite(offset):
             raise ValueError("nested_offset must be finite")

@@ -123,9 +123,11 @@ class CompressedTensors(Quantized):
         """This scheme for these parts, or None where it stores others."""
         own = parts["weight_scale"].dtype if scheme.format not in scales.FIXED else "BF16"
         ordered = replace(scheme, actorder="group" if "weight_g_idx" in parts else None)
-        if scheme.codes_part not in parts or own not in SCALES:
+        if scheme.codes_part not in parts or len(parts[scheme.codes_part].shape) != 2 or own not in SCALES:
             return None
         told = shape if scheme.format == PACK else None
+        if told and told[0] != parts[scheme.codes_part].shape[0]:
+            return None
         formats = (cls(ordered, own, dense=dense, shape=told) for dense in (True, False))
         return next((format for format in formats if _same(format.describe(format.measure(parts)), parts)), None)
 
@@ -262,6 +264,11 @@ class CompressedTensors(Quantized):
         index = None
         if scheme.actorder:
             index = numbers(parts["weight_g_idx"], "I32", columns)[0].long()
+            if not 0 <= int(index.min()) <= int(index.max()) < marks:
+                raise InputError(
+                    f"weight_g_idx names groups {int(index.min())} to {int(index.max())}, and there are scales of "
+                    f"{marks}; the checkpoint is damaged, fetch it again"
+                )
         zero = self._zero(parts["weight_zero_point"], rows, marks) if not scheme.symmetric else None
         if scheme.format == PACK and (told := numbers(parts["weight_shape"], "I64", 2)[0, 1].item()) != columns:
             raise InputError(

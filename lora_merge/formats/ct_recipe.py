@@ -44,11 +44,11 @@ class Recipe:
         if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
             raise InputError("config.json: config_groups of quantization_config is not an object of objects")
         found = tuple(
-            (tuple(group.get("targets") or ()), Scheme.from_json(group["weights"], _format(group, body)))
+            (_names(group, "targets"), Scheme.from_json(_object(group, "weights"), _format(group, body)))
             for group in groups.values()
             if group.get("weights")
         )
-        return cls(found, tuple(body.get("ignore") or ()))
+        return cls(found, _names(body, "ignore"))
 
     def schemes(self, module: str) -> tuple[Scheme, ...]:
         """The scheme of a linear that is stored quantized, then the others of the file, as second guesses."""
@@ -99,6 +99,20 @@ def quantization_config(schemes: Mapping[str, Scheme], ignore: Iterable[str]) ->
     }
 
 
+def _names(body: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    names = body.get(key) or ()
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"config.json: {key} in quantization_config is {names!r}, not a list of names; fetch it again")
+    return tuple(names)
+
+
+def _object(body: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = body.get(key) or {}
+    if not isinstance(value, Mapping):
+        raise InputError(f"config.json: {key} in quantization_config is {value!r}, not an object; fetch it again")
+    return value
+
+
 def _format(group: Mapping[str, Any], body: Mapping[str, Any]) -> str:
     """A group's own format; older files have only that of the whole."""
     return str(group.get("format") or body["format"])
@@ -114,8 +128,8 @@ def _rank(module: str, target: str) -> int:
 
 
 def _refuse_what_no_merge_can_keep(body: Mapping[str, Any]) -> None:
-    sparsity = (body.get("sparsity_config") or {}).get("format", "dense")
-    transforms = list((body.get("transform_config") or {}).get("config_groups") or ())
+    sparsity = _object(body, "sparsity_config").get("format", "dense")
+    transforms = list(_object(_object(body, "transform_config"), "config_groups"))
     found = [f"sparsity {sparsity}"] if sparsity != "dense" else []
     found += [f"transform {name}" for name in transforms]
     if body["format"] in ("marlin-24", "sparse-24-bitmask", "sparse-bitmask"):

@@ -24,6 +24,8 @@ STRATEGIES = {
 }
 GROUPS = (128, 64, 32)
 """Group sizes of int weights, best first, that deployed kernels know."""
+LONGEST = 1 << 20
+"""No group is longer, and no side of a block."""
 SCALE_DTYPES = {NVFP4: "torch.float8_e4m3fn", MXFP4: "torch.uint8", MXFP8: "torch.uint8"}
 TOKEN = {"dynamic": True, "group_size": None, "num_bits": 8, "strategy": "token", "symmetric": True}
 
@@ -160,8 +162,11 @@ def uniform_group_size(widths: Iterable[int]) -> int:
 
 
 def _whole(value: Any, key: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"config.json: {key} of a compressed-tensors scheme is {value!r}, not a positive integer")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= LONGEST:
+        raise InputError(
+            f"config.json: {key} of a compressed-tensors scheme is {value!r}, not an integer from 1 to {LONGEST}; "
+            "fetch it again"
+        )
     return value
 
 

@@ -48,6 +48,8 @@ STACK_SCALES = "_scale_inv"
 BLOCK = (128, 128)
 MICRO = (1, 32)
 WHOLE, ROW = (0, 0), (1, 0)
+LONGEST = 1 << 16
+"""No side of a block is longer."""
 MODEL_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -119,7 +121,8 @@ class FP8(Quantized):
         """The format of codes and scales of these specs; the block is what config.json says, unless it does not fit."""
         power = body.get("scale_fmt") == "ue8m0" or scale.dtype in scales.POWERS
         own = cls(codes.dtype, part, scale.dtype, len(scale.shape), power=power, dtype=model_dtype(config))
-        for block in own._blocks(codes.shape, scale.shape, body):
+        whole = len(codes.shape) == 2 + cls.stacked and all(codes.shape)
+        for block in own._blocks(codes.shape, scale.shape, body) if whole else ():
             if own._marks(codes.shape, block) == scale.shape:
                 return replace(own, block=block)
         said = body.get("weight_block_size")
@@ -163,7 +166,11 @@ class FP8(Quantized):
     def _said(body: Mapping[str, Any]) -> tuple[int, int] | None:
         """`weight_block_size` where it is one."""
         said = body.get("weight_block_size")
-        sized = isinstance(said, Sequence) and len(said) == 2 and all(type(side) is int and side > 0 for side in said)
+        sized = (
+            isinstance(said, Sequence)
+            and len(said) == 2
+            and all(type(side) is int and 0 < side <= LONGEST for side in said)
+        )
         return (said[0], said[1]) if sized and said else None
 
     @classmethod

@@ -254,7 +254,7 @@ class GPTQ(Quantized):
         return ((1 << WORD) - 1) // self._top
 
     def _group(self, columns: int) -> int:
-        return max(1, columns) if self.group_size == -1 else self.group_size
+        return min(self.group_size, max(1, columns)) if self.group_size > 0 else max(1, columns)
 
     def _loaded(self, words: torch.Tensor, rows: int) -> torch.Tensor:
         """Zero points of words `[groups, ...]`, float32 `[rows, groups]`."""
