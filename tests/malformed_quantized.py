@@ -202,8 +202,8 @@ def spec_cases(folder: str) -> Iterator[Case]:
     for part in base.parts:
         tensor = base.tensors[part]
         said = part.removeprefix(base.module)
-        yield Case(folder, f"{said} is missing", lambda b, part=part: b.tensors.__delitem__(part))
-        yield Case(folder, f"only {said}", lambda b, part=part: _only(b, part))
+        yield Case(folder, f"{said} is missing", _missing(part))
+        yield Case(folder, f"only {said}", _only(part))
         for dtype, size in SIZES.items():
             if dtype == tensor.dtype:
                 continue
@@ -220,10 +220,17 @@ def spec_cases(folder: str) -> Iterator[Case]:
             yield Case(folder, f"and {name}", _tensor(base.module + name, tensor))
 
 
-def _only(base: Base, part: str) -> None:
-    for name in base.parts:
-        if name != part:
-            del base.tensors[name]
+def _missing(part: str) -> Callable[[Base], None]:
+    return lambda base: base.tensors.__delitem__(part)
+
+
+def _only(part: str) -> Callable[[Base], None]:
+    def change(base: Base) -> None:
+        for name in base.parts:
+            if name != part:
+                del base.tensors[name]
+
+    return change
 
 
 def _tensor(name: str, tensor: Tensor) -> Callable[[Base], None]:
@@ -293,8 +300,8 @@ def _elements(dtype: str) -> Iterator[tuple[str, bytes]]:
         yield from (("nan", b"\x7f"), ("0", b"\0"), ("-0", b"\x80"), ("-448", b"\xfe"))
     else:
         size = SIZES[dtype]
-        for word in (-1, 0, 1, 2 ** (8 * size - 1) - 1, -(2 ** (8 * size - 1)), 63, 64, 2):
-            yield str(word), word.to_bytes(size, "little", signed=True)
+        for number in (-1, 0, 1, 2 ** (8 * size - 1) - 1, -(2 ** (8 * size - 1)), 63, 64, 2):
+            yield str(number), number.to_bytes(size, "little", signed=True)
 
 
 STATES = (

@@ -66,7 +66,7 @@ def adapter(folder: Path, name: str) -> Path:
 
 def merged(base: Path, adapters: Path, out: Path, folder: str, mode: str) -> None:
     wanted, words = MODES[mode]
-    same = {"adapter_base": "same"} if wanted and folder == ROTATED else {}
+    same: dict[str, Any] = {"adapter_base": "same"} if wanted and folder == ROTATED else {}
     lora_merge.merge(
         base, [adapters] if wanted else [], out, threads=1, max_memory="2GB", min_survival=0, **words, **same
     )
@@ -151,6 +151,8 @@ FOUND = (
     ("ct_NVFP4A16", "weight_global_scale all = -inf", "adapter", 3),
     ("bnb_nf4_dq", "weight.nested_quant_map first = -inf", "adapter", 3),
     ("bnb_nf4", "weight.quant_map first = nan", "adapter", 3),
+    ("bnb_int8", "weight_format [] -> [0, 0]", "adapter", 3),
+    ("fp8_block128", "weight_scale_inv last = 1e-45", "adapter", 5),
     ("gptq_3b_g32_sym_v1", "g_idx first = 2", "16 bits", 3),
     ("gptq_8b_gm1_sym_v1", "config.json quantization_config.group_size = " + str(10**30), "16 bits", None),
     ("ct_W4_g32", "weight_packed [64, 8] -> [0]", "16 bits", 3),

@@ -388,6 +388,11 @@ def _int8(parts: Parts, config: Mapping[str, Any], module: str, read: ReadPart) 
             "the checkpoint is damaged, fetch it again"
         )
     layout = parts.get("weight_format")
+    if layout is not None and layout.numel != 1:
+        raise InputError(
+            f"{printable(module)}.weight_format: is {layout}, expected one number; the checkpoint is damaged, fetch it "
+            "again"
+        )
     if layout is not None and layout.nbytes == 1 and (number := read("weight_format")[0]):
         raise UnsupportedError(
             f"{printable(module)}: its codes lie in the tiles of one GPU generation (weight_format {number}), which "
