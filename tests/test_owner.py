@@ -56,3 +56,18 @@ def test_an_owner_file_without_words_is_stale(out: Path) -> None:
     (fail(out) / "owner").write_text("")
     make(out, resume=True)
     assert content(out) == WHOLE
+
+
+def test_a_folder_that_goes_between_two_looks_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run removes it after it was in our way and before we look what it is."""
+    home, made = tmp_path / ".out.partial", os.mkdir
+    answers = iter([FileExistsError, None])
+
+    def mkdir(path: Path, *words: int) -> None:
+        if path == home and (answer := next(answers)) is not None:
+            raise answer
+        made(path, *words)
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    owner.Owner.take(home, tmp_path / "out").release()
+    assert list(answers) == []

@@ -113,7 +113,11 @@ def _make(home: Path) -> None:
     try:
         os.mkdir(home)
     except FileExistsError:
-        if not stat.S_ISDIR(os.lstat(home).st_mode):
+        try:
+            mode = os.lstat(home).st_mode
+        except FileNotFoundError:  # the last owner has just removed it, which `take` is ready for
+            return
+        if not stat.S_ISDIR(mode):
             raise OutputExistsError(
                 f"{printable(home)}: stands where the staging folder should be and is no folder; move it away"
             ) from None
