@@ -47,9 +47,8 @@ class Model:
 
     def __init__(self, windows: int) -> None:
         data = torch.frombuffer(bytearray((TINY / "eval.bin").read_bytes()), dtype=torch.uint8).long()
-        scored = 64 * WINDOW
-        self.tokens = data[:scored].view(64, WINDOW)[:windows]
-        self.rest = data[scored : len(data) // WINDOW * WINDOW].view(-1, WINDOW)
+        every = data[: len(data) // WINDOW * WINDOW].view(-1, WINDOW)
+        self.tokens, self.rest = every[:windows], every[max(64, windows) :]
         self.model = AutoModelForCausalLM.from_pretrained(TINY / "base", dtype=torch.float32)
         self.scores: dict[bytes, float] = {}
         self.weights = {name: value.detach().clone() for name, value in self.model.named_parameters()}
@@ -221,7 +220,7 @@ STRATEGIES = ("nearest kept", "nearest fresh", "stochastic", "dither", "adapter-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--windows", type=int, default=64, help="of the 64 that are scored")
+    parser.add_argument("--windows", type=int, default=64, help="that are scored, of 341; the heavy row needs some")
     parser.add_argument("--only", default="", help="rows whose name holds this text")
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=STRATEGIES)
     words = parser.parse_args()
