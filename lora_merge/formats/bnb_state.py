@@ -43,6 +43,8 @@ LEVELS = {
 """Value of each nibble. fp4: sign, two bits of exponent, one of mantissa, though not in the order of IEEE floats."""
 LONGEST = 4096
 """The library has no kernel for longer blocks."""
+HALF_PLACES = 32767.5
+"""Of the places from -1 to 1 at which the library's table of levels has entries."""
 NESTED = 256
 """Blocksize of double quantization."""
 WIDEST = "1.1754943508222875e-38"
@@ -180,9 +182,14 @@ def dynamic_map(device: torch.device | None = None) -> torch.Tensor:
 
 
 def nested_codes(rest: torch.Tensor, nested_absmax: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
-    """uint8 codes of the nearest levels of `rest / nested_absmax`; ties go to the lower, 0 / 0 is code 0."""
+    """uint8 codes of the nearest levels of `rest / nested_absmax`, where 0 / 0 is code 0.
+
+    The library's CPU kernel first rounds the quotient to one of 2^16 places from -1 to 1, and looks its level up there:
+    within 1.5e-5 of the middle between two levels its code is not always the nearer one.
+    """
     import torch
 
+    places = (rest * (1.0 / nested_absmax)).add_(1.0).mul_(HALF_PLACES).add_(0.5).floor_()
     mids = (levels[1:] + levels[:-1]) / 2
-    codes = torch.bucketize(rest * (1.0 / nested_absmax), mids, out_int32=True).to(torch.uint8)
+    codes = torch.bucketize(places.div_(HALF_PLACES).sub_(1.0), mids, out_int32=True).to(torch.uint8)
     return codes.masked_fill(nested_absmax == 0, 0)

@@ -129,8 +129,8 @@ def test_padding_that_is_not_the_librarys_is_kept():
 
 @pytest.mark.parametrize("name", CASES)
 def test_fresh_bytes_are_those_of_the_library(name):
-    """All but codes of doubly quantized scales that lie on the border of two levels, where the library's own kernels
-    differ; the JSON has room for any offset."""
+    """Codes of doubly quantized scales too, whose kernel does not always take the nearer level; the JSON has room for
+    any offset."""
     original, parts = case(name)
     stored, rows = detected(parts), original.float()
     weight = TensorSpec(sp.DTYPES[original.dtype], tuple(original.shape))
@@ -140,19 +140,7 @@ def test_fresh_bytes_are_those_of_the_library(name):
     assert all(one == found[0] for one in found)
     library = {part: value.numpy().tobytes() for part, value in sp.raw(parts).items()}
     assert json.loads(found[0].pop(format.state_part)) == json.loads(library.pop(format.state_part))
-    ours, theirs = found[0].pop("weight.absmax"), library.pop("weight.absmax")
     assert found[0] == library
-    if not stored.nested_blocksize:
-        assert ours == theirs
-        return
-    flat, size = rows.reshape(-1).numpy(), format.blocksize
-    blocks = np.array([abs(flat[first : first + size]).max() for first in range(0, len(flat), size)])
-    nested = np.repeat(parts["weight.nested_absmax"].numpy(), 256)[: len(blocks)]
-    rest = blocks - np.float32(said(parts)["nested_offset"])
-    levels = parts["weight.nested_quant_map"].numpy()
-    errors = [abs(levels[np.frombuffer(codes, np.uint8)] * nested - rest) for codes in (ours, theirs)]
-    assert (errors[0] <= errors[1] + 1e-9).all()
-    assert sum(a != b for a, b in zip(ours, theirs, strict=True)) <= (2 if len(blocks) > 1 else 0)
 
 
 @pytest.mark.parametrize("name", ["bnb_int8", "bnb_nf4", "bnb_fp4"])

@@ -201,9 +201,6 @@ def test_bytes_of_the_library_itself(kind, dtype):
     library = {"weight": codes, **{f"weight.{part}": value for part, value in state.as_dict(packed=True).items()}}
     theirs = {part: value.numpy().tobytes() for part, value in sp.raw(library).items()}
     assert json.loads(data.pop(format.state_part)) == json.loads(theirs.pop(format.state_part))
-    if "double" in kind:
-        pair = zip(data.pop("weight.absmax"), theirs.pop("weight.absmax"), strict=True)
-        assert sum(a != b for a, b in pair) <= 3
     assert data == theirs
 
 
