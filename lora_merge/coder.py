@@ -49,10 +49,12 @@ class Coder:
         self, tile: Tile, base: torch.Tensor, rows: torch.Tensor, into: Mapping[str, torch.Tensor]
     ) -> Sums | Change:
         """Write merged `rows` of a tile that was `base`, both float32 `[n, columns]`; what that did to them."""
-        if not self.merged:  # the bytes of the format's own library
-            grid = tile.grid if self.kept else self.target.fit(rows, tile.start)
-        else:
-            grid = tile.grid if self.kept else fresh(self.target, rows, tile.start)
+        if self.kept:
+            grid = tile.grid
+        elif self.merged:
+            grid = fresh(self.target, rows, tile.start)
+        else:  # the bytes of the format's own library
+            grid = self.target.fit(rows, tile.start)
         assert grid is not None
         codes = self.rounding.codes(rows, grid, tile.start, base)
         written = grid.values(codes)

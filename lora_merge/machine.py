@@ -11,7 +11,7 @@ from pathlib import Path
 from lora_merge.adapters.base import Needs
 from lora_merge.errors import MemoryLimitError, printable
 from lora_merge.execute import COPIED, Machine, slots_of
-from lora_merge.formats import Quantized, Stored
+from lora_merge.formats import Quantized
 from lora_merge.jobs import Plan, Rewrite
 from lora_merge.request import Request
 from lora_merge.tiles import KEPT, TILE, tile_rows
@@ -100,13 +100,9 @@ def _held(job: Rewrite) -> int:
 
 def _packed(job: Rewrite) -> int:
     """The packed parts of a weight, where they cannot be read or written as they come."""
-    coded = job.target.describe(job.weight).values() if isinstance(job.target, Quantized) else ()
-    stored = job.source.format.describe(job.source.weight).values() if job.source and _coded(job.source) else ()
-    return sum(spec.nbytes for spec in (*coded, *stored))
-
-
-def _coded(stored: Stored) -> bool:
-    return isinstance(stored.format, Quantized)
+    held = [(job.target, job.weight)] + ([(job.source.format, job.source.weight)] if job.source else [])
+    coded = [format.describe(weight) for format, weight in held if isinstance(format, Quantized)]
+    return sum(spec.nbytes for parts in coded for spec in parts.values())
 
 
 def anonymous_memory() -> int:

@@ -21,7 +21,7 @@ from lora_merge.device import pick_device
 from lora_merge.factors import Reader, buffer, uses_of
 from lora_merge.formats import Cut, Quantized
 from lora_merge.jobs import Rewrite, Shard
-from lora_merge.stored_rows import Raw, Slot, StoredRows, Tile
+from lora_merge.stored_rows import Slot, StoredRows, Tile
 from lora_merge.tiles import tile_rows
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Rewriter:
         if not isinstance(job.target, Quantized):
             return opened
         target = job.target.settled(job.weight, job.coding.native if job.coding else "F32", self._survey(job, opened))
-        samples = [(tile, rows) for tile, rows in self._sampled(job, opened)]
+        samples = list(self._sampled(job, opened))
         return Ready(opened.stored, opened.bounds, opened.whole, settle(job, target, opened.bounds, samples))
 
     def _opened(self, job: Rewrite) -> Ready:
@@ -260,6 +260,3 @@ def strengthened(bound: Bound, rows: torch.Tensor, start: int, strength: float) 
     if isinstance(bound, Additive):
         return bound.add(rows, start, strength)
     return torch.lerp(rows, bound.apply(rows.clone(), start), strength)
-
-
-__all__ = ["Fragment", "Raw", "Ready", "Rewriter", "Slot"]

@@ -13,14 +13,12 @@ from lora_merge.adapters.layers import is_conv1d
 from lora_merge.errors import UnsupportedError, UsageError, listed, printable
 from lora_merge.formats import FORMATS, QUANTIZED, Format, Plain, Quantized, Stored, Wanted
 from lora_merge.formats.base import SECTION, ConfigPath
+from lora_merge.formats.chatglm import is_chatglm
 from lora_merge.formats.plain import WRITABLE
 from lora_merge.linears import Linears, linears
 from lora_merge.request import DTYPES, Request
 from lora_merge.skeleton import NoSkeleton, Skeleton, build
 from lora_merge.spec import PLAIN_FLOATS, TensorSpec
-
-MOST = 8
-"""Widest codes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +67,7 @@ def quantization(config: Mapping[str, Any]) -> str:
 
 def declared(config: Mapping[str, Any]) -> str | None:
     """The quantization that config.json names, or None."""
-    section = config.get("quantization_config") or {}
+    section = config.get(SECTION) or {}
     bits = config.get("quantization_bit")
     method = section.get("quant_method") if isinstance(section, Mapping) else None
     return str(method) if method else f"ChatGLM int{bits}" if bits else None
@@ -153,11 +151,7 @@ def _kind(request: Request, present: Mapping[str, Stored], config: Mapping[str, 
             return type(own)
         except (UnsupportedError, NotImplementedError):
             pass
-    return QUANTIZED["chatglm" if _is_chatglm(config) else "compressed-tensors"]
-
-
-def _is_chatglm(config: Mapping[str, Any]) -> bool:
-    return config.get("model_type") == "chatglm" and not config.get("quantization_config")
+    return QUANTIZED["chatglm" if is_chatglm(config) and not config.get(SECTION) else "compressed-tensors"]
 
 
 def _bits(request: Request, own: Quantized | None) -> int:
@@ -269,8 +263,8 @@ def _own_file(kind: type[Quantized], changes: Mapping[ConfigPath, Any]) -> dict[
 
 
 def _default_bits(kind: type[Quantized]) -> int:
-    """The width of a format where none is asked for: the widest of 4 and 8 that it has."""
-    for bits in (4, MOST):
+    """The width of a format where none is asked for: 4, or 8 where it has no 4."""
+    for bits in (4, 8):
         try:
             kind.preset(Wanted(bits), {})
         except UnsupportedError:

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_merge import bits as codec
 from lora_merge.errors import InputError, UnsupportedError
-from lora_merge.formats.base import SECTION, SECTIONS, ConfigPath, Cut, Parts, Quantized, ReadPart, Wanted
+from lora_merge.formats.base import SECTION, ConfigPath, Cut, Parts, Quantized, ReadPart, Wanted, sections
 from lora_merge.formats.plain import LIMITS
 from lora_merge.formats.raw import fill, numbers, torch_dtype
 from lora_merge.spec import BITS, TensorSpec
@@ -339,12 +339,8 @@ class AWQGemvFast(Layout):
 
 def section(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """What config.json, or the text model in it, says of AWQ; empty where it says nothing."""
-    for place in (config, config.get("text_config")):
-        bodies = [place.get(key) for key in SECTIONS] if isinstance(place, Mapping) else []
-        for body in bodies:
-            if isinstance(body, Mapping) and body.get("quant_method") == METHOD:
-                return body
-    return {}
+    bodies = (body for _, body in sections(config) if isinstance(body, Mapping))
+    return next((body for body in bodies if body.get("quant_method") == METHOD), {})
 
 
 def _may_be_gptq(parts: Parts) -> bool:

@@ -8,7 +8,7 @@ module path (`weight`, `weight_scale`, `qweight`, ...). `describe` and `measure`
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
@@ -172,10 +172,7 @@ class Quantized(ABC):
     @classmethod
     def plain_changes(cls, config: Mapping[str, Any]) -> dict[ConfigPath, Any]:
         """What config.json must say of an output whose weights are no longer in this format."""
-        found: list[ConfigPath] = [(key,) for key in SECTIONS if key in config]
-        text = config.get("text_config")
-        found += [("text_config", key) for key in SECTIONS if isinstance(text, Mapping) and key in text]
-        return dict.fromkeys(found, GONE)
+        return dict.fromkeys((path for path, _ in sections(config)), GONE)
 
     @classmethod
     def quantizes(cls, module: str, config: Mapping[str, Any]) -> bool | None:
@@ -261,6 +258,21 @@ class Quantized(ABC):
     def encode(self, rows: torch.Tensor, out: Mapping[str, torch.Tensor]) -> None:
         grid = self.fit(rows)
         self.pack(grid.nearest(rows), grid, out)
+
+
+def sections(config: Mapping[str, Any]) -> Iterator[tuple[ConfigPath, Any]]:
+    """Every place in config.json, or in the text model's part of it, that says how weights are quantized, with what it
+    says."""
+    text = config.get("text_config")
+    places: list[tuple[ConfigPath, Mapping[str, Any]]] = [((), config)]
+    places += [(("text_config",), text)] if isinstance(text, Mapping) else []
+    for place, body in places:
+        yield from (((*place, key), body[key]) for key in SECTIONS if key in body)
+
+
+def shown(parts: Parts) -> str:
+    """Parts with their specs, as an error tells them."""
+    return ", ".join(f"{name} {spec}" for name, spec in parts.items())
 
 
 def same_grid(one: Format | Quantized, other: Format | Quantized, weight: TensorSpec) -> bool:

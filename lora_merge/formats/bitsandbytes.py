@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_merge import bits as codec
 from lora_merge.errors import InputError, UnsupportedError, printable
-from lora_merge.formats.base import SECTION, ConfigPath, Cut, Parts, Quantized, ReadPart, Wanted
+from lora_merge.formats.base import SECTION, ConfigPath, Cut, Parts, Quantized, ReadPart, Wanted, shown
 from lora_merge.formats.bnb_config import METHOD, check_kept, section
 from lora_merge.formats.bnb_grids import STEP, Blocks, Doubled, Int8Rows, block_absmax, gathered, rising, spread
 from lora_merge.formats.bnb_state import DTYPES, LEVELS, NAMES, NESTED, Nesting, QuantState
@@ -84,8 +84,8 @@ class Bitsandbytes(Quantized):
         expected = found.describe(TensorSpec(found.dtype, shape))
         if dict(parts) != expected:
             raise InputError(
-                f"{printable(module)}: holds {_listed(parts)}; bitsandbytes stores a weight {list(shape)} as "
-                f"{_listed(expected)}; the checkpoint is damaged, fetch it again"
+                f"{printable(module)}: holds {shown(parts)}; bitsandbytes stores a weight {list(shape)} as "
+                f"{shown(expected)}; the checkpoint is damaged, fetch it again"
             )
         return found
 
@@ -384,7 +384,7 @@ def _int8(parts: Parts, config: Mapping[str, Any], module: str, read: ReadPart) 
     scale, weight = parts["SCB"], parts["weight"]
     if weight.dtype != "I8" or len(weight.shape) != 2 or scale.dtype not in ("F32", "F16"):
         raise InputError(
-            f"{printable(module)}: holds {_listed(parts)}; LLM.int8 has a weight I8 [out, in] and its SCB F32 [out]; "
+            f"{printable(module)}: holds {shown(parts)}; LLM.int8 has a weight I8 [out, in] and its SCB F32 [out]; "
             "the checkpoint is damaged, fetch it again"
         )
     layout = parts.get("weight_format")
@@ -407,7 +407,7 @@ def _four_bit(parts: Parts, module: str, read: ReadPart) -> FourBit:
     storage = parts["weight"].dtype
     if len(types) != 1 or storage not in STORAGE or parts[QUANT_STATE + types[0]].nbytes > LONGEST:
         raise InputError(
-            f"{printable(module)}: holds {_listed(parts)}; bitsandbytes stores 4-bit codes with one small "
+            f"{printable(module)}: holds {shown(parts)}; bitsandbytes stores 4-bit codes with one small "
             f"{QUANT_STATE}nf4 or ...fp4; the checkpoint is damaged, fetch it again"
         )
     text = read(QUANT_STATE + types[0])
@@ -428,7 +428,3 @@ def _no_matrix(weight: TensorSpec) -> str | None:
     if len(weight.shape) != 2:
         return f"bitsandbytes holds matrices, this weight is {list(weight.shape)}"
     return None
-
-
-def _listed(parts: Parts) -> str:
-    return ", ".join(f"{name} {spec}" for name, spec in parts.items())

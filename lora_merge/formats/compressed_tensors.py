@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from lora_merge.errors import InputError, UnsupportedError
 from lora_merge.formats import ct_codes as layout
 from lora_merge.formats import ct_scales as scales
-from lora_merge.formats.base import ConfigPath, Cut, Parts, Quantized, ReadPart, Wanted
+from lora_merge.formats.base import ConfigPath, Cut, Parts, Quantized, ReadPart, Wanted, shown
 from lora_merge.formats.ct_recipe import Recipe, quantization_config, section
 from lora_merge.formats.ct_schemes import NVFP4, PACK, Scheme, preset, uniform_group_size
 from lora_merge.formats.plain import LIMITS
@@ -89,7 +89,7 @@ class CompressedTensors(Quantized):
             return None
         if any(len(spec.shape) > 2 for spec in parts.values()):
             raise UnsupportedError(
-                f"{module}: its parts are {_listed(parts)}; stacked experts are read only one by one. "
+                f"{module}: its parts are {shown(parts)}; stacked experts are read only one by one. "
                 "Save the model with its experts as separate linears"
             )
         shape = _shape(read("weight_shape"), module) if "weight_shape" in parts else None
@@ -98,7 +98,7 @@ class CompressedTensors(Quantized):
         if found := next(fitting, None):
             return found
         raise InputError(
-            f"{module or 'a weight'}: its parts are {_listed(parts)}, and quantization_config in config.json says "
+            f"{module or 'a weight'}: its parts are {shown(parts)}, and quantization_config in config.json says "
             f"{', or '.join(map(str, schemes)) or 'nothing of it'}; these do not belong together, fetch both again"
         )
 
@@ -373,7 +373,3 @@ def _same(described: Parts, found: Parts) -> bool:
 
 def _alike(one: TensorSpec, other: TensorSpec) -> bool:
     return [side for side in one.shape if side != 1] == [side for side in other.shape if side != 1]
-
-
-def _listed(parts: Parts) -> str:
-    return ", ".join(f"{name} {spec}" for name, spec in parts.items())

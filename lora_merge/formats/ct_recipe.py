@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_merge.errors import InputError, UnsupportedError, listed
-from lora_merge.formats.base import SECTIONS
+from lora_merge.formats.base import sections
 from lora_merge.formats.ct_schemes import Scheme
 
 METHOD = "compressed-tensors"
@@ -58,12 +58,8 @@ class Recipe:
 
 def section(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The part of config.json that is compressed-tensors' own, also where a text model has it inside; or None."""
-    for place in (config, config.get("text_config")):
-        for key in SECTIONS if isinstance(place, Mapping) else ():
-            body = place.get(key) if isinstance(place, Mapping) else None
-            if isinstance(body, Mapping) and (body.get("quant_method") or METHOD) == METHOD and "format" in body:
-                return body
-    return None
+    bodies = (body for _, body in sections(config) if isinstance(body, Mapping))
+    return next((b for b in bodies if (b.get("quant_method") or METHOD) == METHOD and "format" in b), None)
 
 
 def quantization_config(schemes: Mapping[str, Scheme], ignore: Iterable[str]) -> dict[str, Any]:

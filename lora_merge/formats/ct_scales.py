@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_merge.formats.ct_schemes import MXFP4, MXFP8, NVFP4
-from lora_merge.formats.raw import torch_dtype
+from lora_merge.formats.raw import torch_dtype, two_to
 from lora_merge.grids import Codebook
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def power_of_two(most: torch.Tensor, bits: int, coding: torch.dtype) -> torch.Te
 
     words = most.view(torch.int32)
     exponent = ((words + (1 << 21)) >> 23) - MX_OFFSETS[bits]
-    scale = _two_to(exponent.clamp(0, 254))
+    scale = two_to(exponent.clamp(0, 254))
     tiny = scale.to(coding) == 0  # beyond half precision the library falls back to 1
     return scale.masked_fill(tiny, 1.0)
 
@@ -133,7 +133,7 @@ def loaded(part: torch.Tensor, whole: torch.Tensor | None) -> torch.Tensor:
     import torch
 
     if part.dtype is torch.uint8:
-        return _two_to(part.int())
+        return two_to(part.int())
     return part.float() / whole if whole is not None else part.float()
 
 
@@ -168,11 +168,3 @@ def _not_zero(scale: torch.Tensor) -> torch.Tensor:
     import torch
 
     return scale.masked_fill(scale == 0, torch.finfo(scale.dtype).eps)
-
-
-def _two_to(exponent: torch.Tensor) -> torch.Tensor:
-    """2^(exponent - 127) of int32 0 to 255, float32; exact below the normal numbers, infinite at 255."""
-    import torch
-
-    subnormal = exponent == 0
-    return (exponent << 23 | subnormal.int() << 22).view(torch.float32)

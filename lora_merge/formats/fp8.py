@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from lora_merge.config_paths import at, text_parts
 from lora_merge.errors import InputError, UnsupportedError
 from lora_merge.formats import fp8_scales as scales
-from lora_merge.formats.base import ConfigPath, Cut, Parts, Quantized, ReadPart, Wanted
+from lora_merge.formats.base import ConfigPath, Cut, Parts, Quantized, ReadPart, Wanted, shown
 from lora_merge.formats.ct_scales import largest
 from lora_merge.formats.plain import LIMITS
 from lora_merge.formats.raw import fill, torch_dtype
@@ -103,7 +103,7 @@ class FP8(Quantized):
             return None
         if codes.dtype not in CODES or parts[marks[0]].dtype not in scales.SCALES or len(marks) > 1:
             raise UnsupportedError(
-                f"{module}: its parts are {listed(parts)}; {cls.name} is read with codes in {' or '.join(CODES)} and "
+                f"{module}: its parts are {shown(parts)}; {cls.name} is read with codes in {' or '.join(CODES)} and "
                 f"one part of scales in {', '.join(scales.SCALES)}. Dequantize it with the tool that made it"
             )
         return cls._of(codes, parts[marks[0]], marks[0], config, body, module)
@@ -378,10 +378,6 @@ def names(entry: str, module: str) -> bool:
     if module == entry or module.startswith(f"{entry}.") or module.endswith(f".{entry}"):
         return True
     return "*" in entry and fnmatch.fnmatchcase(module, entry)
-
-
-def listed(parts: Parts) -> str:
-    return ", ".join(f"{name} {spec}" for name, spec in parts.items())
 
 
 def _named(block: tuple[int, int]) -> str:

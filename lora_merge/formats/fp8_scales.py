@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from lora_merge.formats.raw import numbers, torch_dtype
+from lora_merge.formats.raw import numbers, torch_dtype, two_to
 from lora_merge.grids import Float8
 
 if TYPE_CHECKING:
@@ -89,11 +89,3 @@ def stored(scale: torch.Tensor, dtype: str) -> torch.Tensor:
     if dtype in POWERS:
         return (scale.contiguous().view(torch.int32) >> 23).to(torch.uint8)
     return scale.to(torch_dtype(dtype))
-
-
-def two_to(exponent: torch.Tensor) -> torch.Tensor:
-    """2^(exponent - 127) of int32 0 to 255, float32; exact below the normal numbers, infinite at 255."""
-    import torch
-
-    subnormal = exponent == 0
-    return (exponent << 23 | subnormal.int() << 22).view(torch.float32)

@@ -15,7 +15,7 @@ from typing import Any
 
 from lora_merge import __version__
 from lora_merge.errors import InputError, UnsupportedError, listed
-from lora_merge.formats.base import SECTIONS
+from lora_merge.formats.base import sections
 
 METHOD = "gptq"
 VERSIONS = {"gptq": 1, "gptq_v2": 2}
@@ -88,12 +88,7 @@ class Said:
 
 def section(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """What config.json, or the text model in it, says of quantization; empty where it says nothing."""
-    for place in (config, config.get("text_config")):
-        for key in SECTIONS if isinstance(place, Mapping) else ():
-            body = place.get(key) if isinstance(place, Mapping) else None
-            if isinstance(body, Mapping):
-                return body
-    return {}
+    return next((body for _, body in sections(config) if isinstance(body, Mapping)), {})
 
 
 def changed_section(written: Mapping[str, Said], kept: Sequence[str], config: Mapping[str, Any]) -> dict[str, Any]:

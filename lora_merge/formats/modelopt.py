@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from lora_merge.errors import InputError, UnsupportedError
 from lora_merge.formats import ct_codes as layout
 from lora_merge.formats import fp8_scales as scales
-from lora_merge.formats.base import ConfigPath, Cut, Parts, ReadPart, Wanted
+from lora_merge.formats.base import ConfigPath, Cut, Parts, ReadPart, Wanted, shown
 from lora_merge.formats.ct_scales import E2M1, LARGEST_E4M3, Fp4, fp4, largest
 from lora_merge.formats.ct_schemes import NVFP4, Scheme
-from lora_merge.formats.fp8 import FP8, MICRO, ROW, SECTION, WHOLE, listed, model_dtype, quantization, still_skipped
+from lora_merge.formats.fp8 import FP8, MICRO, ROW, SECTION, WHOLE, model_dtype, quantization, still_skipped
 from lora_merge.formats.plain import LIMITS
 from lora_merge.formats.raw import fill, numbers, torch_dtype
 from lora_merge.spec import TensorSpec
@@ -81,7 +81,7 @@ class ModelOpt(FP8):
             if not whole and codes.dtype == "F8_E4M3" and scale.dtype in ("F32", "U8"):
                 return cls._of(codes, scale, "weight_scale", config, body, module)
         raise UnsupportedError(
-            f"{module}: its parts are {listed(parts)} ({_algorithm(body, module)}); of ModelOpt only FP8 and NVFP4 "
+            f"{module}: its parts are {shown(parts)} ({_algorithm(body, module)}); of ModelOpt only FP8 and NVFP4 "
             "linears are read. Merge onto the checkpoint that it was made from"
         )
 

@@ -32,3 +32,11 @@ def fill(data: torch.Tensor, values: torch.Tensor) -> None:
     import torch
 
     data.copy_(values.contiguous().view(-1).view(torch.uint8))
+
+
+def two_to(exponent: torch.Tensor) -> torch.Tensor:
+    """2^(exponent - 127) of int32 0 to 255, float32; exact below the normal numbers, infinite at 255."""
+    import torch
+
+    subnormal = exponent == 0
+    return (exponent << 23 | subnormal.int() << 22).view(torch.float32)
