@@ -26,8 +26,9 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from lora_merge.adapters.lowrank import BoundLowRank
+from lora_merge.choice import choose
 from lora_merge.grids import Affine, Codebook, Grid, refined
-from lora_merge.rounding import Rounding, Sample, choose, key, made
+from lora_merge.rounding import Rounding, Sample, key, made
 from lora_merge.survival import Directions
 
 TINY = Path(__file__).resolve().parents[1] / "fixtures" / "tiny-llama"
@@ -192,7 +193,7 @@ class Case:
         number, directions = key(seed, name), self.directions[name]
         samples = {scales: self._samples(name, grids[name]) for scales, grids in self.grids.items()}
         if strategy == "auto":
-            choice = choose(number, samples, self.merged[name].numel(), directions)
+            choice = choose(number, samples, directions)
             return choice.rounding, choice.scales
         word, _, scales = strategy.partition(" ")
         scales = scales or next(iter(samples))

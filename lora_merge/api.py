@@ -127,6 +127,7 @@ class OpenJob:
     request: Request
     base: Checkpoint
     adapters: tuple[Checkpoint, ...]
+    original: Checkpoint | None
     plan: Plan
 
     @property
@@ -149,7 +150,7 @@ def opened(request: Request) -> Iterator[OpenJob]:
         adapters = tuple(files.enter_context(open_adapter(path)) for path in request.adapters)
         named = request.adapter_base not in (None, "same")
         original = files.enter_context(open_base(Path(str(request.adapter_base)))) if named else None
-        yield OpenJob(request, base, adapters, planning.make(request, base, adapters, original))
+        yield OpenJob(request, base, adapters, original, planning.make(request, base, adapters, original))
 
 
 def plan_request(request: Request) -> PlanResult:
@@ -183,7 +184,7 @@ def merge_request(request: Request, *, progress: Progress = _silent) -> MergeRes
             executor.run(left, stage, lambda name, nbytes: progress(name, nbytes, total))
             _write_small_files(job, stage)
             results = [line for shard in plan.shards for line in stage.records[shard.file].results]
-            _check_survival(request, results)
+            _check_survival(job, results)
             stage.write(MANIFEST, _manifest(job, stage, results))
             for checkpoint in (job.base, *job.adapters):
                 checkpoint.check_unchanged()
@@ -209,21 +210,21 @@ def _result(job: OpenJob, weights: Sequence[Mapping[str, Any]], resumed: int, be
     )
 
 
-def _check_survival(request: Request, lines: Sequence[Mapping[str, Any]]) -> None:
+def _check_survival(job: OpenJob, lines: Sequence[Mapping[str, Any]]) -> None:
     """NumericError that names the weights whose change rounding has all but deleted, and says what would keep it."""
-    if request.min_survival <= 0:
-        return
+    request = job.request
     known = [line for line in lines if line.get("survival") is not None]
     lost = [line for line in known if line["survival"] < request.min_survival]
-    if not lost:
+    if request.min_survival <= 0 or not lost:
         return
+    from lora_merge.advice import ways
+
     named = listed((f"{line['name']} ({line['survival']:.2f})" for line in lost), 6)
-    ways = [] if request.rounding == "auto" else ["--rounding auto"]
-    ways += ["--bits 8", "--bits 16", "or --keep REGEX for these weights alone"]
+    found = [*ways(request, job.base, job.adapters, job.original, lost), "--keep REGEX for these weights alone"]
     raise NumericError(
         f"{printable(request.out)}: rounding leaves less than {request.min_survival:g} of the adapter's change to "
-        f"{len(lost)} of {len(known)} weights: {named}. Keep it with "
-        f"{', '.join(ways)}; or take them as they are with --min-survival 0 --resume"
+        f"{len(lost)} of {len(known)} weights: {named}. Keep it with {', or with '.join(found)}; or take them as they "
+        "are with --min-survival 0 --resume"
     )
 
 

@@ -120,8 +120,11 @@ def result(job: Rewrite, measured: Measured | None, words: Mapping[str, str]) ->
         line["changed"] = measured.changed / measured.elements if measured.elements else None
     elif measured is not None:
         figures = measured.figures()
-        line |= {"relative_change": figures.relative, "changed": figures.changed, "survival": figures.survival}
-        line |= {"projection": figures.projection, "noise": figures.noise, "change_norm": math.sqrt(measured.wanted)}
+        line |= {
+            "relative_change": figures.relative, "changed": figures.changed, "survival": figures.survival,
+            "raw_survival": figures.raw_survival, "projection": figures.projection, "noise": figures.noise,
+            "change_norm": math.sqrt(measured.wanted),
+        }  # fmt: skip
     return line
 
 

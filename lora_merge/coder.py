@@ -11,11 +11,12 @@ import torch
 from lora_merge.adapters.base import Bound
 from lora_merge.adapters.lowrank import BoundLowRank
 from lora_merge.change import Change
+from lora_merge.choice import AUTO, FRESH, KEPT, choose
 from lora_merge.formats import Quantized
 from lora_merge.formats.base import same_grid
 from lora_merge.grids import Affine, Grid, refined
 from lora_merge.jobs import Coding, Rewrite
-from lora_merge.rounding import AUTO, Nearest, Rounding, Sample, choose, key
+from lora_merge.rounding import Nearest, Rounding, Sample, key
 from lora_merge.stored_rows import Tile
 from lora_merge.survival import Directions, Sums
 from lora_merge.tiles import rows_bound
@@ -43,7 +44,7 @@ class Coder:
     @property
     def words(self) -> dict[str, str]:
         """What the report says of it."""
-        return {"rounding": self.rounding.name, "scales": "kept" if self.kept else "fresh"}
+        return {"rounding": self.rounding.name, "scales": KEPT if self.kept else FRESH}
 
     def code(
         self, tile: Tile, base: torch.Tensor, rows: torch.Tensor, into: Mapping[str, torch.Tensor]
@@ -61,8 +62,8 @@ class Coder:
         if not self.merged:
             self.target.pack(codes, grid, into)
             return _conversion(base, written)
-        before = base if self.same else grid.values(grid.nearest(base))
-        wanted, moved = rows.sub_(base), written != before
+        wanted = rows.sub_(base)
+        moved = written != (base if self.same else grid.values(grid.nearest(base)))
         if self.kept and tile.codes is not None:
             # What the base says with other codes (a zero of the other sign), or in rows that nobody changes, stays.
             still = _zero_rows(wanted)
@@ -72,7 +73,7 @@ class Coder:
                 codes = codes.where(moved, tile.codes)
         self.target.pack(codes, grid, into)
         sums = Sums(self.directions)
-        sums.see(tile.start, before, wanted, written, int(moved.sum()))
+        sums.see(tile.start, base, wanted, written, int(moved.sum()))
         return sums
 
 
@@ -108,14 +109,14 @@ def settle(
     directions = directions_of(job, bounds)
     offered = {}
     if keeps(job):
-        offered["kept"] = [Sample(tile.start, tile.rows, rows, tile.grid) for tile, rows in samples if tile.grid]
+        offered[KEPT] = [Sample(tile.start, tile.rows, rows, tile.grid) for tile, rows in samples if tile.grid]
     if coding.scales != "keep" and not target.needs_survey:
-        offered["fresh"] = [
+        offered[FRESH] = [
             Sample(tile.start, tile.rows, rows, fresh(target, rows, tile.start)) for tile, rows in samples
         ]
     names = AUTO if coding.rounding == "auto" else (coding.rounding,)
-    choice = choose(key(coding.seed, job.name), offered, job.weight.numel, directions, names)
-    return Coder(target, choice.rounding, choice.scales == "kept", True, same, directions)
+    choice = choose(key(coding.seed, job.name), offered, directions, names)
+    return Coder(target, choice.rounding, choice.scales == KEPT, True, same, directions)
 
 
 def keeps(job: Rewrite) -> bool:

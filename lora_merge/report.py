@@ -187,8 +187,8 @@ def show_result(result: MergeResult, *, as_json: bool) -> None:
     )
     if kept := result.kept:
         print(
-            f"kept of the adapters: survival {figure(kept.survival)}, projection {figure(kept.projection)}, "
-            f"noise {figure(kept.noise)} (|error| / |change|)"
+            f"kept of the adapters: survival {figure(kept.survival)} (raw {figure(kept.raw_survival)}), "
+            f"projection {figure(kept.projection)}, noise {figure(kept.noise)} (|error| / |change|)"
         )
     say(told(result.notes))
     print(f"written to {printable(result.out)}")
@@ -199,7 +199,7 @@ def _merged(weights: Sequence[MergedWeight]) -> Iterable[str]:
     coded = any(weight.survival is not None for weight in weights)
     heads = ["weight", "by", "|change|/|base|", "values changed"]
     if coded:
-        heads += ["rounding", "scales", "survival", "least", "projection", "noise"]
+        heads += ["rounding", "scales", "survival", "least", "raw", "projection", "noise"]
     rows = [heads]
     for name, members in families(weights, lambda weight: (*weight.kinds, weight.format)):
         change = _mean([member.relative_change for member in members])
@@ -214,7 +214,8 @@ def _kept(members: Sequence[MergedWeight]) -> list[str]:
     merged = [member for member in members if member.survival is not None]
     survival = [member.survival for member in merged if member.survival is not None]
     means = [_mean(survival), min(survival, default=None)]
-    means += [_mean([member.projection for member in merged]), _mean([member.noise for member in merged])]
+    means += [_mean([member.raw_survival for member in merged]), _mean([member.projection for member in merged])]
+    means.append(_mean([member.noise for member in merged]))
     words = [_counted(member.rounding for member in merged), _counted(member.scales for member in merged)]
     return [*words, *map(figure, means)]
 

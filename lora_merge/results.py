@@ -54,7 +54,7 @@ class MergedWeight:
     values that differ from the base's. Both are seen on some rows of a plain weight, on all of a quantized one.
     parts: its tensors in the output whose dtype says what their values are.
     For a merge into codes also: rounding (the strategy), scales (`kept` or `fresh`), and what `lora_merge.survival`
-    says of it: survival, projection, noise, and change_norm, the norm of the wanted change.
+    says of it: survival, raw_survival, projection, noise, and change_norm, the norm of the wanted change.
     """
 
     name: str
@@ -68,6 +68,7 @@ class MergedWeight:
     rounding: str | None = None
     scales: str | None = None
     survival: float | None = None
+    raw_survival: float | None = None
     projection: float | None = None
     noise: float | None = None
     change_norm: float | None = None
@@ -86,6 +87,7 @@ class Kept:
     """What rounding left of the change to all weights together, as `lora_merge.survival` says it of one."""
 
     survival: float
+    raw_survival: float
     projection: float
     noise: float
 
@@ -93,17 +95,22 @@ class Kept:
     def of(cls, weights: Iterable[MergedWeight]) -> Kept | None:
         """Summed up, each weight by the size of its change; None where no change went through rounding to codes."""
         found = [
-            (w.change_norm**2, w.survival, w.projection, w.noise)
+            (w.change_norm**2, w.survival, w.raw_survival, w.projection, w.noise)
             for w in weights
-            if w.change_norm and w.survival is not None and w.projection is not None and w.noise is not None
+            if w.change_norm
+            and w.survival is not None
+            and w.raw_survival is not None
+            and w.projection is not None
+            and w.noise is not None
         ]
         total = sum(size for size, *_ in found)
         if not total:
             return None
-        lost = sum(size * (1 - survival) ** 2 for size, survival, _, _ in found) / total
-        along = sum(size * projection for size, _, projection, _ in found) / total
-        noise = sum(size * noise**2 for size, _, _, noise in found) / total
-        return cls(1 - math.sqrt(lost), along, math.sqrt(noise))
+        lost = sum(size * (1 - survival) ** 2 for size, survival, *_ in found) / total
+        raw = sum(size * (1 - survival) ** 2 for size, _, survival, *_ in found) / total
+        along = sum(size * projection for size, *_, projection, _ in found) / total
+        noise = sum(size * noise**2 for size, *_, noise in found) / total
+        return cls(1 - math.sqrt(lost), 1 - math.sqrt(raw), along, math.sqrt(noise))
 
 
 @dataclass(frozen=True, slots=True)

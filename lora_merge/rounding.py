@@ -9,15 +9,14 @@ the adapter acts. Each is made once for a weight and then rounds blocks of rows,
     dither          stochastic with a smaller amplitude, the change amplified for what that loses
     adapter-aware   error feedback along each row, so that the errors cancel in the row space of lora_A
 
-`choose` measures a sample of a weight and takes the first that keeps the change, on the scales that do.
+Which of them a weight gets with `--rounding auto` is decided in `choice`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -25,7 +24,7 @@ import torch
 
 from lora_merge.feedback import AdapterAware
 from lora_merge.grids import Grid
-from lora_merge.survival import Directions, Sector, Sums
+from lora_merge.survival import Directions, Sector
 
 STRATEGIES = ("nearest", "stochastic", "dither", "adapter-aware")
 AMPLITUDE = 0.9
@@ -33,14 +32,6 @@ AMPLITUDE = 0.9
 STEPS = 6
 LOUDEST = 8.0
 """Steps towards, and bound of, the amplification of `Dither`."""
-BIAS = 0.025
-"""How far from 1 the projection of a faithful rounding may be."""
-QUIET = 0.05
-"""Error, as a share of the weight, below which less bias is let pass: a drawn rounding then costs next to nothing."""
-LOST = 0.3
-"""A projection below it keeps nothing of use."""
-AUTO = ("nearest", "dither", "stochastic")
-"""What `choose` tries of `STRATEGIES`, from the least noise upwards."""
 MASK = (1 << 32) - 1
 
 
@@ -242,79 +233,3 @@ def made(name: str, key: int, directions: Directions | None, sample: Sequence[Sa
     if name == "adapter-aware" and directions is not None:
         return AdapterAware.of(directions)
     return Dither.of(key, directions, sample)
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """One way to write a weight, and what is expected of it.
-
-    scales: which of the grids offered to `choose`.
-    survival, projection, noise: as `survival.Survival` has them, but against the base itself, not as the target would
-        hold it; the first reckoned from the others.
-    error: the noise against the weight instead of the change.
-    doubt: of the projection, as it was measured on a part of the weight: its standard deviation.
-    """
-
-    rounding: Rounding
-    scales: str
-    survival: float
-    projection: float
-    noise: float
-    error: float
-    doubt: float
-
-    @property
-    def faithful(self) -> bool:
-        """Whether it keeps the change in the mean."""
-        return abs(1 - self.projection) <= BIAS * min(1.0, self.error / QUIET) + 3 * self.doubt
-
-
-def choose(
-    key: int,
-    samples: Mapping[str, Sequence[Sample]],
-    elements: int,
-    directions: Directions | None,
-    names: Sequence[str] = AUTO,
-) -> Choice:
-    """Scales and rounding for a weight of `elements` values, measured on some of its rows.
-
-    The first that keeps the change in the mean is taken; `names`, and for each the grids of `samples` in their order,
-    are tried from the least noise upwards. Nearest keeps the change where it is large against a step, or the base does
-    not stand on the grid; where it deletes the change, a drawn rounding keeps it. The base's own scales are left where
-    they clip the merged weight. If none keeps it, the one that keeps most is taken, and where that is
-    hardly anything, the one with the least noise: the base rather stays what it was.
-
-    samples: the same rows under each set of scales that may be taken, by its name, the preferred first.
-    """
-    tried = []
-    for name in names:
-        for scales, sample in samples.items():
-            choice = _tried(made(name, key, directions, sample), scales, sample, elements, directions)
-            if choice.faithful:
-                return choice
-            tried.append(choice)
-    if max(choice.projection for choice in tried) < LOST:
-        return min(tried, key=lambda choice: choice.noise)
-    return min(tried, key=lambda choice: abs(1 - choice.projection))
-
-
-def _tried(
-    rounding: Rounding, scales: str, sample: Sequence[Sample], elements: int, directions: Directions | None
-) -> Choice:
-    """What is expected of the whole weight, from some of its rows.
-
-    Two parts make an error within the adapter's directions: what the change lacks along itself, which a few rows tell,
-    and the share of the noise that falls there by chance, as many dimensions as r x r has of all elements.
-    """
-    sums = Sums()
-    for tile in sample:
-        written = tile.grid.values(rounding.codes(tile.merged, tile.grid, tile.start, tile.base))
-        sums.see(tile.start, tile.base, tile.merged - tile.base, written, 0)
-    figures = sums.figures()
-    if figures.projection is None or figures.noise is None:
-        return Choice(rounding, scales, 1.0, 1.0, 0.0, 0.0, 0.0)
-    chance = figures.noise * math.sqrt((directions.dimensions if directions else 1) / elements)
-    survival = 1 - math.hypot(1 - figures.projection, chance)
-    doubt = figures.noise / math.sqrt(sums.elements)
-    error = figures.noise * (figures.relative or 0.0)
-    return Choice(rounding, scales, survival, figures.projection, figures.noise, error, doubt)

@@ -1,14 +1,20 @@
 """What is left of a change after rounding, measured per weight over blocks of rows.
 
-With Q0 the base as the target format holds it, D the wanted change, Q the value written and E = Q - Q0 - D:
+With W the base, D the wanted change, Q the value written and E = Q - W - D:
 
-    survival    1 - |U^T E V| / |D|, U and V orthonormal bases of lora_B's columns and lora_A's rows: the part of the
-                change that is left within the directions in which the adapter acts. 1: kept, 0: deleted. Without
-                factors 1 - |<E, D>| / <D, D>.
-    projection  <Q - Q0, D> / <D, D>
-    noise       |E| / |D|
-    changed     share of values that differ from those of Q0
-    relative    |D| / |Q0|
+    raw survival  1 - |U^T E V| / |D|, U and V orthonormal bases of lora_B's columns and lora_A's rows: the part of the
+                  change that is left within the directions in which the adapter acts. 1: kept, 0: deleted. Without
+                  factors 1 - |<E, D>| / <D, D>.
+    survival      the same after what chance alone may put into these directions has been taken off
+    projection    <Q - W, D> / <D, D>
+    noise         |E| / |D|
+    changed       share of values whose codes are not those of the base on the same scales
+    relative      |D| / |W|
+
+An error that knows nothing of the adapter still has a part in its directions: a share r r' / (out in) of |E|^2 in the
+mean, which on a small matrix is as much as the change itself. It is no loss but noise, and `noise` tells it. So E is
+split into what lies along D, (projection - 1) D, and the rest. What the rest would put there by chance is subtracted
+from either square, with four standard deviations.
 """
 
 from __future__ import annotations
@@ -21,6 +27,9 @@ from itertools import pairwise
 from typing import Protocol
 
 import torch
+
+SURE = 4.0
+"""Standard deviations of chance that are not yet called loss."""
 
 
 class Update(Protocol):
@@ -48,6 +57,15 @@ class Sector:
     def end(self) -> int:
         return self.first + len(self.left)
 
+    @property
+    def dimensions(self) -> int:
+        """Of the space of all changes that lie within these directions."""
+        return int(self.left.any(0).sum()) * int(self.right.any(0).sum())
+
+    @property
+    def elements(self) -> int:
+        return len(self.left) * len(self.right)
+
 
 @dataclass(frozen=True, eq=False)
 class Directions:
@@ -71,11 +89,6 @@ class Directions:
         if any(first + height > following for (first, height), (following, _) in pairwise(ranges)):
             return None
         return cls(tuple(_sector(first, found[first, height]) for first, height in ranges))
-
-    @property
-    def dimensions(self) -> int:
-        """Of the space of all changes that lie within these directions."""
-        return sum(sector.left.shape[1] * sector.right.shape[1] for sector in self.sectors)
 
     def pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Numbers of the sectors that lie in rows `[start, stop)`, each with the rows of it that do."""
@@ -105,6 +118,7 @@ class Survival:
     """Figures of one weight; see the module. None where the change is zero."""
 
     survival: float | None
+    raw_survival: float | None
     projection: float | None
     noise: float | None
     changed: float | None
@@ -118,6 +132,8 @@ class Sums:
     directions: Directions | None = None
     core: dict[int, torch.Tensor] = field(default_factory=dict)
     """U^T E V by number of the sector, float64 `[r, s]`."""
+    within: dict[int, float] = field(default_factory=dict)
+    """|E|^2 of the rows of a sector, by its number."""
     wanted: float = 0.0
     missed: float = 0.0
     base: float = 0.0
@@ -127,11 +143,12 @@ class Sums:
     changed: int = 0
 
     def see(self, start: int, base: torch.Tensor, wanted: torch.Tensor, written: torch.Tensor, changed: int) -> None:
-        """Rows from `start` on, float32 `[n, columns]`: Q0, D and Q; `changed` of its values are not those of Q0."""
+        """Rows from `start` on, float32 `[n, columns]`: W, D and Q; `changed` of their codes are not those of W."""
         error = written - base
         error -= wanted
+        missed = _square(error)
         self.wanted += _square(wanted)
-        self.missed += _square(error)
+        self.missed += missed
         self.base += _square(base)
         self.product += _dot(error, wanted)
         self.elements += base.numel()
@@ -141,7 +158,9 @@ class Sums:
         for number, low, high in self.directions.pieces(start, start + len(base)):
             sector = self.directions.sectors[number]
             left = sector.left[low - sector.first : high - sector.first]
-            self._join(number, left.T @ (error[low - start : high - start] @ sector.narrow).double())
+            rows = error[low - start : high - start]
+            inside = missed if len(rows) == len(error) else _square(rows)
+            self._join(number, left.T @ (rows @ sector.narrow).double(), inside)
 
     def add(self, other: Sums) -> None:
         self.wanted += other.wanted
@@ -151,22 +170,53 @@ class Sums:
         self.elements += other.elements
         self.changed += other.changed
         for number, core in other.core.items():
-            self._join(number, core)
+            self._join(number, core, other.within[number])
 
-    def _join(self, number: int, core: torch.Tensor) -> None:
+    def _join(self, number: int, core: torch.Tensor, inside: float) -> None:
         self.core[number] = self.core[number] + core if number in self.core else core
+        self.within[number] = self.within.get(number, 0.0) + inside
 
     def figures(self) -> Survival:
         changed = self.changed / self.elements if self.elements else None
         relative = math.sqrt(self.wanted / self.base) if self.base else None
         if not self.wanted:
-            return Survival(None, None, None, changed, relative)
-        if self.directions is None:
-            lost = abs(self.product) / self.wanted
-        else:
-            lost = math.sqrt(sum(_square(core) for core in self.core.values()) / self.wanted)
-        noise = math.sqrt(self.missed / self.wanted)
-        return Survival(1 - lost, 1 + self.product / self.wanted, noise, changed, relative)
+            return Survival(None, None, None, None, changed, relative)
+        along = (self.product / self.wanted) ** 2
+        inside = along
+        if self.directions is not None:
+            inside = sum(_square(core) for core in self.core.values()) / self.wanted
+        rest = max(0.0, self.missed / self.wanted - along)
+        lost = max(0.0, along - self._chance_along(rest)) + max(0.0, inside - along - self._chance_across(rest))
+        return Survival(
+            1 - math.sqrt(lost),
+            1 - math.sqrt(inside),
+            1 + self.product / self.wanted,
+            math.sqrt(self.missed / self.wanted),
+            changed,
+            relative,
+        )
+
+    def _chance_along(self, rest: float) -> float:
+        """What chance may put along the change itself, one dimension of as many as there are elements.
+
+        rest: |E|^2 / |D|^2 without what lies along D.
+        """
+        elements = sum(sector.elements for sector, _ in self._sectors()) or self.elements
+        return SURE**2 * rest / elements
+
+    def _chance_across(self, rest: float) -> float:
+        """What chance may put into the other directions of the adapter, from the error in the rows of each sector."""
+        mean = variance = 0.0
+        for sector, missed in self._sectors():
+            each = rest * missed / self.missed / sector.elements  # the square of one dimension
+            mean += sector.dimensions * each
+            variance += 2 * sector.dimensions * each**2
+        return mean + SURE * math.sqrt(variance)
+
+    def _sectors(self) -> Iterator[tuple[Sector, float]]:
+        """The sectors whose rows hold an error, each with its square."""
+        if self.directions is not None:
+            yield from ((self.directions.sectors[number], missed) for number, missed in self.within.items() if missed)
 
 
 def _square(values: torch.Tensor) -> float:

@@ -220,23 +220,26 @@ def figures(
 ) -> dict[str, float]:
     """survival, projection, noise and relative size of a change, in float64.
 
-    before: the base as the output's format holds it. pairs: lora_B and lora_A of every adapter; without any, survival
-    is that of the change as a whole.
+    before: the base. pairs: lora_B and lora_A of every adapter; without any, survival is that of the change as a whole.
     """
-    q0, d, q = (one.double().numpy() for one in (before, change, after))
-    error = q - q0 - d
+    w, d, q = (one.double().numpy() for one in (before, change, after))
+    error = q - w - d
     size = np.linalg.norm(d)
+    noise, along = np.linalg.norm(error) / size, (error * d).sum() / size**2
+    inside, dimensions = along**2, 1
     if pairs:
         left = _basis(np.concatenate([b.double().numpy() for b, _ in pairs], 1))
         right = _basis(np.concatenate([a.double().numpy() for _, a in pairs], 0).T)
-        lost = np.linalg.norm(left.T @ error @ right) / size
-    else:
-        lost = abs((error * d).sum()) / size**2
+        inside, dimensions = (np.linalg.norm(left.T @ error @ right) / size) ** 2, left.shape[1] * right.shape[1]
+    each = (noise**2 - along**2) / error.size
+    chance = each * (dimensions + 4 * np.sqrt(2 * dimensions))
+    lost = max(0.0, along**2 - 16 * each) + max(0.0, inside - along**2 - chance)
     return {
-        "survival": float(1 - lost),
-        "projection": float(((q - q0) * d).sum() / size**2),
-        "noise": float(np.linalg.norm(error) / size),
-        "relative_change": float(size / np.linalg.norm(q0)),
+        "survival": float(1 - np.sqrt(lost)),
+        "raw_survival": float(1 - np.sqrt(inside)),
+        "projection": float(1 + along),
+        "noise": float(noise),
+        "relative_change": float(size / np.linalg.norm(w)),
     }
 
 

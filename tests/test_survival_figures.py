@@ -1,6 +1,7 @@
 """What the report says of a merge, against the same figures worked out in float64 from the files alone."""
 
 import json
+import re
 
 import pytest
 import quantized_bases as bases
@@ -28,7 +29,7 @@ OTHERS = [
 def agree(base, out, adapters, same=True):
     """survival, projection, noise, relative and changed of every weight, to 1e-3.
 
-    same: the base stands on the output's grid; else it is first put there.
+    same: the base stands on the output's grid; else codes have changed where they are not those nearest to the base.
     """
     before, after, record = oracle.weights(base), oracle.weights(out), json.loads((out / MANIFEST).read_bytes())
     lines = {line["name"]: line for line in record["weights"]}
@@ -38,7 +39,7 @@ def agree(base, out, adapters, same=True):
         start, held, line = before[name].values, after[name], lines[name]
         stood = start if same else held.nearest(start)
         pairs = [pair for folder in adapters if (pair := oracle.factors(folder, name))]
-        found = oracle.figures(stood, value - start.double(), held.values, pairs)
+        found = oracle.figures(start, value - start.double(), held.values, pairs)
         assert {key: line[key] for key in found} == pytest.approx(found, abs=1e-3), (name, found)
         assert line["change_norm"] == pytest.approx((value - start.double()).norm().item(), rel=1e-3)
         moved = (held.values != stood).double().mean().item()
@@ -146,7 +147,14 @@ def test_a_lost_adapter_is_refused_by_name_and_nothing_is_published(tmp_path, na
     assert caught.value.exit_code == 5
     count = len(bases.linears(base))
     assert f"less than 0.3 of the adapter's change to {count} of {count} weights" in told
-    assert all(way in told for way in ("--rounding auto", "--bits 8", "--min-survival 0 --resume"))
+    assert "--keep REGEX" in told and "--min-survival 0 --resume" in told
+    ways = dict(re.findall(r"(--[a-z0-9 -]+) \(keeps ([0-9.]+)\)", told))
+    assert all(float(kept) >= 0.3 for kept in ways.values())
+    assert list(ways) == ["--rounding auto --scales auto", "--bits 8", "--bits 16"]
+    for way, other in zip(ways, ({}, {"bits": 8}, {"bits": 16}), strict=True):
+        result = lora_merge.merge(base, adapter, tmp_path / way, weight=0.3, **other)
+        survived = [weight.survival for weight in result.weights if weight.survival is not None]
+        assert not survived or min(survived) == pytest.approx(float(ways[way]), abs=0.05)
     named = [n for n in bases.linears(base) if f"{n} (" in told]
     assert len(named) >= min(count, 6)
     assert all(float(told.split(f"{n} (")[1].split(")")[0]) < 0.1 for n in named)
