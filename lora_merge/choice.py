@@ -14,7 +14,7 @@ Two things spoil a merge, and a rounding trades one for the other.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from lora_merge.rounding import Rounding, Sample, made
@@ -77,9 +77,7 @@ def choose(
     equals wins. names: the strategies to try.
     """
     tried = [
-        _tried(made(name, key, directions, sample), scales, sample)
-        for name in names
-        for scales, sample in samples.items()
+        choice for scales, sample in samples.items() for choice in _all_tried(key, scales, sample, directions, names)
     ]
     quiet = [choice.noise for choice in tried if choice.scales == KEPT and choice.bias <= NEARLY_RIGHT]
     bound = 2 * min(quiet) if quiet else math.inf
@@ -87,6 +85,17 @@ def choose(
         (choice for choice in tried if choice.scales == KEPT or choice.noise < bound),
         key=lambda choice: choice.cost * (1 if choice.scales == KEPT else MOVING),
     )
+
+
+def _all_tried(
+    key: int, scales: str, sample: Sequence[Sample], directions: Directions | None, names: Sequence[str]
+) -> Iterator[Choice]:
+    """Every strategy on the same scales. None makes less noise than nearest: where that has no bias, it is the best."""
+    for name in names:
+        choice = _tried(made(name, key, directions, sample), scales, sample)
+        yield choice
+        if name == "nearest" and not choice.bias:
+            return
 
 
 def _tried(rounding: Rounding, scales: str, sample: Sequence[Sample]) -> Choice:
