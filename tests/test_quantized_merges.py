@@ -106,6 +106,25 @@ def test_in_its_own_format(tmp_path, base, name, scales):
     lora_merge.verify(out, base=source, adapters=[adapter])
 
 
+@pytest.mark.parametrize("scales", ["auto", "fresh"])
+def test_shapes_of_32_bits_stay_as_the_base_has_them(tmp_path, scales):
+    """Only one linear is changed; the parts of all others are the base's bytes, as is every `weight_shape`."""
+    source = bases.copied(bases.FIXTURES / "ct_W4_g32", tmp_path / "base")
+    tensors = {name: value.int() if name.endswith("weight_shape") else value for name, value in parts(source).items()}
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    adapter = bases.adapter(tmp_path / "adapter", source, [f"{MLP[0]}.weight"])
+    lora_merge.merge(source, adapter, tmp_path / "out", scales=scales, min_survival=-9)
+    after = parts(tmp_path / "out")
+    assert same_but(tensors, after, MLP[:1])
+    shape, codes = f"{MLP[0]}.weight_shape", f"{MLP[0]}.weight_packed"
+    assert bases.same_bytes(after[shape], tensors[shape]) and not after[codes].equal(tensors[codes])
+    is_near(tmp_path / "out", source, {adapter: 1.0}, share=1)
+    lora_merge.merge(source, [], tmp_path / "again", format="compressed-tensors", bits=4, group_size=32)
+    assert all(
+        bases.same_bytes(value, parts(tmp_path / "again")[name].to(value.dtype)) for name, value in tensors.items()
+    )
+
+
 @pytest.mark.parametrize("name", BASES)
 @pytest.mark.parametrize("rounding", ["auto", "stochastic", "dither", "adapter-aware"])
 def test_a_delta_of_zero_gives_back_every_byte(tmp_path, base, name, rounding):

@@ -5,7 +5,7 @@ pack-quantized        weight_packed      I32            [out, ceil(in*bits/32)] 
                       weight_scale       F16 BF16 F32   [out, in/group] [out, 1]
                       weight_zero_point  I32            [ceil(out*bits/32), ..]  as codes, packed down the rows;
                                                                                  only where not symmetric
-                      weight_shape       I64            [2]                      out, in
+                      weight_shape       I64 I32        [2]                      out, in
                       weight_g_idx       I32            [in]                     group of each column (actorder)
 int-quantized         weight             I8             [out, in]
 float-quantized       weight             F8_E4M3        [out, in]
@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from lora_merge.errors import InputError, UnsupportedError
@@ -60,6 +60,7 @@ class CompressedTensors(Quantized):
     peak:    largest magnitude of all values that share one scale, where the scheme has such a scale.
     dense:   whether codes straddle words.
     shape:   of the weight; its parts may leave it open, and `weight_shape` must tell it.
+    shape_dtype: of `weight_shape`. Kimi's checkpoints have I32, the library writes I64; the grid is the same.
     """
 
     scheme: Scheme
@@ -68,6 +69,7 @@ class CompressedTensors(Quantized):
     peak: float | None = None
     dense: bool = True
     shape: tuple[int, int] | None = None
+    shape_dtype: str = field(default="I64", compare=False)
 
     name: ClassVar[str] = "compressed-tensors"
     expert_linears: ClassVar[bool] = True
@@ -92,7 +94,7 @@ class CompressedTensors(Quantized):
                 f"{module}: its parts are {shown(parts)}; stacked experts are read only one by one. "
                 "Save the model with its experts as separate linears"
             )
-        shape = _shape(read("weight_shape"), module) if "weight_shape" in parts else None
+        shape = _shape(parts["weight_shape"], read("weight_shape"), module) if "weight_shape" in parts else None
         schemes = recipe.schemes(module)
         fitting = (found for scheme in schemes if (found := cls._fitting(scheme, parts, shape)))
         if found := next(fitting, None):
@@ -126,9 +128,10 @@ class CompressedTensors(Quantized):
         if scheme.codes_part not in parts or len(parts[scheme.codes_part].shape) != 2 or own not in SCALES:
             return None
         told = shape if scheme.format == PACK else None
+        counted = parts["weight_shape"].dtype if told else "I64"
         if told and told[0] != parts[scheme.codes_part].shape[0]:
             return None
-        formats = (cls(ordered, own, dense=dense, shape=told) for dense in (True, False))
+        formats = (cls(ordered, own, dense=dense, shape=told, shape_dtype=counted) for dense in (True, False))
         return next((format for format in formats if _same(format.describe(format.measure(parts)), parts)), None)
 
     @property
@@ -181,7 +184,7 @@ class CompressedTensors(Quantized):
         parts["weight_packed"] = TensorSpec("I32", (rows, self._words(columns)))
         if not scheme.symmetric:
             parts["weight_zero_point"] = TensorSpec("I32", (self._words(rows), groups))
-        parts["weight_shape"] = TensorSpec("I64", (2,))
+        parts["weight_shape"] = TensorSpec(self.shape_dtype, (2,))
         if scheme.actorder:
             parts["weight_g_idx"] = TensorSpec("I32", (columns,))
         return parts
@@ -270,16 +273,22 @@ class CompressedTensors(Quantized):
                     f"{marks}; the checkpoint is damaged, fetch it again"
                 )
         zero = self._zero(parts["weight_zero_point"], rows, marks) if not scheme.symmetric else None
-        if scheme.format == PACK and (told := numbers(parts["weight_shape"], "I64", 2)[0, 1].item()) != columns:
-            raise InputError(
-                f"a weight_shape says {told} columns where the other parts of its weight make {columns}; "
-                "the checkpoint is damaged, fetch it again"
-            )
+        if scheme.format == PACK:
+            self._check_columns(parts["weight_shape"], columns)
         kind = "I32" if scheme.format == PACK else "U8"
         data = parts[scheme.codes_part]
         stored = numbers(data, kind, data.numel() // max(1, rows) // torch_dtype(kind).itemsize)
         codes = layout.unpacked(stored, scheme, self.dense, columns)
         return codes, self._grid(scale, zero, columns, whole, index)
+
+    def _check_columns(self, data: torch.Tensor, columns: int) -> None:
+        """InputError where `weight_shape` says another width."""
+        told = numbers(data, self.shape_dtype, 2)[0, 1].item()
+        if told != columns:
+            raise InputError(
+                f"a weight_shape says {told} columns where the other parts of its weight make {columns}; "
+                "the checkpoint is damaged, fetch it again"
+            )
 
     def pack(self, codes: torch.Tensor, grid: Grid, out: Mapping[str, torch.Tensor]) -> None:
         import torch
@@ -299,7 +308,7 @@ class CompressedTensors(Quantized):
             fill(out["weight_g_idx"], grid.index.int())
         if scheme.format == PACK:
             assert self.shape, "the shape of the weight was not told"
-            fill(out["weight_shape"], torch.tensor(self.shape))
+            fill(out["weight_shape"], torch.tensor(self.shape, dtype=torch_dtype(self.shape_dtype)))
 
     def __str__(self) -> str:
         return str(self.scheme)
@@ -352,11 +361,14 @@ class CompressedTensors(Quantized):
         )
 
 
-def _shape(data: bytes, module: str) -> tuple[int, int]:
-    """`weight_shape`: two integers."""
-    if len(data) != 16:
-        raise InputError(f"{module}.weight_shape: {len(data)} bytes are not two int64; fetch the checkpoint again")
-    rows, columns = struct.unpack("<2q", data)
+def _shape(spec: TensorSpec, data: bytes, module: str) -> tuple[int, int]:
+    """`weight_shape`: two integers. Raises InputError where it is something else."""
+    code = {"I64": "<2q", "I32": "<2i"}.get(spec.dtype)
+    if code is None or len(data) != struct.calcsize(code):
+        raise InputError(
+            f"{module}.weight_shape: is {spec}, expected two integers, I64 or I32; fetch the checkpoint again"
+        )
+    rows, columns = struct.unpack(code, data)
     return rows, columns
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import struct
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -37,7 +38,8 @@ def by_module(tensors, prefix=""):
 
 
 def detect(parts, config, module="x", shape=(0, 0)):
-    return CompressedTensors.detect(parts, config, module, lambda part: struct.pack("<2q", *shape))
+    code = "<2i" if "weight_shape" in parts and parts["weight_shape"].dtype == "I32" else "<2q"
+    return CompressedTensors.detect(parts, config, module, lambda part: struct.pack(code, *shape))
 
 
 def detected(parts, config, module):
@@ -229,6 +231,32 @@ def test_one_number_is_read_in_any_shape_and_what_is_not_quantized_is_not_read()
     assert detect(parts, {}) is None
     with pytest.raises(UnsupportedError, match="stacked experts"):
         detect(parts | {"weight": TensorSpec("F8_E4M3", (2, 8, 64))}, config_of(scheme), "x")
+
+
+@pytest.mark.parametrize("name", ["ct_W4_g32", "ct_W4_channel"])
+def test_a_shape_of_32_bits_is_read_and_kept(name):
+    """Kimi's checkpoints have it so, where the library writes 64."""
+    config = json.loads((FIXTURES / name / "config.json").read_text())
+    expected = load_file(FIXTURES / name / "expected.safetensors")
+    for module, parts in by_module(load_file(FIXTURES / name / "model.safetensors")).items():
+        parts["weight_shape"] = parts["weight_shape"].int()
+        format, data = detected(parts, config, module), sp.raw(parts)
+        weight = format.measure(sp.specs(parts))
+        assert format.describe(weight) == sp.specs(parts)
+        values = sp.decoded(format, data, weight)
+        assert torch.equal(values, expected.get(f"{module}.weight", values)), module
+        assert sp.same(sp.kept(format.settled(weight), weight, data, values), data), module
+        assert format.settled(weight) == replace(format, shape_dtype="I64").settled(weight)  # one grid
+
+
+def test_a_shape_of_another_kind_is_refused():
+    parts = CompressedTensors(Scheme(PACK, 4, group_size=32)).describe(TensorSpec("BF16", (8, 64)))
+    for spec in (TensorSpec("I16", (2,)), TensorSpec("F32", (2,)), TensorSpec("I64", (3,))):
+        read = lambda part, spec=spec: bytes(spec.nbytes)  # noqa: E731
+        with pytest.raises(InputError, match=r"x\.weight_shape: is .* expected two integers, I64 or I32"):
+            CompressedTensors.detect(
+                parts | {"weight_shape": spec}, config_of(Scheme(PACK, 4, group_size=32)), "x", read
+            )
 
 
 def test_a_shape_that_lies_is_found_when_it_is_read():
