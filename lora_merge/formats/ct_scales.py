@@ -51,7 +51,7 @@ class Fp4(Codebook):
         return (len(E2M1) + code).where(~levels.signbit(), len(E2M1) - 1 - code).int()
 
 
-def fp4(scale: torch.Tensor, group: int, dtype: torch.dtype, whole: torch.Tensor | None = None) -> Fp4:
+def fp4(scale: torch.Tensor, group: int, dtype: torch.dtype | None = None, whole: torch.Tensor | None = None) -> Fp4:
     """The grid of e2m1 codes with these scales, float32 `[n, groups]`; ties go to the even code."""
     import torch
 

@@ -2,7 +2,7 @@
 
     part          dtype     shape      meaning
     weight        F8_E4M3   [out, in]  the codes
-    weight_scale  F32       [out, 1]   w = code * weight_scale[row], in float32, rounded to the dtype of the model
+    weight_scale  F32       [out, 1]   w = code * weight_scale[row], in float32
 
 Experts of Llama 4 (`gate_up_proj_scale` beside `gate_up_proj`) are not read: its writer and its loader differ in the
 axis of their scales. https://github.com/huggingface/transformers/blob/main/src/transformers/integrations/fbgemm_fp8.py

@@ -8,7 +8,8 @@
                                             [out] or [out, 1]            one a row
     experts.gate_up_proj, experts.down_proj and the same with _scale_inv: stacks [experts, out, in] of the above
 
-w = code * weight_scale_inv, in float32, rounded to the dtype of the model; despite its name it multiplies. Its other
+w = code * weight_scale_inv in float32, and rounded to no narrower dtype: kernels multiply the two so, and loaders give
+that product bit for bit to a float32 model. Despite its name the scale multiplies. Its other
 names: `weight_scale` (AutoFP8, vLLM), `scale` (DeepSeek-V4), `qscale_weight` (Mistral). Scales are powers of two where
 config.json says `scale_fmt: ue8m0`, stored as floats or as exponents. Loaders without a GPU take the block from
 the shapes and go wrong where the last one is short, so such weights are read and merged, not made.
@@ -60,7 +61,7 @@ class FP8(Quantized):
     part:    name of the part that holds the scales; `scale` its dtype, `rank` its number of dimensions.
     block:   rows and columns that share a scale; 0: all of them.
     power:   whether scales are powers of two.
-    dtype:   in which the weight decodes.
+    dtype:   of the model, in which loaders hold the weight without its codes.
     coding:  dtype of the weight that is being converted; only the bytes of ModelOpt depend on it.
     peak:    largest magnitude of the weight, where it has but one scale.
     whole_blocks: whether weights that leave short blocks at their edges are refused.
@@ -294,10 +295,7 @@ class FP8(Quantized):
 
     def _grid(self, scale: torch.Tensor, inverse: torch.Tensor | None, columns: int) -> Grid:
         """The grid of scales `[rows, groups]`."""
-        return scales.Scaled8(
-            kind=torch_dtype(self.codes), scale=scale, inverse=inverse, group=self._wide(columns),
-            dtype=torch_dtype(self.dtype),
-        )  # fmt: skip
+        return scales.Scaled8(kind=torch_dtype(self.codes), scale=scale, inverse=inverse, group=self._wide(columns))
 
 
 @dataclass(frozen=True, slots=True)

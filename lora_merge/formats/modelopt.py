@@ -11,7 +11,7 @@ W4A8_NVFP4_FP8                                                                  
                            weight_scale    F8_E4M3  [out, in/16]                 in/32 in W4A8_NVFP4_FP8
                            weight_scale_2  F32      []                           the same for q, k, v and for gate, up
 
-Products are float32, rounded to the dtype of the model. Static scales of activations (`input_scale`) lie beside. New
+Products are float32, and rounded to no narrower dtype. Static scales of activations (`input_scale`) lie beside. New
 weights get FP8_PER_CHANNEL_PER_TOKEN or W4A16_NVFP4, which need none. config.json has it as `quantization_config`;
 older checkpoints only `hf_quant_config.json`, under other names.
 https://github.com/NVIDIA/Model-Optimizer/blob/main/modelopt/torch/export/quant_utils.py
@@ -242,9 +242,9 @@ class ModelOptFP4(ModelOpt):
         return f"modelopt nvfp4 {self.block[1]}"
 
     def _marked(self, marks: torch.Tensor, whole: torch.Tensor, fresh: bool = False) -> MarkedFp4:
-        plain = fp4(marks.float() * whole, self.block[1], torch_dtype(self.dtype), whole)
+        plain = fp4(marks.float() * whole, self.block[1], whole=whole)
         return MarkedFp4(
-            table=plain.table, scale=plain.scale, group=plain.group, dtype=plain.dtype, whole=whole, marks=marks,
+            table=plain.table, scale=plain.scale, group=plain.group, whole=whole, marks=marks,
             fresh=fresh,
         )  # fmt: skip
 

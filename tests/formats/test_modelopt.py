@@ -85,9 +85,9 @@ def test_checkpoints_decode_bit_for_bit_and_go_back(name):
         assert weight == TensorSpec("BF16", tuple(originals()[f"{module}.weight"].shape))
         assert format.describe(weight) == sp.specs(parts)
         values = sp.decoded(format, data, weight)
-        assert torch.equal(values, by_the_book(parts).bfloat16().float())
+        assert torch.equal(values, by_the_book(parts))
         if f"{module}.weight" in expected:
-            assert torch.equal(values, expected.pop(f"{module}.weight"))
+            assert torch.equal(values.bfloat16().float(), expected.pop(f"{module}.weight"))  # as the library rounds
         assert sp.same(sp.kept(format.settled(weight), weight, data, values), data), module
         codes, grid = format.unpack(data, *weight.shape)
         again = sp.blank(format, weight)
