@@ -8,11 +8,12 @@ from pathlib import Path
 
 from lora_merge.checkpoint import Checkpoint, open_adapter, open_base
 from lora_merge.draft import Draft
-from lora_merge.formats import Quantized
+from lora_merge.formats import KNOWN_METHODS, Quantized, unread
 from lora_merge.results import InspectedTensor, Inspection
 from lora_merge.targets import declared
 
 FACTOR = re.compile(r"\.lora_[abAB](\.|$)")
+UNKNOWN = "codes of a quantization that is not known"
 SHOWN = {
     "checkpoint": ("model_type", "architectures", "dtype", "torch_dtype", "tie_word_embeddings", "vocab_size"),
     "adapter": ("peft_type", "base_model_name_or_path", "r", "lora_alpha", "use_rslora", "use_dora", "peft_version"),
@@ -52,9 +53,12 @@ def _is_adapter(path: Path) -> bool:
 
 def _format(opened: Checkpoint) -> str:
     draft = Draft.of(opened)
+    if found := unread.named(opened.tensors, draft.config):
+        return f"{found[0].name} (not read)"
     draft.gather()
     coded = Counter(str(stored.format) for stored in draft.weights.values() if isinstance(stored.format, Quantized))
     if coded or (said := declared(draft.config)) is None:
         plain = {stored.format.name for stored in draft.weights.values()}
-        return ", ".join(coded) or ", ".join(plain) or "no float weights"
-    return said
+        plain |= {UNKNOWN} if unread.codes(draft.specs, draft.weights) else set()
+        return ", ".join(coded) or ", ".join(sorted(plain)) or "no float weights"
+    return f"{said} (not read)" if unread.unknown_method(draft.config, KNOWN_METHODS) else said

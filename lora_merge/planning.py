@@ -24,7 +24,7 @@ from lora_merge.keys import Resolver
 from lora_merge.replication import replicate
 from lora_merge.request import Request
 from lora_merge.skeleton import build
-from lora_merge.targets import Targets, decide, declared, quantization
+from lora_merge.targets import Targets, check_read, decide, declared, quantization
 from lora_merge.ties import is_vocabulary
 
 CONFIG = "config.json"
@@ -50,6 +50,7 @@ def make(
     draft.notes += [note for reading in readings for note in reading.notes]
     _replicate(draft, readings)
     draft.gather(turned=request.quantizes)
+    check_read(draft.weights, draft.config, draft.specs)
     wishes = _resolve(draft, adapters, readings, request.allow_unused)
     targets = decide(request, draft.weights, draft.config, draft.specs)
     draft.changes |= targets.changes

@@ -11,8 +11,8 @@ from typing import Any
 
 from lora_merge.adapters.layers import is_conv1d
 from lora_merge.errors import UnsupportedError, UsageError, listed, printable
-from lora_merge.formats import FORMATS, QUANTIZED, Format, Plain, Quantized, Stored, Wanted
-from lora_merge.formats.base import SECTION, ConfigPath
+from lora_merge.formats import FORMATS, KNOWN_METHODS, QUANTIZED, Format, Plain, Quantized, Stored, Wanted, unread
+from lora_merge.formats.base import SECTION, ConfigPath, sections
 from lora_merge.formats.chatglm import is_chatglm
 from lora_merge.formats.plain import WRITABLE
 from lora_merge.linears import Linears, linears
@@ -32,6 +32,25 @@ class Targets:
     own_files: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
 
 
+def check_read(weights: Mapping[str, Stored], config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> None:
+    """Raise UnsupportedError for a base in a quantization that is not known, which would be taken for a plain one.
+
+    weights, tensors: as for `decide`.
+    """
+    if any(isinstance(stored.format, Quantized) for stored in weights.values()):
+        return
+    if unread.unknown_method(config, KNOWN_METHODS):
+        raise _unreadable(str(declared(config)))
+    unread.refuse_codes(unread.codes(tensors, weights), "the base is not plain")
+
+
+def _unreadable(said: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"config.json says that the base is quantized ({printable(said)}), and no weight in a format that can be read "
+        "is found; take the unquantized original, or a checkpoint in one of the formats that README.md lists"
+    )
+
+
 def decide(
     request: Request, weights: Mapping[str, Stored], config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]
 ) -> Targets:
@@ -43,10 +62,9 @@ def decide(
     present = {name: stored for name, stored in weights.items() if isinstance(stored.format, Quantized)}
     said = declared(config)
     if said and not present and (request.quantizes or request.decodes):
-        raise UnsupportedError(
-            f"config.json says that the base is quantized ({said}), and no weight in a format that can be read is "
-            "found; take the unquantized original, or a checkpoint in one of the formats that README.md lists"
-        )
+        raise _unreadable(said)
+    if request.quantizes or request.decodes or request.dtype:
+        unread.refuse_codes(unread.codes(tensors, weights), "the base can only be written as it is stored")
     plain = {name: _plain(name, stored, request, config) for name, stored in weights.items()}
     if request.decodes:
         _check_sixteen_bits(request, weights, plain)
@@ -67,9 +85,9 @@ def quantization(config: Mapping[str, Any]) -> str:
 
 def declared(config: Mapping[str, Any]) -> str | None:
     """The quantization that config.json names, or None."""
-    section = config.get(SECTION) or {}
+    bodies = (body for _, body in sections(config) if isinstance(body, Mapping))
+    method = next((body["quant_method"] for body in bodies if body.get("quant_method")), None)
     bits = config.get("quantization_bit")
-    method = section.get("quant_method") if isinstance(section, Mapping) else None
     return str(method) if method else f"ChatGLM int{bits}" if bits else None
 
 

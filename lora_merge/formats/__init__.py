@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from lora_merge.errors import InputError, printable
-from lora_merge.formats import inc
-from lora_merge.formats.auto_round import AutoRound
+from lora_merge.formats import unread
+from lora_merge.formats.auto_round import METHODS, AutoRound
 from lora_merge.formats.awq import AWQ, AWQGemv, AWQGemvFast
 from lora_merge.formats.base import Cut, Format, Parts, Quantized, Stored, Wanted
 from lora_merge.formats.bitsandbytes import Bitsandbytes
@@ -39,6 +39,8 @@ VARIANTS: tuple[type[Quantized], ...] = (AWQGemv, AWQGemvFast, FP8Experts)
 FORMATS: dict[str, type[Plain | Quantized]] = {"plain": Plain, **QUANTIZED}
 """By the word on the command line, which is the `quant_method` of config.json. The first that knows the parts of a
 weight has it: the tensors decide, not the config."""
+KNOWN_METHODS = frozenset({*QUANTIZED, *FP8.methods, *METHODS})
+"""Each `quant_method` that one of these formats goes by."""
 DENSE_BLOCKS = re.compile(r"(.*\.experts\.(?:gate_up|down)_proj)_blocks")
 
 
@@ -50,7 +52,7 @@ def weights(
 
     read: the bytes of a small tensor. Raises InputError and UnsupportedError as `Quantized.detect` does.
     """
-    inc.refuse(tensors)
+    unread.refuse(tensors, config)
     found: dict[str, Stored] = {}
     taken: set[str] = set()
     for kind in (*QUANTIZED.values(), *VARIANTS):

@@ -17,7 +17,6 @@ from lora_merge.formats import fp8_scales as scales
 from lora_merge.formats.base import Wanted
 from lora_merge.formats.fbgemm_fp8 import FbgemmFP8
 from lora_merge.formats.fp8 import BLOCK, FP8, INVERSE, ROW, WHOLE, FP8Experts
-from lora_merge.formats.inc import refuse
 from lora_merge.formats.plain import LIMITS
 from lora_merge.spec import TensorSpec
 
@@ -479,11 +478,3 @@ def test_fbgemm_has_a_scale_a_row():
             "quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0, "modules_to_not_convert": ["lm_head"],
         }
     }  # fmt: skip
-
-
-def test_raw_gaudi_weights_say_the_way_out():
-    refuse(["model.layers.0.q_proj.weight", "model.layers.0.q_proj.weight_scale", "scale_weights.x"])
-    with pytest.raises(UnsupportedError, match=r'q_proj.scale_weight.*format="vllm"'):
-        refuse(["model.layers.0.q_proj.weight", "model.layers.0.q_proj.scale_weight"])
-    with pytest.raises(UnsupportedError, match="scale_weight_0_8"):
-        refuse(["model.layers.0.q_proj.scale_weight_0_8"])

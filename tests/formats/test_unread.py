@@ -1,0 +1,202 @@
+"""Checkpoints in quantizations that are not read: refused by name, never taken for plain ones."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import lora_merge
+from lora_merge.errors import UnsupportedError
+from lora_merge.formats import KNOWN_METHODS, unread
+from lora_merge.spec import TensorSpec
+
+FIXTURES = Path(__file__).parents[2] / "fixtures"
+STEM = "model.layers.0.mlp.up_proj"
+I8, I16, I32, I64, U8, U32 = torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint32
+F16, F32, F8 = torch.float16, torch.float32, torch.float8_e4m3fn
+LAYOUTS = {
+    "optimum-quanto": {"weight._data": (I8, 64, 32), "weight._scale": (F16, 64, 1), "input_scale": (F32,)},
+    "optimum-quanto qint4": {
+        "weight._data._data": (U8, 32, 32), "weight._scale": (F16, 64, 1), "weight._shift": (F16, 64, 1),
+    },
+    "HQQ": {"W_q": (U8, 32, 32), "scale": (F16, 64, 1), "zero": (F16, 64, 1), "shape": (I64, 2), "axis": (I32,)},
+    "torchao": {"_weight_qdata": (I8, 64, 32), "_weight_scale": (F32, 64, 1)},
+    "torchao int4": {"_weight_qdata": (I32, 8, 1, 32, 4), "_weight_scale_and_zero": (F16, 1, 64, 2)},
+    "EETQ": {"weight": (I8, 32, 64), "weight_scales": (F16, 64)},
+    "AQLM": {"codes": (I8, 64, 4, 2), "codebooks": (F16, 2, 256, 1, 8), "scales": (F16, 64, 1, 1, 1)},
+    "SpQR": {"dense_weights": (I64, 64), "row_offsets": (I32, 65), "col_vals": (I32, 9), "in_perm": (I16, 32)},
+    "VPTQ": {"centroids.weight": (F16, 1, 1024), "indices": (I32, 1, 8, 16), "weight_scale": (F16, 32)},
+    "HIGGS": {"weight": (I16, 16, 64), "scales": (F16, 64, 1), "tables": (F16, 16), "tables2": (F32, 16, 16, 1)},
+    "QuIP#": {"Qidxs_0": (I64, 64, 4), "SU": (F16, 32), "SV": (F16, 64), "Wscale": (F32,)},
+    "EXL2": {"q_weight": (I32, 4, 64), "q_scale": (I32, 1, 8), "q_groups": (I16, 2), "q_invperm": (I16, 32)},
+    "EXL3": {"trellis": (I16, 2, 4, 48), "suh": (F16, 32), "svh": (F16, 64)},
+    "SqueezeLLM": {"qweight": (I32, 4, 64), "lookup_table": (F16, 64, 16)},
+    "MLX": {"weight": (U32, 64, 4), "scales": (F16, 64, 1), "biases": (F16, 64, 1)},
+    "FP-Quant": {"qweight": (U8, 64, 16), "scales": (U8, 64, 1), "dqweight": (F16, 0)},
+    "Gaudis": {"weight": (F8, 32, 64), "scale_weight": (F32,)},
+    "Gaudis by rank": {"weight": (F8, 32, 64), "scale_weight_0_8": (F32,)},
+}  # fmt: skip
+UNNAMED = {
+    "int8 and scale": {"weight": (I8, 64, 32), "dequant_scale": (F32,)},
+    "int8 and a step": {"weight": (I8, 64, 32), "a": (F32,)},
+    "fp8 and scale": {"weight": (F8, 64, 32), "dequant_scale": (F32, 1)},
+    "nibbles": {"packed": (U8, 64, 16), "absmax": (F32, 64)},
+    "words": {"qweight_packed": (I32, 64, 4), "zeros_and_scales": (F16, 64, 2)},
+}
+BESIDE = {"model.embed_tokens.weight": (F16, 48, 32), "model.norm.weight": (F16, 32)}
+ADAPTED = "model.embed_tokens"
+
+
+def checkpoint(folder, parts, section=None):
+    folder.mkdir()
+    tensors = {f"{STEM}.{part}": torch.zeros(shape, dtype=dtype) for part, (dtype, *shape) in parts.items()}
+    tensors |= {name: torch.ones(shape, dtype=dtype) for name, (dtype, *shape) in BESIDE.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    body = {"model_type": "made_up"} | ({"quantization_config": section} if section else {})
+    (folder / "config.json").write_text(json.dumps(body))
+    return folder
+
+
+def adapter(folder):
+    """A LoRA on a tensor that is stored plain, so that nothing but the quantization is in its way."""
+    folder.mkdir()
+    stem = f"base_model.model.{ADAPTED}"
+    save_file(
+        {f"{stem}.lora_embedding_A": torch.ones(2, 48), f"{stem}.lora_embedding_B": torch.ones(32, 2)},
+        folder / "adapter_model.safetensors",
+    )
+    body = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["embed_tokens"]}
+    (folder / "adapter_config.json").write_text(json.dumps(body))
+    return folder
+
+
+def refused(base, tmp_path, match):
+    lora = adapter(tmp_path / "adapter")
+    for adapters, words in (([], {}), ([lora], {}), ([], {"bits": 16, "dtype": "float16"}), ([lora], {"bits": 4})):
+        with pytest.raises(UnsupportedError, match=match) as caught:
+            lora_merge.merge(base, adapters, tmp_path / "out", **words)
+        assert caught.value.exit_code == 6
+        assert "Merge onto" in str(caught.value) or "take the unquantized original" in str(caught.value)
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_each_is_known_by_its_tensors(tmp_path, name):
+    """Also where config.json is silent, as optimum-quanto leaves it."""
+    base = checkpoint(tmp_path / "base", LAYOUTS[name])
+    refused(base, tmp_path, rf"quantized by .*{name.split()[0]}.* \({STEM}\..*which is not read")
+    assert lora_merge.inspect(base).kind.endswith("(not read)")
+    assert name.split()[0] in lora_merge.inspect(base).kind
+
+
+@pytest.mark.parametrize("method", [method for kind in unread.UNREAD for method in kind.methods])
+@pytest.mark.parametrize("place", ["top", "text"])
+def test_each_is_known_by_its_method(method, place):
+    section = {"quantization_config": {"quant_method": method.upper()}}
+    found = unread.named(["x.weight"], section if place == "top" else {"text_config": section})
+    assert found and method in found[0].methods and found[1] == f"quant_method {method} in config.json"
+
+
+def test_no_method_is_both_read_and_not():
+    assert not KNOWN_METHODS & {method for kind in unread.UNREAD for method in kind.methods}
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [("hqq_b4_axis1", "HQQ"), ("torchao_int8wo", "torchao"), ("aqlm_2x8", "AQLM"), ("eetq_sm80", "EETQ")],
+)
+def test_what_their_libraries_wrote(tmp_path, folder, name):
+    base = FIXTURES / "unread" / folder
+    refused(base, tmp_path, f"quantized by {name} ")
+    assert lora_merge.inspect(base).kind == f"{name} (not read)"
+    silent = tmp_path / "silent"
+    silent.mkdir()
+    (silent / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes())
+    (silent / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(UnsupportedError, match=f"quantized by {name} "):
+        lora_merge.plan(silent, [])
+
+
+@pytest.mark.parametrize("name", UNNAMED)
+def test_codes_of_an_unknown_make_are_refused(tmp_path, name):
+    base = checkpoint(tmp_path / "base", UNNAMED[name])
+    refused(base, tmp_path, rf"the base is not plain: {STEM}\.\w+ looks like codes of a quantization that is not known")
+    assert lora_merge.inspect(base).kind == "codes of a quantization that is not known, plain"
+
+
+def test_a_method_that_nobody_knows_is_refused(tmp_path):
+    base = checkpoint(tmp_path / "base", {"weight": (F16, 64, 32)}, {"quant_method": "exotic"})
+    refused(base, tmp_path, r"says that the base is quantized \(exotic\)")
+    assert lora_merge.inspect(base).kind == "exotic (not read)"
+
+
+PLAIN_TENSORS = {
+    "transformer.h.0.attn.bias": (U8, 1, 1, 16, 16),
+    "transformer.h.0.attn.masked_bias": (F32,),
+    "transformer.h.0.attn.logit_scale": (F32, 4),
+    "swin.layer.0.attention.self.logit_scale": (F32, 4, 1, 1),
+    "swin.layer.0.attention.self.relative_position_index": (I32, 16, 16),
+    "embeddings.position_ids": (I32, 1, 64),
+    "embeddings.token_type_ids": (I32, 1, 64),
+    "embeddings.scale": (F32, 1),
+    "norm.num_batches_tracked": (I64,),
+    "attention.attention_bias_idxs": (I32, 16, 16),
+    "attention.attention_biases": (F16, 4, 16),
+    "cast.weight": (F8, 16, 16),
+    "attention.W_q": (F16, 16, 16),
+    "quantizer.codebook": (F32, 16, 8),
+    "codec.codebooks": (F16, 4, 16, 8),
+    "mixer.B": (F32, 16, 4),
+    "k_scale": (F32,),
+    "mixer.centroids": (F32, 4, 4),
+}  # fmt: skip
+
+
+def test_what_plain_models_hold_is_no_code(tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    tensors = {name: torch.ones(shape, dtype=F32).to(dtype) for name, (dtype, *shape) in PLAIN_TENSORS.items()}
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    (base / "config.json").write_text('{"model_type": "made_up"}')
+    specs = {name: TensorSpec("X", tuple(shape)) for name, (_, *shape) in PLAIN_TENSORS.items()}
+    assert unread.named(specs, {}) is None
+    lora_merge.merge(base, [], tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
+    lora_merge.merge(base, [], tmp_path / "sixteen", dtype="bfloat16")
+    assert lora_merge.inspect(base).kind == "plain"
+
+
+@pytest.mark.parametrize(
+    "folder",
+    sorted(
+        path.parent.relative_to(FIXTURES).as_posix()
+        for path in FIXTURES.rglob("config.json")
+        if "unread" not in path.parts
+    ),
+)
+def test_what_is_read_is_not_refused(folder):
+    lora_merge.plan(FIXTURES / folder, [])
+    assert "not" not in lora_merge.inspect(FIXTURES / folder).kind
+
+
+def test_master_weights_of_bitnet_are_plain(tmp_path):
+    online = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}
+    base = checkpoint(tmp_path / "base", {"weight": (F16, 64, 32)}, online)
+    result = lora_merge.merge(base, adapter(tmp_path / "adapter"), tmp_path / "out")
+    assert len(result.weights) == 1
+    packed = checkpoint(tmp_path / "packed", {"weight": (U8, 16, 32), "weight_scale": (F16, 1)}, online)
+    with pytest.raises(UnsupportedError, match="look"):
+        lora_merge.plan(packed, [])
+
+
+def test_a_base_that_is_read_but_for_some_codes_is_kept_and_not_converted(tmp_path):
+    """Llama 4's FBGEMM experts are not read: their bytes stay, but they cannot become plain."""
+    parts = {"weight": (F8, 64, 32), "weight_scale": (F32, 64, 1)}
+    parts |= {"experts.gate_up_proj": (F8, 2, 32, 64), "experts.gate_up_proj_scale": (F32, 2, 1, 64)}
+    base = checkpoint(tmp_path / "base", parts, {"quant_method": "fbgemm_fp8"})
+    lora_merge.merge(base, adapter(tmp_path / "adapter"), tmp_path / "out")
+    for words in ({"bits": 16}, {"bits": 4}, {"dtype": "bfloat16"}):
+        with pytest.raises(UnsupportedError, match=r"only be written as it is stored: .*experts\.gate_up_proj looks"):
+            lora_merge.plan(base, [], **words)
