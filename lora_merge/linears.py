@@ -46,7 +46,7 @@ def linears(
         if name.endswith(".weight") and len(spec.shape) == 2 and spec.dtype in PLAIN_FLOATS
     }
     every = [name.removesuffix(".weight") for name in weights if name.removesuffix(".weight") in matrices]
-    named = _of_class(skeleton) if skeleton else _of_names(every)
+    named = of_class(skeleton) if skeleton else _of_names(every)
     known = set(named.values())
     if experts:
         named |= {module: module for module in every if EXPERT.fullmatch(module) and module not in known}
@@ -54,7 +54,7 @@ def linears(
         stored
         for module, stored in named.items()
         if stored in matrices
-        and not NOT_QUANTIZED.fullmatch(stored)
+        and not (NOT_QUANTIZED.fullmatch(stored) or NOT_QUANTIZED.fullmatch(module))
         and not any(pattern.search(stored) or pattern.search(module) for pattern in keep)
     }
     return Linears(
@@ -63,7 +63,7 @@ def linears(
     )
 
 
-def _of_class(skeleton: Skeleton) -> dict[str, str]:
+def of_class(skeleton: Skeleton) -> dict[str, str]:
     """Stored name of each linear that lies in one tensor, by its path in the model."""
     found = {}
     for module in skeleton.linear_modules():

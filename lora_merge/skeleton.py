@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from lora_merge.errors import printable
+from lora_merge.renaming import hidden, strays
 from lora_merge.spec import Target, TensorSpec
 
 DROPPED_KEYS = frozenset({
@@ -23,6 +24,7 @@ DROPPED_KEYS = frozenset({
 })  # fmt: skip
 """Config keys that shape no parameter, or could make a config class fetch something; private keys (`_...`) go too."""
 
+FLOAT = "__float__"
 MOST_REPEATS = 4096
 """More layers (or heads, stages) than this in a config would keep us building for minutes: not a real model."""
 
@@ -37,6 +39,11 @@ class Skeleton:
 
     parameters: shape of every parameter and persistent buffer, by path.
     linears:    paths of its `nn.Linear` modules.
+    derived:    those of them whose class is another one, with its name.
+    float32:    patterns of the modules that the class keeps in float32.
+    experts:    paths of the modules that hold the experts of a layer, with the names of their classes.
+    patterns:   of linears and experts whose path would be renamed as a stored name: one that matches it, and is not.
+    strays:     linears stored under another name, to which only their weight finds its way.
     tied:       alias -> source, for parameters that share memory as the config stands.
     places:     the stored tensors of each parameter; a parameter that is not in the files is absent.
     refusals:   parameters whose stored form cannot be told as rows of tensors, with the reason.
@@ -49,6 +56,11 @@ class Skeleton:
     tied: Mapping[str, str]
     places: Mapping[str, tuple[Target, ...]]
     refusals: Mapping[str, str]
+    derived: Mapping[str, str] = field(default_factory=dict)
+    float32: tuple[str, ...] = ()
+    experts: Mapping[str, str] = field(default_factory=dict)
+    patterns: Mapping[str, str] = field(default_factory=dict)
+    strays: frozenset[str] = frozenset()
 
     def linear_modules(self) -> tuple[str, ...]:
         """Paths of the `nn.Linear` modules, in declaration order."""
@@ -60,6 +72,14 @@ class Skeleton:
     def disk_tensors(self, parameter: str) -> tuple[Target, ...]:
         """Stored tensors of a parameter path (`model.layers.0.mlp.experts.gate_up_proj`); empty: not stored."""
         return self.places.get(parameter, ())
+
+    def keeps_float32(self, module: str) -> bool:
+        """Whether the class keeps a module in float32: loaders match its patterns at the beginning, up to a dot, and at
+        the end."""
+        return any(
+            module.endswith(pattern) or re.match(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", module)
+            for pattern in self.float32
+        )
 
     def tied_groups(self) -> tuple[tuple[str, ...], ...]:
         """Parameters that are one matrix, the source first in each group."""
@@ -90,7 +110,7 @@ def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in config.items():
         if key.startswith("_") or key in DROPPED_KEYS:
             continue
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and FLOAT not in value:
             value = plain_config(value)
         elif (
             isinstance(value, int)
@@ -98,8 +118,17 @@ def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
             and value > MOST_REPEATS
         ):
             raise NoSkeleton(f"{key} is {value}")
-        plain[key] = value
+        plain[key] = _number(value)
     return plain
+
+
+def _number(value: Any) -> Any:
+    """A value as transformers reads it: what JSON has no number for is an object `{"__float__": "Infinity"}`."""
+    if isinstance(value, list):
+        return [_number(one) for one in value]
+    if isinstance(value, Mapping) and list(value) == [FLOAT] and value[FLOAT] in ("Infinity", "-Infinity", "NaN"):
+        return float(value[FLOAT])
+    return value
 
 
 def _on_meta(config: Mapping[str, Any]) -> Any:
@@ -131,29 +160,37 @@ def _on_meta(config: Mapping[str, Any]) -> Any:
 
 def _describe(model: Any, tensors: Mapping[str, TensorSpec]) -> Skeleton:
     import torch
+    from transformers.conversion_mapping import get_model_conversion_mapping
 
     parameters = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     prefix = str(model.base_model_prefix or "")
-    places, refusals = _places(model, parameters, prefix, tensors)
+    mapping = get_model_conversion_mapping(model)
+    places, refusals = _places(mapping, parameters, prefix, tensors)
+    modules = dict(model.named_modules())
+    linears = {name: type(module) for name, module in modules.items() if isinstance(module, torch.nn.Linear)}
+    experts = {name: type(module).__name__ for name, module in modules.items() if name.endswith(".experts")}
     return Skeleton(
         class_name=type(model).__name__,
         base_model_prefix=prefix,
         parameters=parameters,
-        linears=tuple(name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)),
+        linears=tuple(linears),
         tied=dict(getattr(model, "all_tied_weights_keys", None) or {}),
         places=places,
         refusals=refusals,
+        derived={name: kind.__name__ for name, kind in linears.items() if kind is not torch.nn.Linear},
+        float32=tuple(getattr(model, "_keep_in_fp32_modules", None) or ()),
+        experts=experts,
+        patterns=hidden(mapping, (*linears, *experts)),
+        strays=strays(mapping, places, linears),
     )
 
 
 def _places(
-    model: Any, parameters: Mapping[str, tuple[int, ...]], prefix: str, tensors: Mapping[str, TensorSpec]
+    mapping: Sequence[Any], parameters: Mapping[str, tuple[int, ...]], prefix: str, tensors: Mapping[str, TensorSpec]
 ) -> tuple[dict[str, tuple[Target, ...]], dict[str, str]]:
     """Run transformers' renamings and converters over the stored names, and turn them round."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter
 
-    mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if not isinstance(entry, WeightConverter)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     places: dict[str, tuple[Target, ...]] = {}

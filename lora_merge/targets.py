@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from lora_merge.formats.base import SECTION, ConfigPath, sections
 from lora_merge.formats.chatglm import is_chatglm
 from lora_merge.formats.plain import WRITABLE
 from lora_merge.linears import Linears, linears
+from lora_merge.loaders import fitted, lost, still_plain
 from lora_merge.request import DTYPES, Request
 from lora_merge.skeleton import NoSkeleton, Skeleton, build
 from lora_merge.spec import PLAIN_FLOATS, TensorSpec
@@ -73,8 +74,9 @@ def decide(
     keep = [re.compile(pattern) for pattern in request.keep]
     if kind is None or _is_as_asked(request, kind, present):
         return _own(keep, present, plain, config, tensors)
-    chosen = _chosen(kind, keep, present, weights, config, tensors)
-    return _quantized(request, kind, chosen, present, plain, weights, config)
+    model = skeleton(config, tensors)
+    chosen = _chosen(kind, keep, present, weights, config, tensors, model)
+    return _quantized(request, kind, chosen, present, plain, weights, config, model, tensors)
 
 
 def quantization(config: Mapping[str, Any]) -> str:
@@ -137,9 +139,10 @@ def _own(
         raise UnsupportedError("--keep on a base in several formats; choose one with --format")
     kind = kinds[0]
     written: dict[str, Any] = {name.removesuffix(kind.logical): format for name, format in own.items()}
-    every = linears(tensors, skeleton(config, tensors), experts=kind.expert_linears)
-    kept = [module for module in (*every.chosen, *every.kept) if module not in written]
-    changes = kind.config_changes(written, kept, config)
+    before = [name.removesuffix(kind.logical) for name in present]
+    changes = kind.config_changes(
+        written, still_plain(kind, skeleton(config, tensors), tensors, before, written), config
+    )
     own_files = _own_file(kind, changes)
     return Targets({**plain, **own}, changes, own_files=own_files)
 
@@ -193,9 +196,10 @@ def _chosen(
     weights: Mapping[str, Stored],
     config: Mapping[str, Any],
     tensors: Mapping[str, TensorSpec],
+    model: Skeleton | None,
 ) -> Linears:
     """The modules to quantize: those that are, or in a plain base those that its class or this format's loader has."""
-    found = linears(tensors, skeleton(config, tensors), keep, kind.expert_linears)
+    found = linears(tensors, model, keep, kind.expert_linears)
     logical = kind.logical
     modules = {name.removesuffix(logical): name for name in weights if name.endswith(logical)}
     if present:
@@ -240,6 +244,8 @@ def _quantized(
     plain: Mapping[str, Plain],
     weights: Mapping[str, Stored],
     config: Mapping[str, Any],
+    model: Skeleton | None,
+    tensors: Collection[str],
 ) -> Targets:
     """Every chosen weight in one format; those that it cannot hold stay plain, and config.json says so."""
     specs = {module: weights[module + kind.logical].weight for module in found.chosen}
@@ -262,12 +268,19 @@ def _quantized(
     format = kind.preset(wanted, specs)
     reasons = {module: reason for module, spec in specs.items() if (reason := format.refusal(spec))}
     written = {module: format for module in specs if module not in reasons}
+    fit = fitted(kind.loader, model, tensors, list(written), [*found.kept, *reasons])
+    written = dict.fromkeys(fit.written, format)
+    reasons |= fit.reasons
     if not written:
         raise UnsupportedError(f"no weight can be written as {format}: {listed(set(reasons.values()), 3)}")
-    kept = [*found.kept, *reasons]
     changes = {path: value for old in _kinds(present) for path, value in old.plain_changes(config).items()}
-    changes |= kind.config_changes(written, kept, config)
+    changes |= kind.config_changes(written, fit.kept, config)
     notes = [f"{printable(module)} stays plain: {reason}" for module, reason in reasons.items()]
+    if missing := lost(kind.loader, model, format.describe(next(iter(specs.values()))), written):
+        notes.append(
+            f"transformers' loader of {kind.name} cannot open this output: it does not fill {listed(missing, 2)}, "
+            "which the class makes of weights that are stored otherwise. Choose another --format for transformers"
+        )
     own_files = {old.own_file: None for old in _kinds(present) if old.own_file} | _own_file(kind, changes)
     formats: dict[str, Format | Quantized] = dict(plain)
     formats |= {module + kind.logical: format for module in written}

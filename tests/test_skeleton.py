@@ -211,3 +211,12 @@ def test_split_and_joined_matrices_are_spans_of_rows() -> None:
     assert strange == "a.xy is stored in another layout (Step of a.x)"
     part = sk.compose(join, "a.xy", {"x": ["a.x"]}, parameters, tensors)
     assert part == "a.xy is stored only in part (a.x, ...)"
+
+
+def test_numbers_that_json_does_not_have_are_read_as_transformers_writes_them():
+    config = {
+        "limits": [0.0, {"__float__": "Infinity"}],
+        "least": {"__float__": "-Infinity"},
+        "odd": {"__float__": "x"},
+    }
+    assert sk.plain_config(config) == {"limits": [0.0, float("inf")], "least": float("-inf"), "odd": {"__float__": "x"}}

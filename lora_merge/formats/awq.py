@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_merge import bits as codec
 from lora_merge.errors import InputError, UnsupportedError
-from lora_merge.formats.base import SECTION, ConfigPath, Cut, Parts, Quantized, ReadPart, Wanted, sections
+from lora_merge.formats.base import SECTION, ConfigPath, Cut, Loader, Parts, Quantized, ReadPart, Wanted, sections
 from lora_merge.formats.plain import LIMITS
 from lora_merge.formats.raw import fill, numbers, torch_dtype
 from lora_merge.spec import BITS, TensorSpec
@@ -132,6 +132,7 @@ class AWQ(Layout):
 
     name: ClassVar[str] = METHOD
     version: ClassVar[str] = "gemm"
+    loader: ClassVar[Loader | None] = Loader(by_end=True)
 
     @classmethod
     def detect(cls, parts: Parts, config: Mapping[str, Any], module: str, read: ReadPart) -> Self | None:

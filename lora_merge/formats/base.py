@@ -62,6 +62,31 @@ class Wanted:
     double_quant: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Loader:
+    """What transformers' loader of a format takes for quantized.
+
+    derived: linears whose class is derived from Linear, too.
+    by_end: its list of what stays plain goes by the beginnings of names up to a dot, and by their ends.
+    renames: it renames that list as if it were names of stored modules.
+    experts: what it makes of experts that are stored one by one where the class stacks them: "linears", "merged" into
+        a stack of codes, or "stacks", which must be plain.
+    own_experts: it has a module of its own for experts, unless they are listed.
+    split_experts: classes of experts that it takes apart.
+    cuts: it opens classes that cut one stored weight into several.
+    loses_plain: parts that weights have for which it drops plain ones where the class puts one together from several.
+    """
+
+    derived: bool = True
+    by_end: bool = False
+    renames: bool = False
+    experts: str = "stacks"
+    own_experts: bool = False
+    split_experts: tuple[str, ...] = ()
+    cuts: bool = True
+    loses_plain: tuple[str, ...] = ()
+
+
 class Format(Protocol):
     """One way to store a weight, with its parameters (dtype, bits, group size, ...); frozen.
 
@@ -129,6 +154,8 @@ class Quantized(ABC):
     """Parts whose dtype does not say what their bytes are."""
     expert_linears: ClassVar[bool] = False
     """Loaders take experts that are stored one by one as linears, though the model class stacks them."""
+    loader: ClassVar[Loader | None] = None
+    """None where transformers loads no checkpoints of this format, or quantizes what the tensors say."""
     conv1d: ClassVar[bool] = False
     """Its loader quantizes transformers' Conv1D as well, whose weights then lie `[out, in]` as those of a linear."""
     fused: ClassVar[bool] = False

@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_merge import bits as codec
 from lora_merge.errors import InputError, UnsupportedError, printable
-from lora_merge.formats.base import SECTION, ConfigPath, Cut, Parts, Quantized, ReadPart, Wanted, shown
+from lora_merge.formats.base import SECTION, ConfigPath, Cut, Loader, Parts, Quantized, ReadPart, Wanted, shown
 from lora_merge.formats.bnb_config import METHOD, check_kept, section
 from lora_merge.formats.bnb_grids import STEP, Blocks, Doubled, Int8Rows, block_absmax, gathered, rising, spread
 from lora_merge.formats.bnb_state import DTYPES, LEVELS, NAMES, NESTED, Nesting, QuantState
@@ -64,6 +64,7 @@ class Bitsandbytes(Quantized):
 
     __slots__ = ()
     name: ClassVar[str] = METHOD
+    loader: ClassVar[Loader | None] = Loader(derived=False, by_end=True, split_experts=("Llama4TextExperts",))
     conv1d: ClassVar[bool] = True
     part_names: ClassVar[tuple[str, ...]] = (
         "weight", "weight.absmax", "weight.quant_map", QUANT_STATE + "nf4", QUANT_STATE + "fp4",

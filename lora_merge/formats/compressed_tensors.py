@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from lora_merge.errors import InputError, UnsupportedError
 from lora_merge.formats import ct_codes as layout
 from lora_merge.formats import ct_scales as scales
-from lora_merge.formats.base import ConfigPath, Cut, Parts, Quantized, ReadPart, Wanted, shown
+from lora_merge.formats.base import ConfigPath, Cut, Loader, Parts, Quantized, ReadPart, Wanted, shown
 from lora_merge.formats.ct_recipe import Recipe, quantization_config, section
 from lora_merge.formats.ct_schemes import NVFP4, PACK, Scheme, preset, uniform_group_size
 from lora_merge.formats.plain import LIMITS
@@ -73,6 +73,9 @@ class CompressedTensors(Quantized):
 
     name: ClassVar[str] = "compressed-tensors"
     expert_linears: ClassVar[bool] = True
+    loader: ClassVar[Loader | None] = Loader(
+        experts="linears", split_experts=("Llama4TextExperts",), cuts=False, loses_plain=("weight_packed",)
+    )
     marks: ClassVar[tuple[str, ...]] = ("weight_scale",)
     part_names: ClassVar[tuple[str, ...]] = (
         "weight_packed", "weight", "weight_scale", "weight_global_scale", "weight_zero_point", "weight_shape",

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lora_merge.formats.base import ConfigPath, Parts, ReadPart, Wanted
+from lora_merge.formats.base import ConfigPath, Loader, Parts, ReadPart, Wanted
 from lora_merge.formats.fp8 import FP8, ROW, SECTION, quantization, still_skipped
 from lora_merge.spec import TensorSpec
 
@@ -37,6 +37,7 @@ class FbgemmFP8(FP8):
     marks: ClassVar[tuple[str, ...]] = ("weight_scale",)
     part_names: ClassVar[tuple[str, ...]] = ("weight", "weight_scale")
     beside: ClassVar[tuple[str, ...]] = ("input_scale_ub",)
+    loader: ClassVar[Loader | None] = Loader(by_end=True, own_experts=True)
     methods: ClassVar[tuple[str, ...]] = ("fbgemm_fp8",)
 
     @classmethod

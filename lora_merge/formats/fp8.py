@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from lora_merge.config_paths import at, text_parts
 from lora_merge.errors import InputError, UnsupportedError
 from lora_merge.formats import fp8_scales as scales
-from lora_merge.formats.base import ConfigPath, Cut, Parts, Quantized, ReadPart, Wanted, shown
+from lora_merge.formats.base import ConfigPath, Cut, Loader, Parts, Quantized, ReadPart, Wanted, shown
 from lora_merge.formats.ct_scales import largest
 from lora_merge.formats.plain import LIMITS
 from lora_merge.formats.raw import fill, torch_dtype
@@ -85,6 +85,9 @@ class FP8(Quantized):
     beside: ClassVar[tuple[str, ...]] = ("input_scale", "activation_scale", "qscale_act")
     """Measured scales of what goes into the linear. A merge leaves them as they are, though it moves what they were
     measured on."""
+    loader: ClassVar[Loader | None] = Loader(
+        derived=False, by_end=True, renames=True, experts="merged", own_experts=True, cuts=False
+    )
     methods: ClassVar[tuple[str, ...]] = ("fp8", "mxfp8")
     """What `quant_method` calls it."""
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_merge import bits as codec
 from lora_merge.errors import InputError, UnsupportedError
-from lora_merge.formats.base import SECTION, ConfigPath, Cut, Parts, Quantized, ReadPart, Wanted
+from lora_merge.formats.base import SECTION, ConfigPath, Cut, Loader, Parts, Quantized, ReadPart, Wanted
 from lora_merge.formats.ct_schemes import uniform_group_size
 from lora_merge.formats.gptq_config import Said, changed_section, section
 from lora_merge.formats.plain import LIMITS
@@ -66,6 +66,7 @@ class GPTQ(Quantized):
     order: bytes | None = field(default=None, repr=False)
 
     name: ClassVar[str] = "gptq"
+    loader: ClassVar[Loader | None] = Loader(derived=False)
     part_names: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales", "g_idx")
     marks: ClassVar[tuple[str, ...]] = ("qweight",)
     own_file: ClassVar[str | None] = "quantize_config.json"

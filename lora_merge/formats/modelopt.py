@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from lora_merge.errors import InputError, UnsupportedError
 from lora_merge.formats import ct_codes as layout
 from lora_merge.formats import fp8_scales as scales
-from lora_merge.formats.base import ConfigPath, Cut, Parts, ReadPart, Wanted, shown
+from lora_merge.formats.base import ConfigPath, Cut, Loader, Parts, ReadPart, Wanted, shown
 from lora_merge.formats.ct_scales import E2M1, LARGEST_E4M3, Fp4, fp4, largest
 from lora_merge.formats.ct_schemes import NVFP4, Scheme
 from lora_merge.formats.fp8 import FP8, MICRO, ROW, SECTION, WHOLE, model_dtype, quantization, still_skipped
@@ -62,6 +62,7 @@ class ModelOpt(FP8):
     marks: ClassVar[tuple[str, ...]] = ("weight_scale",)
     part_names: ClassVar[tuple[str, ...]] = ("weight", "weight_scale", "weight_scale_2", *ROTATED)
     beside: ClassVar[tuple[str, ...]] = ("input_scale",)
+    loader: ClassVar[Loader | None] = None
     methods: ClassVar[tuple[str, ...]] = ("modelopt",)
     own_file: ClassVar[str | None] = "hf_quant_config.json"
 

@@ -1,0 +1,141 @@
+"""Tiny models of some families in quantized formats, opened by transformers: every key fits, and what is computed is
+what the decoded weights compute. `benchmarks/families.py` does the same for every family."""
+
+import json
+
+import families
+import opened
+import pytest
+import torch
+
+import lora_merge
+from lora_merge.errors import UnsupportedError
+
+pytest.importorskip("accelerate")
+pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own
+MODELS = {
+    "mixtral": ("causal", "MixtralForCausalLM"),
+    "qwen3_moe": ("causal", "Qwen3MoeForCausalLM"),
+    "t5": ("seq2seq", "T5ForConditionalGeneration"),
+    "qwen2_vl": ("image-text", "Qwen2VLForConditionalGeneration"),
+    "falcon": ("causal", "FalconForCausalLM"),
+    "gpt_oss": ("causal", "GptOssForCausalLM"),
+}
+LIBRARIES = {
+    "nf4": "bitsandbytes",
+    "bnb-int8": "bitsandbytes",
+    "int4": "compressed_tensors",
+    "ct-fp8": "compressed_tensors",
+}
+ROWS = [
+    *((model, format) for model in ("mixtral", "t5", "qwen2_vl") for format in ("fp8", "fp8-gpu", "fbgemm")),
+    ("qwen3_moe", "fp8-gpu"),
+    *((model, format) for model in ("mixtral", "qwen2_vl") for format in ("int4", "ct-fp8")),
+    *((model, format) for model in ("mixtral", "t5") for format in ("nf4", "bnb-int8")),
+    ("falcon", "fbgemm"), ("gpt_oss", "fp8-gpu"), ("gpt_oss", "fp8"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A family's tiny model, saved once."""
+    home = tmp_path_factory.mktemp("families")
+
+    def made(model):
+        if not (home / model).exists():
+            opened.saved(home / model, model, MODELS[model][1])
+        return home / model
+
+    return made
+
+
+@pytest.mark.parametrize(
+    ("model", "format", "merged"), [*((*row, False) for row in ROWS), *((*row, True) for row in ROWS[:5])]
+)
+def test_every_key_fits_and_the_numbers_are_right(base, tmp_path, model, format, merged):
+    if format in LIBRARIES:
+        pytest.importorskip(LIBRARIES[format])
+    kind, name = MODELS[model]
+    adapters = [opened.adapter(tmp_path / "adapter", base(model), name)] if merged else []
+    lora_merge.merge(base(model), adapters, tmp_path / "out", min_survival=-9, **opened.OUTPUTS[format])
+    found = opened.compare(base(model), tmp_path / "out", tmp_path / "plain", kind, name, format)
+    assert found.right, str(found)
+
+
+@pytest.mark.parametrize("format", ["fp8", "bitsandbytes", "gptq"])
+def test_linears_of_another_class_are_not_written_for_loaders_that_pass_them_over(base, tmp_path, format):
+    with pytest.raises(
+        UnsupportedError, match="FalconLinear is derived from Linear, and the loader quantizes Linear itself"
+    ):
+        lora_merge.plan(base("falcon"), [], tmp_path / "out", bits=4 if format == "gptq" else 8, format=format)
+
+
+def test_what_stays_plain_is_told_with_the_reason(base, tmp_path):
+    plan = lora_merge.plan(base("t5"), [], tmp_path / "out", bits=8, format="fp8")
+    told = [note for note in plan.notes if "keeps it in float32" in note]
+    assert len(told) == 4 and all(".wo stays plain" in note for note in told)
+
+
+def test_experts_are_listed_for_a_loader_that_would_replace_them(base, tmp_path):
+    for format, listed in (("fp8", True), ("fbgemm_fp8", True), ("gptq", False), ("bitsandbytes", False)):
+        plan = lora_merge.plan(base("mixtral"), [], tmp_path / "out", bits=4 if format == "gptq" else 8, format=format)
+        body = plan.config_changes["quantization_config"]
+        names = body.get("modules_to_not_convert") or body.get("llm_int8_skip_modules") or []
+        assert ("model.layers.1.mlp.experts" in names) == listed, format
+
+
+def fp8_experts(folder, base):
+    """A Mixtral whose experts are FP8 blocks, one by one, as published MoEs have them; transformers quantized them."""
+    from types import SimpleNamespace
+
+    from safetensors.torch import load_file, save_file
+    from transformers.integrations.finegrained_fp8 import Fp8Quantize
+
+    settings = SimpleNamespace(weight_block_size=(128, 128), scale_fmt="float")
+    quantize = Fp8Quantize(SimpleNamespace(quantization_config=settings)).convert
+    folder.mkdir()
+    tensors = load_file(base / "model.safetensors")
+    for name in [name for name in tensors if ".experts." in name or name.endswith(("q_proj.weight", "o_proj.weight"))]:
+        tensors |= quantize({name: tensors.pop(name)})
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    plain = [f"model.layers.{layer}.{name}" for layer in (0, 1) for name in ("self_attn.k_proj", "self_attn.v_proj")]
+    plain += ["model.layers.0.mlp.gate", "model.layers.1.mlp.gate", "lm_head"]
+    section = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    config = json.loads((base / "config.json").read_text())
+    body = config | {"quantization_config": section | {"modules_to_not_convert": plain}}
+    (folder / "config.json").write_text(json.dumps(body))
+    return folder
+
+
+def test_experts_that_are_fp8_already_stay_so_or_all_become_plain(base, tmp_path):
+    kind, name = MODELS["mixtral"]
+    source = fp8_experts(tmp_path / "source", base("mixtral"))
+    adapter = opened.adapter(tmp_path / "adapter", base("mixtral"), name)
+    for number, keep in enumerate(([], [r"layers\.1\..*experts"])):
+        out = tmp_path / f"out{number}"
+        lora_merge.merge(source, adapter, out, keep=keep, min_survival=-9)
+        for format in ("fp8", "fp8-gpu"):
+            found = opened.compare(source, out, tmp_path / f"plain{number}{format}", kind, name, format)
+            assert found.right, str(found)
+    with pytest.raises(UnsupportedError, match=r"--keep: .*experts\.\d\.\w+.* all experts of a layer as one"):
+        lora_merge.plan(source, [], keep=[r"experts\.0\."])
+
+
+def test_experts_of_another_format_become_fp8_all_of_a_layer(base, tmp_path):
+    """Stored one by one as codes, they are what the loader merges into its stacks of FP8."""
+    kind, name = MODELS["mixtral"]
+    lora_merge.merge(base("mixtral"), [], tmp_path / "int8", bits=8)
+    lora_merge.merge(tmp_path / "int8", [], tmp_path / "out", bits=8, format="fp8")
+    assert ".experts" not in str(lora_merge.inspect(tmp_path / "out").config)
+    for format in ("fp8", "fp8-gpu"):
+        found = opened.compare(base("mixtral"), tmp_path / "out", tmp_path / f"plain-{format}", kind, name, format)
+        assert found.right and found.quantized > 24, str(found)
+
+
+def test_the_families_can_be_built():
+    """At least so many that the sweep means something."""
+    every = list(families.families())
+    assert len(every) > 200 and len({name for _, _, name in every}) == len(every)
+    model = families.build("llama", "LlamaForCausalLM")
+    assert families.logits(model, "causal").shape == (2, 12, families.VOCABULARY)
+    assert all(parameter.isfinite().all() for parameter in model.parameters()) and model.dtype is torch.float32
