@@ -16,11 +16,12 @@ from lora_merge.checkpoint import Checkpoint, digest, identity, open_adapter, op
 from lora_merge.errors import NumericError, UsageError, listed, printable
 from lora_merge.inspection import inspect_path
 from lora_merge.jobs import Copy, Plan, Rewrite
-from lora_merge.output import Stage
+from lora_merge.output import Stage, check_out
 from lora_merge.places import check_free_space, check_places
+from lora_merge.record import MANIFEST, sealed
 from lora_merge.request import Request, parse_size
 from lora_merge.results import Inspection, MergedWeight, MergeResult, PlannedWeight, PlanResult
-from lora_merge.verification import MANIFEST, Verification, sealed, verify_output
+from lora_merge.verification import Verification, verify_output
 
 PathLike = str | os.PathLike[str]
 
@@ -130,11 +131,6 @@ class OpenJob:
     original: Checkpoint | None
     plan: Plan
 
-    @property
-    def inputs(self) -> list[Path]:
-        """What the user named: a folder, or a single file whose neighbours are no inputs."""
-        return [self.request.base, *self.request.adapters]
-
     def executor(self) -> Any:
         from lora_merge.execute import Executor
         from lora_merge.machine import fit
@@ -153,23 +149,33 @@ def opened(request: Request) -> Iterator[OpenJob]:
         yield OpenJob(request, base, adapters, original, planning.make(request, base, adapters, original))
 
 
+def _check_out(request: Request) -> bool:
+    """Raise where OUT must not be made, before anything is read; whether an earlier output there would be replaced."""
+    assert request.out is not None
+    original = [] if request.adapter_base in (None, "same") else [Path(str(request.adapter_base))]
+    # What the user named: a folder, or a single file whose neighbours are no inputs.
+    check_places(request.out, [request.base, *request.adapters, *original])
+    return check_out(request.out, resume=request.resume, overwrite=request.overwrite)
+
+
 def plan_request(request: Request) -> PlanResult:
     """`plan` for a ready Request."""
     from lora_merge.machine import least_memory
 
+    replaces = request.out is not None and _check_out(request)
     with opened(request) as job:
-        if request.out is not None:
-            check_places(request.out, job.inputs)
-        return _plan_result(job, least_memory(job.plan))
+        found = _plan_result(job, least_memory(job.plan))
+    note = (f"{request.out}: the earlier output there would be replaced",) if replaces else ()
+    return replace(found, notes=(*found.notes, *note))
 
 
 def merge_request(request: Request, *, progress: Progress = _silent) -> MergeResult:
     """`merge` for a ready Request."""
     assert request.out is not None
     began = time.monotonic()
+    replaces = _check_out(request)
     with opened(request) as job:
         plan = job.plan
-        check_places(request.out, job.inputs)
         if request.resume and (done := _published(request.out, plan.digest)) is not None:
             return _result(job, done["weights"], len(plan.shards), began, "none")
         executor = job.executor()
@@ -191,7 +197,9 @@ def merge_request(request: Request, *, progress: Progress = _silent) -> MergeRes
             if request.verify:
                 verify_output(stage.folder)
             stage.publish()
-        return _result(job, results, len(kept), began, executor.device)
+        found = _result(job, results, len(kept), began, executor.device)
+    note = (f"{request.out}: the earlier output there was replaced",) if replaces else ()
+    return replace(found, notes=(*found.notes, *note))
 
 
 def _result(job: OpenJob, weights: Sequence[Mapping[str, Any]], resumed: int, began: float, device: str) -> MergeResult:

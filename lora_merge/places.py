@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from lora_merge.errors import OutputExistsError, StorageError, UsageError, listed, printable
+from lora_merge.errors import LoraMergeError, OutputExistsError, StorageError, UsageError, listed, printable
+from lora_merge.weight_files import is_weights
 
 _FULL = {
     errno.ENOSPC: "the disk is full",
@@ -24,7 +25,8 @@ _FULL = {
 def check_places(out: Path, inputs: Sequence[Path]) -> None:
     """Raise where OUT cannot be made without harm; writes nothing.
 
-    OutputExistsError: OUT is a file, or is, lies in or holds an input. UsageError: OUT cannot be a folder's name.
+    OutputExistsError: OUT is a file, or is, lies in or holds an input. UsageError: OUT cannot be a folder's name, or is
+    a file of weights.
     StorageError: the folder that must take it cannot be written. Missing parents are fine: they will be made.
     """
     try:
@@ -35,13 +37,23 @@ def check_places(out: Path, inputs: Sequence[Path]) -> None:
     if faults:
         raise OutputExistsError(f"{printable(out)}: {listed(faults)}; give the output a folder of its own")
     if os.path.lexists(real) and not os.path.isdir(real):
-        raise OutputExistsError(f"{printable(out)}: is a file; the output is a folder, choose another name")
+        raise not_a_folder(out)
     folder = real if stages_inside(real) else _nearest(real.parent)
     if not os.path.isdir(folder):
         raise UsageError(f"{printable(out)}: {printable(folder)} is not a folder, so nothing can lie in it")
     if len(os.fsencode(real.name)) > os.pathconf(folder, "PC_NAME_MAX"):
         raise UsageError(f"{printable(out)}: the name is longer than the file system allows")
     _check_writable(folder, out)
+
+
+def not_a_folder(out: Path) -> LoraMergeError:
+    """What to say of an OUT that is a file: UsageError where it holds weights, as OUT was then probably forgotten."""
+    if is_weights(out.name):
+        return UsageError(
+            f"{printable(out)}: is a file of weights, and is never replaced. Is OUT missing? The words are "
+            "BASE ADAPTER... OUT, and OUT is a new folder"
+        )
+    return OutputExistsError(f"{printable(out)}: is a file; the output is a folder, choose another name")
 
 
 def check_free_space(out: Path, nbytes: int) -> None:

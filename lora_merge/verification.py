@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,15 +13,14 @@ from typing import TYPE_CHECKING, Any
 from lora_merge.containers.regular_file import RegularFile
 from lora_merge.containers.safetensors import SafetensorsFile, open_safetensors
 from lora_merge.errors import LoraMergeError, VerificationError, listed, printable
+from lora_merge.record import MANIFEST, bounded, parse_object, read_record
 
 if TYPE_CHECKING:
     import numpy
 
-MANIFEST = "lora_merge.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 BLOCK = 4 << 20
-MAX_JSON = 1 << 30
 WEIGHT_FILES = (".safetensors", ".bin", ".safetensors.index.json", ".bin.index.json", "adapter_config.json")
 """Ends of names by which a loader would find weights other than those that were written."""
 
@@ -54,12 +52,6 @@ class Verification:
     recomputed: bool = False
 
 
-def sealed(body: Mapping[str, Any]) -> bytes:
-    """The bytes of `lora_merge.json`: `body`, and as its last key the SHA-256 of these bytes without that key."""
-    assert "sha256" not in body
-    return _text({**body, "sha256": hashlib.sha256(_text(body)).hexdigest()})
-
-
 def verify_output(out: Path, progress: Progress | None = None) -> Verification:
     """Prove that `out` is what its `lora_merge.json` says, and that a loader would find just that.
 
@@ -68,7 +60,7 @@ def verify_output(out: Path, progress: Progress | None = None) -> Verification:
     progress: called with (name, nbytes, total) after each block. Memory: a block, the headers, the JSON files.
     Raises VerificationError that lists everything found wrong.
     """
-    manifest = _manifest(out)
+    manifest = read_record(out)
     check = _Check(out, manifest, progress or (lambda name, nbytes, total: None))
     check.run()
     if check.faults:
@@ -209,61 +201,10 @@ class _Check:
     def _object(self, name: str) -> dict[str, Any]:
         """A JSON object; empty, and a fault, where the file is none."""
         try:
-            return _parse(_bounded(self.out / name))
+            return parse_object(bounded(self.out / name))
         except (ValueError, LoraMergeError) as error:
             self.faults.append(f"{name}: is not a JSON object ({error})")
             return {}
-
-
-def _manifest(out: Path) -> Mapping[str, Any]:
-    """The record, itself proved by its digest."""
-    path = out / MANIFEST
-    where = f"{printable(out)}: {MANIFEST}"
-    if not path.is_file():
-        raise VerificationError(f"{where} is not there; only outputs of lora-merge can be verified")
-    try:
-        data = _bounded(path)
-        body = _parse(data)
-    except (ValueError, LoraMergeError) as error:
-        raise VerificationError(f"{where}: is not a JSON object ({printable(error)}); merge again") from error
-    if sealed({key: value for key, value in body.items() if key != "sha256"}) != data:
-        raise VerificationError(f"{where}: was changed after it was written: its own sha256 does not hold; merge again")
-    files = body.get("files")
-    if not isinstance(files, dict) or not all(map(_is_entry, files.items())):
-        raise VerificationError(f"{where}: `files` is not a list of paths with bytes and sha256; merge again")
-    return body
-
-
-def _is_entry(item: tuple[str, Any]) -> bool:
-    """Whether path, size and digest are such, and the path stays within the output."""
-    path, entry = Path(item[0]), item[1]
-    inner = bool(path.parts) and not path.is_absolute() and ".." not in path.parts
-    return inner and isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and "sha256" in entry
-
-
-def _text(body: Mapping[str, Any]) -> bytes:
-    """JSON that survives parsing and writing again byte for byte; ASCII, as file names need not be UTF-8."""
-    return (json.dumps(body, indent=1) + "\n").encode()
-
-
-def _parse(data: bytes) -> dict[str, Any]:
-    try:
-        body = json.loads(data)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-    if not isinstance(body, dict):
-        raise ValueError(f"found a {type(body).__name__}")
-    return body
-
-
-def _bounded(path: Path) -> bytes:
-    file = RegularFile(path)
-    try:
-        if file.size > MAX_JSON:
-            raise ValueError(f"{file.size} bytes are too many")
-        return bytes(file.read(0, file.size, "content"))
-    finally:
-        file.close()
 
 
 def _head(path: Path, count: int) -> bytes:

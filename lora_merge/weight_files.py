@@ -12,6 +12,7 @@ from typing import Any
 
 from lora_merge.errors import InputError, listed, printable
 from lora_merge.jsonfile import MAX_INDEX, read_json
+from lora_merge.record import MANIFEST
 
 BASE_WEIGHTS = (
     "model.safetensors",
@@ -21,7 +22,6 @@ BASE_WEIGHTS = (
 )
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors", "adapter_model.bin")
 ADAPTER_CONFIG = "adapter_config.json"
-MANIFEST = "lora_merge.json"
 
 _OTHER_WEIGHTS = (
     "*.safetensors", "*.safetensors.index.json", "*.bin.index.json", "pytorch_model*.bin", "adapter_model*.bin",
@@ -35,6 +35,15 @@ _FOREIGN_WEIGHTS = (
 """The same weights again for other programs, wherever they lie; they would be stale beside merged ones."""
 _FOREIGN_FOLDERS = ("original", "checkpoint-*", "global_step*")
 _TRAINER_STATE = ("optimizer*", "scheduler*", "rng_state*", "training_args*", "scaler*", "trainer_state*")
+
+_ADAPTER_MARKS = (
+    ADAPTER_CONFIG, "adapter_model*", "adapters.*", "*lora*.safetensors", "*lora*.bin", "*lora*.pt",
+)  # fmt: skip
+_WEIGHT_MARKS = (
+    "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.ggml", "*.npz", "*.h5", "*.msgpack", "*.onnx",
+)  # fmt: skip
+_CHECKPOINT_MARKS = ("config.json", "model_index.json", "*.safetensors.index.json", "*.bin.index.json", *_WEIGHT_MARKS)
+"""Names by which anybody would take a folder for an adapter or a model, also such as are not read here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +120,26 @@ def find_adapter(path: Path) -> Found:
             f"or one .safetensors, .bin or .pt file; found {listed(names) or 'nothing'}"
         )
     return found
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file of this name holds weights, of whatever program."""
+    return any(fnmatchcase(name.lower(), pattern) for pattern in _WEIGHT_MARKS)
+
+
+def model_in(folder: Path) -> str | None:
+    """`an adapter (...)` or `a checkpoint (...)` with the names that say so; None for any other folder.
+
+    The sub-folders are looked into as well: named adapters and the states of a training lie there.
+    """
+    names = _listing(folder)
+    inner = [f"{name}/{mark}" for name in names for mark in (ADAPTER_CONFIG, "config.json")]
+    names += [path for path in inner if os.path.isfile(folder / path)]
+    for what, patterns in (("an adapter", _ADAPTER_MARKS), ("a checkpoint", _CHECKPOINT_MARKS)):
+        marks = [n for n in names if any(fnmatchcase(n.rpartition("/")[2].lower(), p) for p in patterns)]
+        if marks:
+            return f"{what} ({listed(marks)})"
+    return None
 
 
 def _listing(path: Path) -> list[str]:

@@ -30,7 +30,7 @@ FLOORS = [
     {"adapters", "formats", "keys", "ties", "replication", "output", "pipeline"},
     {"choice", "rounding", "feedback", "survival", "grids", "bits", "checkpoint", "skeleton", "awq_scales"},
     {"renaming"},
-    {"weight_files", "places"},
+    {"weight_files", "places", "record"},
     {"jsonfile", "config_paths"},
     {"containers", "request", "results"},
     {"spec", "errors", "lora_merge"},

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from trial import SHARDS, WHOLE, Stopped, content, fail, make, put
+from trial import SHARDS, WHOLE, Stopped, content, fail, make, put, put_all
 
 from lora_merge.errors import OutputExistsError
 from lora_merge.output import Stage, publishing
+from lora_merge.record import MANIFEST
 
 
 @pytest.fixture(autouse=True)
@@ -32,17 +33,15 @@ def stopped(*words: object) -> None:
 def test_overwrite_replaces_everything(out: Path, able: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not able:
         monkeypatch.setattr(publishing, "_renameat2", lambda *words: False)
-    out.mkdir()
-    (out / "old.safetensors").write_text("old")
+    put_all(out, {"old.safetensors": b"old"})
     make(out, overwrite=True)
     assert content(out) == WHOLE and os.listdir(out.parent) == ["out"]
 
 
 def test_overwrite_leaves_out_alone_until_the_end(out: Path) -> None:
-    make(out)
-    (out / "mine").write_text("x")
+    old = put_all(out, {"config.json": b"old", "mine": b"x"})
     fail(out, overwrite=True)
-    assert content(out) == {**WHOLE, "mine": b"x"}
+    assert content(out) == old
     make(out, overwrite=True, resume=True)
     assert content(out) == WHOLE
 
@@ -51,8 +50,8 @@ def test_overwrite_leaves_out_alone_until_the_end(out: Path) -> None:
 def test_overwrite_does_not_replace_home_or_the_current_folder(
     tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "project").mkdir()
-    (tmp_path / "project/work").write_text("x")
+    old = put_all(tmp_path / place, {"work": b"x"})
+    (tmp_path / "project").mkdir(exist_ok=True)
     monkeypatch.chdir(tmp_path / "project")
     with pytest.raises(OutputExistsError, match="does not replace that"):
         make(tmp_path / place, overwrite=True)
@@ -60,7 +59,7 @@ def test_overwrite_does_not_replace_home_or_the_current_folder(
     monkeypatch.setenv("HOME", str(tmp_path / "project"))
     with pytest.raises(OutputExistsError, match="does not replace that"):
         make(tmp_path / place, overwrite=True)
-    assert content(tmp_path) == {"project/work": b"x"}
+    assert content(tmp_path / place) == old
 
 
 def test_what_appears_at_out_is_left_alone(out: Path) -> None:
@@ -105,15 +104,12 @@ def test_inside_a_mount_point(inside: Path) -> None:
         make(inside)
 
 
-@pytest.mark.parametrize("stop", range(1, 9))
+@pytest.mark.parametrize("stop", range(1, 11))
 @pytest.mark.parametrize("killed", [True, False])
 def test_a_publishing_that_is_stopped_is_undone(
     inside: Path, stop: int, killed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    old = {"config.json": b"old", "old.safetensors": b"old", "sub/other": b"old"}
-    for name, data in old.items():
-        (inside / name).parent.mkdir(exist_ok=True)
-        (inside / name).write_bytes(data)
+    old = put_all(inside, {"config.json": b"old", "old.safetensors": b"old", "sub/other": b"old"})
     move, moves = publishing._move, []
 
     def stopping(source: Path, target: Path) -> None:
@@ -126,15 +122,15 @@ def test_a_publishing_that_is_stopped_is_undone(
         patch.setattr(publishing, "_move", stopping)
         if killed:  # nothing that would run after a kill runs
             patch.setattr(Stage, "close", Stage._leave)
-        if stop < 8:
+        if stop < 10:
             with pytest.raises(Stopped):
                 make(inside, overwrite=True)
         else:
             make(inside, overwrite=True)
-            assert moves[3:] == [*SHARDS, "sub", "config.json"]  # what makes it a checkpoint comes last
-    if not killed and stop < 8:
+            assert moves[4:] == [*SHARDS, "sub", "config.json", MANIFEST]  # what makes it a checkpoint comes last
+    if not killed and stop < 10:
         assert {name: data for name, data in content(inside).items() if not name.startswith(".lora")} == old
-    if stop < 8:
+    if stop < 10:
         monkeypatch.setattr(publishing, "publish_inside", lambda *words: pytest.fail("published"))
         with pytest.raises(Stopped):
             make(inside, stop_after=1, overwrite=True, restart=True)
@@ -147,7 +143,7 @@ def test_a_publishing_that_is_stopped_is_undone(
 
 def test_an_undone_publishing_is_undone_once(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is at OUT again later must not be taken for a file that still waits to be moved back."""
-    (inside / "config.json").write_bytes(b"old")
+    put_all(inside, {"config.json": b"old"})
     with monkeypatch.context() as patch:
         patch.setattr(Stage, "close", Stage._leave)
         patch.setattr(publishing, "sync_folder", stopped)  # every file was moved
@@ -163,8 +159,7 @@ def test_an_undone_publishing_is_undone_once(inside: Path, monkeypatch: pytest.M
 
 
 def test_a_kill_between_two_renames_loses_nothing(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make(out)
-    (out / "mine").write_text("x")
+    old = put_all(out, {"config.json": b"old", "mine": b"x"})
     with monkeypatch.context() as patch:
         patch.setattr(publishing, "_renameat2", lambda *words: False)
         patch.setattr(publishing, "_rename_folder", lambda *words: os.rename("nothing", "nowhere"))
@@ -175,7 +170,7 @@ def test_a_kill_between_two_renames_loses_nothing(out: Path, monkeypatch: pytest
     assert not out.exists()
     with pytest.raises(OutputExistsError):
         make(out, restart=True)
-    assert content(out) == {**WHOLE, "mine": b"x"}
+    assert content(out) == old
 
 
 def killed_after(count: int):  # type: ignore[no-untyped-def]

@@ -12,8 +12,9 @@ import pytest
 from lora_merge import verification
 from lora_merge.containers.safetensors import layout
 from lora_merge.errors import VerificationError
+from lora_merge.record import MANIFEST, sealed
 from lora_merge.spec import TensorSpec
-from lora_merge.verification import INDEX, MANIFEST, Verification, sealed, verify_output
+from lora_merge.verification import INDEX, Verification, verify_output
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 TENSORS = {FIRST: ("a", "b"), SECOND: ("c", "d")}

@@ -1,15 +1,35 @@
 """A small run on a stage, whole or stopped, and what it must leave."""
 
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
 from lora_merge.output import Stage
+from lora_merge.record import MANIFEST, sealed
 
 SHARDS = {"model-00001-of-00002.safetensors": b"a" * 5000, "model-00002-of-00002.safetensors": b"b" * 3000}
 
 
-WHOLE = {**SHARDS, "config.json": b"{}", "sub/deep/notes.txt": b"notes"}
+NOTES = {"config.json": b"{}", "sub/deep/notes.txt": b"notes"}
+
+
+def recorded(files: dict[str, bytes]) -> bytes:
+    """The record of these files."""
+    entries = {name: {"bytes": len(data), "sha256": sha256(data).hexdigest()} for name, data in sorted(files.items())}
+    return sealed({"files": entries})
+
+
+def put_all(folder: Path, files: dict[str, bytes]) -> dict[str, bytes]:
+    """Write an output of these files with its record; all that is there then."""
+    written = {**files, MANIFEST: recorded(files)}
+    for name, data in written.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return written
+
+
+WHOLE = {**SHARDS, **NOTES, MANIFEST: recorded(SHARDS | NOTES)}
 
 
 class Stopped(Exception):
@@ -31,8 +51,8 @@ def make(out: Path, job: str = "job", stop_after: int | None = None, **words: bo
                 put(stage, name, data)
         if stop_after is not None:
             raise Stopped
-        stage.write("config.json", b"{}")
-        stage.write("sub/deep/notes.txt", b"notes")
+        for name in (*NOTES, MANIFEST):
+            stage.write(name, WHOLE[name])
         stage.publish()
     return stage
 

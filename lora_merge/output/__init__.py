@@ -23,15 +23,30 @@ from typing import Any
 
 from lora_merge.containers.regular_file import RegularFile
 from lora_merge.errors import LoraMergeError, OutputExistsError, StorageError, listed, printable
-from lora_merge.output import journal, publishing
+from lora_merge.output import journal, occupied, publishing
 from lora_merge.output.files import BLOCK, FileWriter, holds, make_folders, sync_folder, sync_folders
 from lora_merge.output.journal import Journal, ShardRecord
 from lora_merge.output.owner import Owner
 from lora_merge.places import real_path, stages_inside, storing
+from lora_merge.record import MANIFEST
 
-__all__ = ["ShardRecord", "ShardWriter", "Stage"]
+__all__ = ["ShardRecord", "ShardWriter", "Stage", "check_out"]
 
 INSIDE = ".lora-merge-partial"
+
+
+def check_out(out: Path, *, resume: bool = False, overwrite: bool = False) -> bool:
+    """Raise what `Stage.open` would of what is at OUT, before anything is read; whether something would be replaced.
+
+    What a killed run was moving is left to `Stage.open`, which puts it back first; a finished output to `resume`.
+    """
+    real = real_path(out)
+    with storing(out, "looking into it"):
+        if journal.read(_home(real) / "journal").moves:
+            return False
+        if not (resume and (real / MANIFEST).is_file()):
+            publishing.check_vacant(real, overwrite, (INSIDE,))
+        return overwrite and bool(occupied.content(real, (INSIDE,)))
 
 
 class ShardWriter:
@@ -97,7 +112,7 @@ class Stage:
         neither was said; StorageError where the folder cannot be made.
         """
         out = real_path(out)
-        home = out / INSIDE if stages_inside(out) else out.parent / f".{_short(out.name, 200)}.partial"
+        home = _home(out)
         with storing(out, "making the folder"):
             if not os.path.lexists(home):  # a refusal then leaves nothing behind
                 publishing.check_vacant(out, overwrite)
@@ -280,6 +295,11 @@ class Stage:
         with self._lock:
             self.records[record.file] = record
             self.files[record.file] = (record.nbytes, record.sha256)
+
+
+def _home(out: Path) -> Path:
+    """The staging folder of an OUT whose links are resolved."""
+    return out / INSIDE if stages_inside(out) else out.parent / f".{_short(out.name, 200)}.partial"
 
 
 def _short(name: str, limit: int) -> str:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from lora_merge.errors import OutputExistsError, printable
 from lora_merge.output.files import sync_folder
-from lora_merge.places import real_path
+from lora_merge.output.occupied import check_replaceable, content
+from lora_merge.places import not_a_folder, real_path
 
 LAST = ("config.json", "lora_merge.json", "model.safetensors.index.json")
 """Files without which no loader takes a folder for a checkpoint: moved last, in this order."""
@@ -20,25 +21,12 @@ _AT_FDCWD = -100
 _UNABLE = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM}
 
 
-def content(out: Path, besides: Iterable[str] = ()) -> list[str]:
-    """Names in OUT, sorted; none where it does not exist. `lost+found` belongs to the file system."""
-    try:
-        return sorted(set(os.listdir(out)) - {*besides, "lost+found"})
-    except FileNotFoundError:
-        return []
-
-
 def check_vacant(out: Path, overwrite: bool, besides: Iterable[str] = ()) -> None:
-    """OutputExistsError where publishing would destroy what is at OUT without having been told to."""
+    """Raise where publishing would destroy what is at OUT, or without having been told to; see `occupied`."""
     if os.path.lexists(out) and not stat.S_ISDIR(os.lstat(out).st_mode):
-        raise OutputExistsError(f"{printable(out)}: is a file; the output is a folder, choose another name")
-    there = content(out, besides)
-    if not there:
-        return
-    if not overwrite:
-        what = "holds a finished output" if "lora_merge.json" in there else f"is there and holds {len(there)} entries"
-        raise OutputExistsError(f"{printable(out)}: {what}; choose another name, or replace it with --overwrite")
-    if any(place.is_relative_to(out) for place in _never_replaced()):
+        raise not_a_folder(out)
+    check_replaceable(out, overwrite, besides)
+    if content(out, besides) and any(place.is_relative_to(out) for place in _never_replaced()):
         raise OutputExistsError(
             f"{printable(out)}: is or holds your home or the current folder; --overwrite does not replace that"
         )

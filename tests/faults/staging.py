@@ -11,10 +11,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 
 from lora_merge.errors import LoraMergeError, OutputExistsError
 from lora_merge.output import Stage
+from lora_merge.record import MANIFEST, sealed
 
 Start = Callable[..., "subprocess.Popen[str]"]
 SHARDS, SIZE, BLOCK = 8, 300_000, 1 << 14
@@ -28,9 +30,15 @@ def small_files(job: str) -> dict[str, bytes]:
     return {f"sub/{number}.json": f"{job} {number}".encode() for number in range(5)} | {"config.json": b"{}"}
 
 
+def recorded(files: dict[str, bytes]) -> dict[str, bytes]:
+    """These files and their record, which comes last."""
+    entries = {name: {"bytes": len(data), "sha256": sha256(data).hexdigest()} for name, data in files.items()}
+    return {**files, MANIFEST: sealed({"files": entries})}
+
+
 def whole(job: str) -> dict[str, bytes]:
     """What is at OUT after an undisturbed run."""
-    return shards(job) | small_files(job)
+    return recorded(shards(job) | small_files(job))
 
 
 def run(out: Path, job: str, words: list[str]) -> None:
@@ -42,8 +50,8 @@ def run(out: Path, job: str, words: list[str]) -> None:
             for start in range(0, SIZE, BLOCK):
                 writer.write(data[start : start + BLOCK])
             writer.finish([{"name": name}])
-        for name, data in small_files(job).items():
-            stage.write(name, data)
+        for name in (*small_files(job), MANIFEST):
+            stage.write(name, whole(job)[name])
         stage.publish()
 
 

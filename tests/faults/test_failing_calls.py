@@ -55,13 +55,13 @@ def test_every_call_may_fail(
 ) -> None:
     out = tmp_path / "out"
     words = ["resume", "overwrite"] if overwrite else ["resume"]
-    old = {"old/model.safetensors": b"old"} if overwrite else {}
+    old = staging.recorded({"old/model.safetensors": b"old"}) if overwrite else {}
     number, failed, met = 0, 0, True
     while met:
         number += 1 + number // 10  # the first ten, then ever fewer
         shutil.rmtree(out, ignore_errors=True)
         for name, data in old.items():
-            (out / name).parent.mkdir(parents=True)
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
             (out / name).write_bytes(data)
         faults = Faults(call, number, lasting)
         with monkeypatch.context() as patch:
@@ -81,7 +81,7 @@ def test_every_call_may_fail(
             staging.run(out, "job", words)
             assert content(out) == staging.whole("job")
         elif not done:  # the fault came after the rename
-            with pytest.raises(OutputExistsError, match=r"finished output|is there"):
+            with pytest.raises(OutputExistsError, match="finished output"):
                 staging.run(out, "job", ["resume"])
     assert failed or call in ("unlink",), "no fault was met"
     staging.run(out, "job", ["restart", "overwrite"])

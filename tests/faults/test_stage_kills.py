@@ -10,7 +10,7 @@ import staging
 from staging import Start
 
 KILLS = 16
-OLD = {"config.json": b"old", "model.safetensors": b"old"}
+OLD = staging.recorded({"config.json": b"old", "model.safetensors": b"old"})
 
 
 def content(folder: Path) -> dict[str, bytes]:
