@@ -18,10 +18,10 @@ from lora_merge.inspection import inspect_path
 from lora_merge.jobs import Copy, Plan, Rewrite
 from lora_merge.output import Stage, check_out
 from lora_merge.places import check_free_space, check_places
-from lora_merge.record import MANIFEST, sealed
+from lora_merge.record import MANIFEST, read_record, sealed
 from lora_merge.request import Request, parse_size
 from lora_merge.results import Inspection, MergedWeight, MergeResult, PlannedWeight, PlanResult
-from lora_merge.verification import Verification, verify_output
+from lora_merge.verification import Verification, check_there, verify_output
 
 PathLike = str | os.PathLike[str]
 
@@ -82,24 +82,41 @@ def verify(
     With `base` (and the adapters of the merge, in order) every weight is computed again, with the recorded options, and
     compared byte for byte. Raises VerificationError that lists what does not prove right.
     """
+    check_there(Path(out))
+    again = None if base is None else _asked_again(Path(out), base, adapters, adapter_base)
+    if base is None and adapters:
+        raise UsageError("verify: adapters are compared together with their base; give --base too")
     found = verify_output(Path(out), progress)
-    if base is not None:
+    if again is not None:
         from lora_merge.recompute import compare
 
-        words = json.loads((Path(out) / MANIFEST).read_bytes())["options"]
-        if adapter_base is not None:
-            words["adapter_base"] = str(adapter_base)
-        elif (named := words.get("adapter_base")) not in (None, "same"):
-            raise UsageError(
-                f"verify: this merge was made with --adapter-base {named}; give its folder again with --adapter-base"
-            )
-        again = request(base, adapters, None, **words)
         with opened(again) as job:
             compare(job.executor(), job.plan, Path(out), progress)
         found = replace(found, recomputed=True)
-    elif adapters:
-        raise UsageError("verify: adapters are compared together with their base; give --base too")
     return found
+
+
+def _asked_again(
+    out: Path, base: PathLike, adapters: PathLike | Sequence[PathLike], adapter_base: PathLike | None
+) -> Request:
+    """The request that made `out`. UsageError where an input is not given: it would look as if the bytes were wrong."""
+    record = read_record(out)
+    words = dict(record.get("options", {}))
+    if adapter_base is not None:
+        words["adapter_base"] = str(adapter_base)
+    elif (named := words.get("adapter_base")) not in (None, "same"):
+        raise UsageError(
+            f"verify: this merge was made with --adapter-base {named}; give its folder again with --adapter-base"
+        )
+    again = request(base, adapters, None, **words | {"weight": ()})
+    names = [entry["name"] for entry in record.get("inputs", ()) if entry["role"] == "adapter"]
+    if len(names) != len(again.adapters):
+        ways = f"give each with --adapter, in this order: {listed(names)}" if names else "leave --adapter out"
+        raise UsageError(
+            f"verify: {printable(out)} was merged with {len(names)} adapters, and {len(again.adapters)} are given; "
+            f"{ways}"
+        )
+    return replace(again, weight=tuple(words.get("weight", ())))
 
 
 def request(base: PathLike, adapters: PathLike | Sequence[PathLike], out: PathLike | None, **words: Any) -> Request:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import traceback
@@ -15,7 +14,7 @@ from typing import Any
 import click
 
 from lora_merge import __version__
-from lora_merge.errors import LoraMergeError, UsageError, printable
+from lora_merge.errors import LoraMergeError, StorageError, UsageError, printable
 from lora_merge.report import Reporter, show_inspection, show_plan, show_result, show_verification
 from lora_merge.request import (
     DTYPES,
@@ -28,6 +27,7 @@ from lora_merge.request import (
     Request,
     parse_size,
 )
+from lora_merge.streams import divert, printing, secure
 
 COMMANDS = ("inspect", "verify")
 DEFAULTS = {field.name: field.default for field in fields(Request)}
@@ -171,12 +171,15 @@ def merge(paths: tuple[Path, ...], dry_run: bool, as_json: bool, quiet: bool, ve
     from lora_merge import api
 
     if dry_run:
-        show_plan(api.plan_request(request), as_json=as_json, verbose=verbose)
+        plan = api.plan_request(request)
+        with printing("the plan"):
+            show_plan(plan, as_json=as_json, verbose=verbose)
         return
     with Reporter(quiet=quiet or as_json) as reporter:
         result = api.merge_request(request, progress=reporter)
     if not quiet or as_json:
-        show_result(result, as_json=as_json)
+        with printing(f"{printable(paths[-1])}: is finished and complete, nothing is to be resumed; only the report"):
+            show_result(result, as_json=as_json)
 
 
 @app.command(short_help="Formats, sizes and tensors of a checkpoint or adapter.")
@@ -187,7 +190,9 @@ def inspect(path: Path, as_json: bool, quiet: bool, debug: bool, verbose: bool) 
     """Show what a checkpoint or an adapter holds, from its headers alone."""
     from lora_merge import api
 
-    show_inspection(api.inspect(path), as_json=as_json, verbose=verbose)
+    found = api.inspect(path)
+    with printing("what was found"):
+        show_inspection(found, as_json=as_json, verbose=verbose)
 
 
 @app.command(short_help="Prove a finished output: digests, index, finiteness; or recompute it.")
@@ -211,7 +216,8 @@ def verify(
     with Reporter(quiet=quiet or as_json) as reporter:
         result = api.verify(out, base=base, adapters=adapter, adapter_base=adapter_base, progress=reporter)
     if not quiet or as_json:
-        show_verification(result, as_json=as_json)
+        with printing(f"{printable(out)}: proves right; only the report"):
+            show_verification(result, as_json=as_json)
 
 
 class Terminated(BaseException):
@@ -241,13 +247,14 @@ def run(args: list[str] | None = None) -> int:
     except Terminated:
         print("lora-merge: terminated; --resume goes on where it stopped", file=sys.stderr)
         return 143
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except SystemExit:  # how click answers a reader of --help that has gone away
+        divert(sys.stdout)
         return 0
     except MemoryError as error:
         return _told(error, 9, words)
     except OSError as error:
-        return _told(error, 8, words)
+        bare = error.filename is None
+        return _told(StorageError(f"reading or writing failed: {error.strerror or error}") if bare else error, 8, words)
     except RuntimeError as error:  # how torch says that memory is short
         if not any(sign in str(error) for sign in ("can't allocate memory", "out of memory")):
             raise
@@ -264,5 +271,6 @@ def _told(error: BaseException, code: int, words: list[str]) -> int:
 
 def main(args: list[str] | None = None) -> None:
     """Entry point of the `lora-merge` command."""
+    secure()
     signal.signal(signal.SIGTERM, _terminate)
     sys.exit(run(args))

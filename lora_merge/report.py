@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
@@ -37,18 +38,17 @@ Item = TypeVar("Item", bound=Named)
 
 
 class Reporter:
-    """A progress bar over bytes, with the weight's name; silent when stderr is not a terminal."""
+    """A progress bar over bytes, with the weight's name; there is none where stderr is not a terminal."""
 
     def __init__(self, quiet: bool = False) -> None:
-        self.quiet = quiet
+        self.shown = not quiet and sys.stderr is not None and sys.stderr.isatty()
         self.bar: tqdm[Any] | None = None
 
     def __call__(self, name: str, nbytes: int, total: int) -> None:
+        if not self.shown:
+            return
         if self.bar is None:
-            from tqdm import tqdm
-
-            hidden = True if self.quiet else None  # None: hidden unless stderr is a terminal
-            self.bar = tqdm(total=total, unit="B", unit_scale=True, disable=hidden, dynamic_ncols=True, leave=False)
+            self.bar = _bar(total)
         shown = printable(name)
         self.bar.set_description_str(shown[-NAME_WIDTH:].ljust(NAME_WIDTH), refresh=False)
         self.bar.update(nbytes)
@@ -59,6 +59,15 @@ class Reporter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+def _bar(total: int) -> tqdm[Any]:
+    """A bar without tqdm's own lock, which is a semaphore shared with other processes, and without its thread."""
+    from tqdm import tqdm
+
+    tqdm.set_lock(threading.RLock())
+    tqdm.monitor_interval = 0
+    return tqdm(total=total, unit="B", unit_scale=True, dynamic_ncols=True, leave=False)
 
 
 def size(nbytes: int) -> str:

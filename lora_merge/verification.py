@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_merge.containers.regular_file import RegularFile
 from lora_merge.containers.safetensors import SafetensorsFile, open_safetensors
-from lora_merge.errors import LoraMergeError, VerificationError, listed, printable
+from lora_merge.errors import InputError, LoraMergeError, VerificationError, listed, printable
 from lora_merge.record import MANIFEST, bounded, parse_object, read_record
 
 if TYPE_CHECKING:
@@ -58,8 +58,9 @@ def verify_output(out: Path, progress: Progress | None = None) -> Verification:
     Checked: the record itself, size and SHA-256 of each file, no further weight files, headers, the index against the
     headers both ways and its total_size, finiteness of every merged float tensor, `config.json`.
     progress: called with (name, nbytes, total) after each block. Memory: a block, the headers, the JSON files.
-    Raises VerificationError that lists everything found wrong.
+    Raises VerificationError that lists everything found wrong, InputError where `out` is no folder.
     """
+    check_there(out)
     manifest = read_record(out)
     check = _Check(out, manifest, progress or (lambda name, nbytes, total: None))
     check.run()
@@ -67,6 +68,13 @@ def verify_output(out: Path, progress: Progress | None = None) -> Verification:
         faults = listed(check.faults, limit=20)
         raise VerificationError(f"{printable(out)}: does not prove right: {faults}; merge again, or fetch it again")
     return Verification(len(check.files) + 1, sum(map(len, check.headers.values())), check.nbytes)
+
+
+def check_there(out: Path) -> None:
+    """InputError where there is no folder to be verified."""
+    if not os.path.isdir(out):
+        what = "is a file" if os.path.lexists(out) else "no such folder"
+        raise InputError(f"{printable(out)}: {what}; give the folder that a merge has written")
 
 
 @dataclass(slots=True)

@@ -297,6 +297,24 @@ def test_verify_proves_and_disproves(job):
         lora_merge.verify(path / "out")
 
 
+def test_verify_asks_for_the_adapters_of_the_merge(job, monkeypatch):
+    path, base, _ = job
+    small.write_adapter(path / "other", base, seed=12)
+    both = [path / "adapter", path / "other"]
+    lora_merge.merge(path / "base", both, path / "two", weight=(0.5, 1))
+    lora_merge.merge(path / "base", [], path / "none", dtype="float16")
+    assert lora_merge.verify(path / "two", base=path / "base", adapters=both).recomputed
+    assert lora_merge.verify(path / "none", base=path / "base").recomputed
+    monkeypatch.setattr("lora_merge.api.verify_output", lambda *words: pytest.fail("everything was read first"))
+    for adapters in ([], path / "adapter", [*both, path / "other"]):
+        with pytest.raises(UsageError, match=r"merged with 2 adapters, .* --adapter, in this order: adapter, other"):
+            lora_merge.verify(path / "two", base=path / "base", adapters=adapters)
+    with pytest.raises(UsageError, match="merged with 0 adapters, and 1 are given; leave --adapter out"):
+        lora_merge.verify(path / "none", base=path / "base", adapters=[path / "adapter"])
+    with pytest.raises(UsageError, match="give --base too"):
+        lora_merge.verify(path / "two", adapters=both)
+
+
 def test_an_output_that_exists_is_kept_unless_told_otherwise(job):
     path = job[0]
     lora_merge.merge(path / "base", path / "adapter", path / "out")

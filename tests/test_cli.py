@@ -181,6 +181,9 @@ def test_a_lost_adapter_exits_5_and_says_what_keeps_it(job, capsys):
         (["base", "adapter", "out", "--device", "tpu"], 6, "tpu"),
         (["base", "adapter", "out", "--max-memory", "10MB"], 9, "at least"),
         (["verify", "base"], 10, "lora_merge.json"),
+        (["verify", "nothing-there"], 3, "nothing-there: no such folder"),
+        (["verify", "base/config.json"], 3, "base/config.json: is a file"),
+        (["verify", "nothing-there", "--base", "base"], 3, "nothing-there: no such folder"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else None,
 )

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "lora_merge"
 # Rooms from the top to the ground; a room may import from its own floor and from those below.
 FLOORS = [
     {"__main__"},
-    {"cli", "report"},
+    {"cli", "report", "streams"},
     {"api"},
     {"planning", "machine", "recompute", "advice", "inspection", "verification"},
     {"execute", "joblist", "shards"},

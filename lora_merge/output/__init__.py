@@ -28,7 +28,6 @@ from lora_merge.output.files import BLOCK, FileWriter, holds, make_folders, sync
 from lora_merge.output.journal import Journal, ShardRecord
 from lora_merge.output.owner import Owner
 from lora_merge.places import real_path, stages_inside, storing
-from lora_merge.record import MANIFEST
 
 __all__ = ["ShardRecord", "ShardWriter", "Stage", "check_out"]
 
@@ -44,7 +43,7 @@ def check_out(out: Path, *, resume: bool = False, overwrite: bool = False) -> bo
     with storing(out, "looking into it"):
         if journal.read(_home(real) / "journal").moves:
             return False
-        if not (resume and (real / MANIFEST).is_file()):
+        if not (resume and occupied.earlier(real) is not None):
             publishing.check_vacant(real, overwrite, (INSIDE,))
         return overwrite and bool(occupied.content(real, (INSIDE,)))
 

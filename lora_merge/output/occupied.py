@@ -41,7 +41,7 @@ def check_replaceable(out: Path, overwrite: bool, besides: Iterable[str] = ()) -
     there = content(out, besides)
     if not there:
         return
-    record = _record(out)
+    record = earlier(out)
     if record is None:
         raise _not_ours(out, there)
     if not overwrite:
@@ -56,7 +56,8 @@ def check_replaceable(out: Path, overwrite: bool, besides: Iterable[str] = ()) -
         )
 
 
-def _record(out: Path) -> Mapping[str, Any] | None:
+def earlier(out: Path) -> Mapping[str, Any] | None:
+    """The record of the output that is at OUT; None where there is none that proves right."""
     try:
         return read_record(out)
     except VerificationError:
