@@ -19,7 +19,8 @@ except PackageNotFoundError:  # run from a source folder that is not installed
     __version__ = "0+unknown"
 
 if TYPE_CHECKING:
-    from lora_merge.api import Progress, inspect, merge, plan, verify
+    from lora_merge.api import Progress, inspect, merge, plan
+    from lora_merge.proving import verify
     from lora_merge.results import InspectedTensor, Inspection, MergedWeight, MergeResult, PlannedWeight, PlanResult
     from lora_merge.verification import Verification
 
@@ -28,8 +29,8 @@ __all__ = [
     "Verification", "__version__", "inspect", "merge", "plan", "verify",
 ]  # fmt: skip
 
-_HOMES = {"Verification": "lora_merge.verification"}
-_HOMES |= dict.fromkeys(("Progress", "inspect", "merge", "plan", "verify"), "lora_merge.api")
+_HOMES = {"Verification": "lora_merge.verification", "verify": "lora_merge.proving"}
+_HOMES |= dict.fromkeys(("Progress", "inspect", "merge", "plan"), "lora_merge.api")
 
 
 def __getattr__(name: str) -> Any:

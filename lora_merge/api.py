@@ -17,11 +17,11 @@ from lora_merge.errors import NumericError, UsageError, listed, printable
 from lora_merge.inspection import inspect_path
 from lora_merge.jobs import Copy, Plan, Rewrite
 from lora_merge.output import Stage, check_out
-from lora_merge.places import check_free_space, check_places
-from lora_merge.record import MANIFEST, read_record, sealed
+from lora_merge.places import check_free_space, check_places, standing
+from lora_merge.record import MANIFEST, sealed
 from lora_merge.request import Request, parse_size
 from lora_merge.results import Inspection, MergedWeight, MergeResult, PlannedWeight, PlanResult
-from lora_merge.verification import Verification, check_there, verify_output
+from lora_merge.verification import verify_output
 
 PathLike = str | os.PathLike[str]
 
@@ -33,7 +33,7 @@ class Progress(Protocol):
         """`nbytes` more of `total` bytes are done; they belong to tensor `name`."""
 
 
-def _silent(name: str, nbytes: int, total: int) -> None:
+def silent(name: str, nbytes: int, total: int) -> None:
     pass
 
 
@@ -42,7 +42,7 @@ def merge(
     adapters: PathLike | Sequence[PathLike],
     out: PathLike,
     *,
-    progress: Progress = _silent,
+    progress: Progress = silent,
     **words: Any,
 ) -> MergeResult:
     """Merge adapters into a checkpoint and write the result to the new folder `out`.
@@ -66,62 +66,13 @@ def plan(
 
 def inspect(path: PathLike) -> Inspection:
     """What a checkpoint or an adapter holds, from its headers and config."""
-    return inspect_path(Path(path))
-
-
-def verify(
-    out: PathLike,
-    *,
-    base: PathLike | None = None,
-    adapters: Sequence[PathLike] = (),
-    adapter_base: PathLike | None = None,
-    progress: Progress = _silent,
-) -> Verification:
-    """Prove a finished output: digests, headers, index, finiteness of what was merged.
-
-    With `base` (and the adapters of the merge, in order) every weight is computed again, with the recorded options, and
-    compared byte for byte. Raises VerificationError that lists what does not prove right.
-    """
-    check_there(Path(out))
-    again = None if base is None else _asked_again(Path(out), base, adapters, adapter_base)
-    if base is None and adapters:
-        raise UsageError("verify: adapters are compared together with their base; give --base too")
-    found = verify_output(Path(out), progress)
-    if again is not None:
-        from lora_merge.recompute import compare
-
-        with opened(again) as job:
-            compare(job.executor(), job.plan, Path(out), progress)
-        found = replace(found, recomputed=True)
-    return found
-
-
-def _asked_again(
-    out: Path, base: PathLike, adapters: PathLike | Sequence[PathLike], adapter_base: PathLike | None
-) -> Request:
-    """The request that made `out`. UsageError where an input is not given: it would look as if the bytes were wrong."""
-    record = read_record(out)
-    words = dict(record.get("options", {}))
-    if adapter_base is not None:
-        words["adapter_base"] = str(adapter_base)
-    elif (named := words.get("adapter_base")) not in (None, "same"):
-        raise UsageError(
-            f"verify: this merge was made with --adapter-base {named}; give its folder again with --adapter-base"
-        )
-    again = request(base, adapters, None, **words | {"weight": ()})
-    names = [entry["name"] for entry in record.get("inputs", ()) if entry["role"] == "adapter"]
-    if len(names) != len(again.adapters):
-        ways = f"give each with --adapter, in this order: {listed(names)}" if names else "leave --adapter out"
-        raise UsageError(
-            f"verify: {printable(out)} was merged with {len(names)} adapters, and {len(again.adapters)} are given; "
-            f"{ways}"
-        )
-    return replace(again, weight=tuple(words.get("weight", ())))
+    with standing([Path(path)]):
+        return inspect_path(Path(path))
 
 
 def request(base: PathLike, adapters: PathLike | Sequence[PathLike], out: PathLike | None, **words: Any) -> Request:
     """A Request from the words of the public functions. Raises UsageError for a word that is none."""
-    paths = [adapters] if isinstance(adapters, str | os.PathLike) else list(adapters)
+    paths = paths_of(adapters)
     for name in ("max_memory", "max_shard_size"):
         if words.get(name) is not None:
             words[name] = parse_size(words[name])
@@ -136,6 +87,11 @@ def request(base: PathLike, adapters: PathLike | Sequence[PathLike], out: PathLi
         return Request(Path(base), tuple(map(Path, paths)), None if out is None else Path(out), **words)
     except TypeError as error:
         raise UsageError(str(error).replace("Request.__init__()", "merge")) from None
+
+
+def paths_of(adapters: PathLike | Sequence[PathLike]) -> list[PathLike]:
+    """The adapters, where one alone need not be in a list."""
+    return [adapters] if isinstance(adapters, str | os.PathLike) else list(adapters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,17 +122,26 @@ def opened(request: Request) -> Iterator[OpenJob]:
         yield OpenJob(request, base, adapters, original, planning.make(request, base, adapters, original))
 
 
+def _inputs(request: Request) -> list[Path]:
+    """What the user named: folders, or single files whose neighbours are no inputs."""
+    original = [] if request.adapter_base in (None, "same") else [Path(str(request.adapter_base))]
+    return [request.base, *request.adapters, *original]
+
+
 def _check_out(request: Request) -> bool:
     """Raise where OUT must not be made, before anything is read; whether an earlier output there would be replaced."""
     assert request.out is not None
-    original = [] if request.adapter_base in (None, "same") else [Path(str(request.adapter_base))]
-    # What the user named: a folder, or a single file whose neighbours are no inputs.
-    check_places(request.out, [request.base, *request.adapters, *original])
+    check_places(request.out, _inputs(request))
     return check_out(request.out, resume=request.resume, overwrite=request.overwrite)
 
 
 def plan_request(request: Request) -> PlanResult:
     """`plan` for a ready Request."""
+    with standing([*_inputs(request), *([request.out] if request.out else [])]):
+        return _planned(request)
+
+
+def _planned(request: Request) -> PlanResult:
     from lora_merge.machine import least_memory
 
     replaces = request.out is not None and _check_out(request)
@@ -186,8 +151,15 @@ def plan_request(request: Request) -> PlanResult:
     return replace(found, notes=(*found.notes, *note))
 
 
-def merge_request(request: Request, *, progress: Progress = _silent) -> MergeResult:
+def merge_request(request: Request, *, progress: Progress = silent) -> MergeResult:
     """`merge` for a ready Request."""
+    assert request.out is not None
+    with standing([*_inputs(request), request.out]):
+        return _merged(request, progress)
+
+
+def _merged(request: Request, progress: Progress) -> MergeResult:
+    """The whole story of a merge."""
     assert request.out is not None
     began = time.monotonic()
     replaces = _check_out(request)

@@ -211,10 +211,10 @@ def verify(
     debug: bool,
 ) -> None:
     """Read a finished output again and prove it against its own record, and against its inputs where given."""
-    from lora_merge import api
+    from lora_merge import proving
 
     with Reporter(quiet=quiet or as_json) as reporter:
-        result = api.verify(out, base=base, adapters=adapter, adapter_base=adapter_base, progress=reporter)
+        result = proving.verify(out, base=base, adapters=adapter, adapter_base=adapter_base, progress=reporter)
     if not quiet or as_json:
         with printing(f"{printable(out)}: proves right; only the report"):
             show_verification(result, as_json=as_json)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -54,6 +54,33 @@ def not_a_folder(out: Path) -> LoraMergeError:
             "BASE ADAPTER... OUT, and OUT is a new folder"
         )
     return OutputExistsError(f"{printable(out)}: is a file; the output is a folder, choose another name")
+
+
+@contextmanager
+def standing(paths: Iterable[Path]) -> Iterator[None]:
+    """Work from `/` where the current folder was removed, as libraries end the process that has none.
+
+    UsageError where one of `paths` is relative then: it leads nowhere.
+    """
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        pass
+    else:
+        yield
+        return
+    if relative := [path for path in paths if not os.path.isabs(path)]:
+        raise UsageError(
+            f"the current folder was removed, so that {listed(relative)} lead nowhere; give absolute paths, or change "
+            "to a folder that exists"
+        )
+    gone = os.open(os.curdir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    os.chdir(os.path.sep)
+    try:
+        yield
+    finally:
+        os.fchdir(gone)
+        os.close(gone)
 
 
 def check_free_space(out: Path, nbytes: int) -> None:

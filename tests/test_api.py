@@ -305,7 +305,7 @@ def test_verify_asks_for_the_adapters_of_the_merge(job, monkeypatch):
     lora_merge.merge(path / "base", [], path / "none", dtype="float16")
     assert lora_merge.verify(path / "two", base=path / "base", adapters=both).recomputed
     assert lora_merge.verify(path / "none", base=path / "base").recomputed
-    monkeypatch.setattr("lora_merge.api.verify_output", lambda *words: pytest.fail("everything was read first"))
+    monkeypatch.setattr("lora_merge.proving.verify_output", lambda *words: pytest.fail("everything was read first"))
     for adapters in ([], path / "adapter", [*both, path / "other"]):
         with pytest.raises(UsageError, match=r"merged with 2 adapters, .* --adapter, in this order: adapter, other"):
             lora_merge.verify(path / "two", base=path / "base", adapters=adapters)

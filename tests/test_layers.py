@@ -17,7 +17,7 @@ PACKAGE = ROOT / "lora_merge"
 FLOORS = [
     {"__main__"},
     {"cli", "report", "streams"},
-    {"api"},
+    {"api", "proving"},
     {"planning", "machine", "recompute", "advice", "inspection", "verification"},
     {"execute", "joblist", "shards"},
     {"rescaling"},

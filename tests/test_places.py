@@ -2,9 +2,11 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import small
 
 from lora_merge import places
 from lora_merge.errors import OutputExistsError, StorageError, UsageError
@@ -100,6 +102,42 @@ def test_the_current_folder_is_worked_in_from_inside(tmp_path: Path, monkeypatch
     assert not places.stages_inside(tmp_path)
     monkeypatch.chdir(tmp_path)
     assert places.stages_inside(tmp_path)
+
+
+GONE = """
+import os, sys
+os.chdir(sys.argv[1])
+os.rmdir(sys.argv[1])
+from lora_merge import cli
+sys.exit(cli.run(sys.argv[2:]))
+"""
+
+
+def from_a_removed_folder(tmp_path: Path, *words: object) -> tuple[int, str]:
+    """Exit code and stderr of the command in a current folder that is not there any more."""
+    (tmp_path / "gone").mkdir()
+    line = [sys.executable, "-c", GONE, str(tmp_path / "gone"), *map(str, words)]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stderr
+
+
+def test_from_a_removed_current_folder(tmp_path: Path) -> None:
+    small.write_adapter(tmp_path / "adapter", small.write_base(tmp_path / "base", shards=1, layers=1))
+    base, adapter, out = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
+    assert from_a_removed_folder(tmp_path, base, adapter, out, "-q", "--bits", "4") == (0, "")
+    assert from_a_removed_folder(tmp_path, "verify", out, "--base", base, "--adapter", adapter, "-q") == (0, "")
+    assert from_a_removed_folder(tmp_path, base, adapter, out, "-q", "--overwrite", "--dry-run") == (0, "")
+    for words in ((base, adapter, "new"), (base, "adapter", tmp_path / "new"), ("verify", "out"), ("inspect", "base")):
+        code, err = from_a_removed_folder(tmp_path, *words)
+        (relative,) = [word for word in words[-2:] if word in ("new", "adapter", "out", "base")]
+        assert (code, f"removed, so that {relative} lead" in err) == (2, True)
+    assert sorted(os.listdir(tmp_path)) == ["adapter", "base", "out"]
+
+
+def test_a_folder_that_is_there_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with places.standing([Path("out")]):
+        assert Path.cwd() == tmp_path
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
