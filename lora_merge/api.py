@@ -21,6 +21,7 @@ from lora_merge.places import check_free_space, check_places, standing
 from lora_merge.record import MANIFEST, sealed
 from lora_merge.request import Request, parse_size
 from lora_merge.results import Inspection, MergedWeight, MergeResult, PlannedWeight, PlanResult
+from lora_merge.shortage import COMPUTING, check_imports, telling_shortage
 from lora_merge.verification import verify_output
 
 PathLike = str | os.PathLike[str]
@@ -66,7 +67,7 @@ def plan(
 
 def inspect(path: PathLike) -> Inspection:
     """What a checkpoint or an adapter holds, from its headers and config."""
-    with standing([Path(path)]):
+    with telling_shortage(), standing([Path(path)]):
         return inspect_path(Path(path))
 
 
@@ -114,6 +115,7 @@ class OpenJob:
 @contextmanager
 def opened(request: Request) -> Iterator[OpenJob]:
     """Open the inputs of a request and plan it; nothing is written."""
+    check_imports(COMPUTING, "torch")
     with ExitStack() as files:
         base = files.enter_context(open_base(request.base))
         adapters = tuple(files.enter_context(open_adapter(path)) for path in request.adapters)
@@ -137,7 +139,7 @@ def _check_out(request: Request) -> bool:
 
 def plan_request(request: Request) -> PlanResult:
     """`plan` for a ready Request."""
-    with standing([*_inputs(request), *([request.out] if request.out else [])]):
+    with telling_shortage(), standing([*_inputs(request), *([request.out] if request.out else [])]):
         return _planned(request)
 
 
@@ -154,7 +156,7 @@ def _planned(request: Request) -> PlanResult:
 def merge_request(request: Request, *, progress: Progress = silent) -> MergeResult:
     """`merge` for a ready Request."""
     assert request.out is not None
-    with standing([*_inputs(request), request.out]):
+    with telling_shortage(), standing([*_inputs(request), request.out]):
         return _merged(request, progress)
 
 

@@ -27,6 +27,7 @@ from lora_merge.request import (
     Request,
     parse_size,
 )
+from lora_merge.shortage import COMPUTING, check_imports, telling_shortage
 from lora_merge.streams import divert, printing, secure
 
 COMMANDS = ("inspect", "verify")
@@ -168,6 +169,7 @@ def merge(paths: tuple[Path, ...], dry_run: bool, as_json: bool, quiet: bool, ve
     words.pop("debug", None)
     words["bits"] = int(words["bits"]) if words["bits"] else None
     request = Request(base=paths[0], adapters=paths[1:-1], out=paths[-1], **words)
+    check_imports(COMPUTING, "torch")
     from lora_merge import api
 
     if dry_run:
@@ -188,6 +190,7 @@ def merge(paths: tuple[Path, ...], dry_run: bool, as_json: bool, quiet: bool, ve
 @with_shared
 def inspect(path: Path, as_json: bool, quiet: bool, debug: bool, verbose: bool) -> None:
     """Show what a checkpoint or an adapter holds, from its headers alone."""
+    check_imports(("lora_merge.api",), "")
     from lora_merge import api
 
     found = api.inspect(path)
@@ -211,6 +214,7 @@ def verify(
     debug: bool,
 ) -> None:
     """Read a finished output again and prove it against its own record, and against its inputs where given."""
+    check_imports(("lora_merge.proving",), "") if base is None else check_imports(COMPUTING, "torch")
     from lora_merge import proving
 
     with Reporter(quiet=quiet or as_json) as reporter:
@@ -232,7 +236,8 @@ def run(args: list[str] | None = None) -> int:
     """The exit code of one command line; errors are told on stderr."""
     words = sys.argv[1:] if args is None else args
     try:
-        app.main(words, prog_name="lora-merge", standalone_mode=False)
+        with telling_shortage():
+            app.main(words, prog_name="lora-merge", standalone_mode=False)
         return 0
     except click.exceptions.Exit as stop:
         return stop.exit_code
@@ -250,15 +255,9 @@ def run(args: list[str] | None = None) -> int:
     except SystemExit:  # how click answers a reader of --help that has gone away
         divert(sys.stdout)
         return 0
-    except MemoryError as error:
-        return _told(error, 9, words)
     except OSError as error:
         bare = error.filename is None
         return _told(StorageError(f"reading or writing failed: {error.strerror or error}") if bare else error, 8, words)
-    except RuntimeError as error:  # how torch says that memory is short
-        if not any(sign in str(error) for sign in ("can't allocate memory", "out of memory")):
-            raise
-        return _told(error, 9, words)
 
 
 def _told(error: BaseException, code: int, words: list[str]) -> int:

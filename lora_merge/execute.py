@@ -116,6 +116,7 @@ class Executor:
         self.machine = machine
         self._shards: Sequence[Shard] = ()
         self._rewriter: Rewriter | None = None
+        self._failure: Exception | None = None
         self._lock = threading.Lock()
 
     @property
@@ -125,7 +126,7 @@ class Executor:
 
     def run(self, shards: Sequence[Shard], stage: Stage, progress: Progress) -> None:
         """Write these shards into the stage; several at once where there are several threads."""
-        self._shards, self._rewriter = shards, None
+        self._shards, self._rewriter, self._failure = shards, None, None
         lanes = min(self.machine.threads, len(shards))
         threads = self.machine.threads if lanes <= 1 else 1
         lock = threading.Lock()
@@ -136,8 +137,8 @@ class Executor:
 
         first = threading.Thread(target=self._import)
         patience = sys.getswitchinterval()
-        sys.setswitchinterval(PATIENCE)
         first.start()
+        sys.setswitchinterval(PATIENCE)
         try:
             largest_first = sorted(shards, key=lambda shard: -shard.nbytes)
             pipeline.each(largest_first, lambda shard: self._make(shard, stage, told, threads), max(lanes, 1))
@@ -148,18 +149,26 @@ class Executor:
                 self._rewriter.close()
 
     def _import(self) -> None:
-        """Have torch ready by the time the first copies are done; whoever needs it meets any error again."""
+        """Have torch ready by the time the first copies are done; whoever needs it is told of an error."""
         if any(isinstance(job, Rewrite) for shard in self._shards for job in shard.jobs):
             with suppress(Exception):
                 self._rewriting()
 
     def _rewriting(self) -> Rewriter:
         with self._lock:
-            if self._rewriter is None:
-                from lora_merge.rewriting import Rewriter
+            if self._failure is not None:  # a second import would stumble over the half of the first
+                raise self._failure
+            try:
+                return self._rewriter or self._new_rewriter()
+            except Exception as error:
+                self._failure = error
+                raise
 
-                self._rewriter = Rewriter(self.base, self.adapters, self._shards, self.machine.device)
-            return self._rewriter
+    def _new_rewriter(self) -> Rewriter:
+        from lora_merge.rewriting import Rewriter
+
+        self._rewriter = Rewriter(self.base, self.adapters, self._shards, self.machine.device)
+        return self._rewriter
 
     def _make(self, shard: Shard, stage: Stage, progress: Progress, threads: int) -> None:
         """One shard from header to journal."""

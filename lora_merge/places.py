@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from lora_merge.containers.descriptors import is_lack
 from lora_merge.errors import LoraMergeError, OutputExistsError, StorageError, UsageError, listed, printable
 from lora_merge.weight_files import is_weights
 
@@ -145,6 +146,10 @@ def storing(path: Path, doing: str, needed: int = 0) -> Iterator[None]:
 def storage_error(path: Path, doing: str, error: OSError, needed: int = 0) -> StorageError:
     """needed: bytes that were still to be written to `path`."""
     again = "run again with --resume to continue"
+    if is_lack(error):
+        return StorageError(
+            f"{printable(path)}: {doing} failed: {error.strerror}; allow more with `ulimit -n`, then {again}"
+        )
     if error.errno not in _FULL:
         return StorageError(f"{printable(path)}: {doing} failed: {error.strerror or error}; mend that, then {again}")
     free = free_bytes(path)

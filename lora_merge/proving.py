@@ -11,6 +11,7 @@ from lora_merge.errors import UsageError, listed, printable
 from lora_merge.places import standing
 from lora_merge.record import read_record
 from lora_merge.request import Request
+from lora_merge.shortage import telling_shortage
 from lora_merge.verification import Verification, check_there, verify_output
 
 
@@ -30,7 +31,7 @@ def verify(
     if base is None and adapters:
         raise UsageError("verify: adapters are compared together with their base; give --base too")
     given = [path for path in (base, adapter_base) if path is not None]
-    with standing(map(Path, [out, *given, *paths_of(adapters)])):
+    with telling_shortage(), standing(map(Path, [out, *given, *paths_of(adapters)])):
         check_there(Path(out))
         again = None if base is None else _asked_again(Path(out), base, adapters, adapter_base)
         return _verified(Path(out), again, progress)

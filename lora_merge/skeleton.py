@@ -99,6 +99,8 @@ def build(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> Skele
     except NoSkeleton:
         raise
     except Exception as error:  # private API and foreign configs: any failure only means "no skeleton"
+        if is_shortage(error):  # another plan for less memory would be another output
+            raise
         raise NoSkeleton(
             f"transformers cannot lay out this model ({type(error).__name__}: {printable(error)})"
         ) from error

@@ -5,6 +5,7 @@ import os
 import stat
 from pathlib import Path
 
+from lora_merge.containers.descriptors import Descriptor, is_lack
 from lora_merge.errors import InputError, LoraMergeError, StorageError, printable
 
 _INPUT_ERRNOS = {
@@ -19,30 +20,34 @@ _INPUT_ERRNOS = {
 
 
 class RegularFile:
-    """A read-only descriptor of a regular file; links are followed, everything that is not a file is refused.
+    """A regular file opened for reading; links are followed, everything that is not a file is refused.
 
     Reads are `preadv`s and safe from several threads. A file cut short while it is read gives an error message, where
-    a mapping would end the process.
+    a mapping would end the process. The descriptor may be closed between two reads (`descriptors`); what is opened
+    then must be the same file, unchanged.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._fd = _open(path)
-        self._opened = os.fstat(self._fd)
-        self.size = self._opened.st_size
-        if not stat.S_ISREG(self._opened.st_mode):  # swapped between stat and open
-            self.close()
-            raise _not_regular(path, self._opened.st_mode)
+        self._place = os.path.join(_current(), path)  # the current folder may be another when it is opened again
+        self._opened: os.stat_result | None = None
+        self._descriptor = Descriptor(self._open)
+        with self._descriptor.used() as number:
+            self.size: int = os.fstat(number).st_size
 
     def read_into(self, offset: int, out: memoryview, what: str) -> None:
         """Fill `out` with the bytes from `offset` on; `what` names them in errors.
 
         InputError where the file ends before `out` is full, StorageError where the system cannot read.
         """
+        with self._descriptor.used() as number:
+            self._read_into(number, offset, out, what)
+
+    def _read_into(self, number: int, offset: int, out: memoryview, what: str) -> None:
         done = 0
         while done < len(out):
             try:
-                count = os.preadv(self._fd, [out[done:]], offset + done)
+                count = os.preadv(number, [out[done:]], offset + done)
             except OSError as error:
                 raise StorageError(
                     f"{self}: {what}: reading at byte {offset + done} failed: {error.strerror}"
@@ -62,7 +67,30 @@ class RegularFile:
 
     def check_unchanged(self) -> None:
         """InputError where the file is not the one that was opened, or was written since."""
-        now, then = os.fstat(self._fd), self._opened
+        with self._descriptor.used() as number:
+            self._check_same(os.fstat(number))
+
+    def close(self) -> None:
+        self._descriptor.close()
+
+    def _open(self) -> int:
+        """The file's descriptor, of which `check_unchanged` is true."""
+        number = _open(self.path, self._place)
+        try:
+            found = os.fstat(number)
+            if not stat.S_ISREG(found.st_mode):  # swapped between stat and open
+                raise _not_regular(self.path, found.st_mode)
+            if self._opened is None:
+                self._opened = found
+            self._check_same(found)
+        except BaseException:
+            os.close(number)
+            raise
+        return number
+
+    def _check_same(self, now: os.stat_result) -> None:
+        then = self._opened
+        assert then is not None
         same = (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns) == (
             (then.st_dev, then.st_ino, then.st_size, then.st_mtime_ns)
         )
@@ -73,21 +101,24 @@ class RegularFile:
                 "the result would be a mixture, run again when nothing writes to it"
             )
 
-    def close(self) -> None:
-        if self._fd >= 0:
-            fd, self._fd = self._fd, -1
-            os.close(fd)
-
     def __str__(self) -> str:
         return printable(self.path)
 
 
-def _open(path: Path) -> int:
+def _current() -> str:
     try:
-        mode = os.stat(path).st_mode  # before opening: to open a device can have an effect
+        return os.getcwd()
+    except OSError:  # removed: a relative path leads nowhere then
+        return ""
+
+
+def _open(path: Path, place: str) -> int:
+    """Open `place`, which messages call `path`."""
+    try:
+        mode = os.stat(place).st_mode  # before opening: to open a device can have an effect
         if not stat.S_ISREG(mode):
             raise _not_regular(path, mode)
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        return os.open(place, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise _refusal(path, error) from error
     except ValueError as error:  # NUL or a character that no file name can hold
@@ -96,6 +127,8 @@ def _open(path: Path) -> int:
 
 def _refusal(path: Path, error: OSError) -> LoraMergeError:
     reason = _INPUT_ERRNOS.get(error.errno or 0)
+    if is_lack(error):
+        return StorageError(f"{printable(path)}: cannot be opened: {error.strerror}; allow more with `ulimit -n`")
     if reason is None:
         return StorageError(f"{printable(path)}: opening failed: {error.strerror}")
     if error.errno == errno.ENOENT and path.is_symlink():
