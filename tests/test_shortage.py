@@ -46,7 +46,7 @@ def test_the_first_failing_import_is_told_and_not_repeated(job, monkeypatch):
         raise ImportError("libtorch_cpu.so: failed to map segment from shared object")
 
     monkeypatch.setattr("lora_merge.rewriting.Rewriter", broken)
-    with pytest.raises(MemoryLimitError, match="libtorch_cpu.so: failed to map segment"):
+    with pytest.raises(MemoryLimitError, match=r"libtorch_cpu\.so: failed to map segment"):
         lora_merge.merge(job / "base", job / "adapter", job / "out", threads=2)
     assert len(tried) == 1 and not (job / "out").exists()
 
@@ -103,7 +103,7 @@ def test_words_of_short_memory(error):
 def test_other_errors_pass():
     with pytest.raises(ValueError, match="odd"), shortage.telling_shortage():
         raise ValueError("odd")
-    with pytest.raises(MemoryLimitError, match="^mine$"), shortage.telling_shortage():
+    with pytest.raises(MemoryLimitError, match=r"^mine$"), shortage.telling_shortage():
         raise MemoryLimitError("mine")
 
 
