@@ -49,14 +49,15 @@ class Checkpoint:
     aliases: Mapping[str, str]
     notes: tuple[str, ...]
     _homes: Mapping[str, TensorFile]
+    """The file of each tensor; empty where there is only one."""
 
     def file_of(self, name: str) -> TensorFile:
         """The file that holds a tensor."""
-        return self._homes[name]
+        return self._homes[name] if self._homes else self.files[0]
 
     def read_into(self, name: str, start: int, out: memoryview) -> None:
         """Fill `out` with bytes `[start, start + len(out))` of a tensor; see `TensorFile.read_into`."""
-        self._homes[name].read_into(name, start, out)
+        self.file_of(name).read_into(name, start, out)
 
     def load(self, name: str) -> torch.Tensor:
         """A whole tensor in its stored dtype and shape, on the CPU, in memory of its own."""
@@ -142,7 +143,9 @@ def _open(found: Found) -> Checkpoint:
         path=found.folder,
         config=config,
         files=tuple(files),
-        tensors=MappingProxyType({name: file.tensors[name] for name, file in homes.items()}),
+        tensors=MappingProxyType({name: file.tensors[name] for name, file in homes.items()})
+        if homes
+        else files[0].tensors,
         side_files=found.side_files,
         aliases=MappingProxyType({name: first for file in bins for name, first in file.aliases.items()}),
         notes=(*found.notes, *_remarks(found, files, bins)),
@@ -151,7 +154,10 @@ def _open(found: Found) -> Checkpoint:
 
 
 def _homes(found: Found, files: list[TensorFile]) -> dict[str, TensorFile]:
-    """The file of each tensor; InputError where files and index do not agree, with all offenders."""
+    """The file of each tensor, empty where there is only one; InputError, with all offenders, where files and index do
+    not agree."""
+    if len(files) == 1 and found.index is None and files[0].tensors:
+        return {}
     homes: dict[str, TensorFile] = {}
     twice: list[str] = []
     for file in files:

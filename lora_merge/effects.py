@@ -122,8 +122,8 @@ def _unmatched(
 ) -> AdapterError:
     """The error of claims without a place; it names every adapter tensor that would be lost."""
     paths = sorted({printable(adapters[one.adapter].path) for one in lost})
-    modules = [f"{one.claim.module}.{one.claim.parameter}" for one in lost]
-    factors = [factor for one in lost for factor in one.claim.factors]
+    modules = (f"{one.claim.module}.{one.claim.parameter}" for one in lost)
+    factors = (factor for one in lost for factor in one.claim.factors)
     seen = list(dict.fromkeys(one.seen for one in lost if one.seen))
     total = sum(len(reading.claims) for reading in readings)
     first = lost[0].claim
@@ -133,8 +133,8 @@ def _unmatched(
     hint += f" Nearest in the base to {printable(first.module)}{shape}: {listed(near, 3)}." if near else ""
     return AdapterError(
         f"{', '.join(paths)}: {len(lost)} of {total} adapted parameters have no place in the base: "
-        f"{listed(modules, 12)}; adapter tensors {listed(factors, 4)}.{hint} Merge onto the base that the adapter was "
-        "trained on, or allow the loss with --allow-unused REGEX"
+        f"{listed(modules, 12, counted=False)}; adapter tensors {listed(factors, 4)}.{hint} Merge onto the base that "
+        "the adapter was trained on, or allow the loss with --allow-unused REGEX"
     )
 
 

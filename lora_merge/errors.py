@@ -15,6 +15,7 @@ A message says where, what was found, what was expected and what to do; one erro
 """
 
 from collections.abc import Iterable
+from itertools import islice
 from typing import ClassVar
 
 MAX_SHOWN = 8192  # no path and no honest message is longer
@@ -73,9 +74,14 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in string)
 
 
-def listed(names: Iterable[object], limit: int = 5) -> str:
-    """The first `limit` names, and how many more there are: `a, b, ... (7 in all)`."""
-    shown = [printable(name) for name in names]
-    if len(shown) <= limit:
+def listed(names: Iterable[object], limit: int = 5, counted: bool = True) -> str:
+    """The first `limit` names, and how many there are: `a, b, ... (7 in all)`.
+
+    counted: False where the sentence has said the number already.
+    """
+    rest = iter(names)
+    shown = [printable(name) for name in islice(rest, limit)]
+    more = sum(1 for _ in rest)
+    if not more:
         return ", ".join(shown)
-    return f"{', '.join(shown[:limit])}, ... ({len(shown)} in all)"
+    return f"{', '.join(shown)}, ..." + (f" ({len(shown) + more} in all)" if counted else "")

@@ -14,7 +14,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -328,15 +328,19 @@ class Resolver:
         return []
 
 
-def spellings(name: str) -> Iterator[str]:
-    """The other names of one tensor or module path: every chain of up to three renamings of `SPELLINGS`."""
-    seen = {name}
+@lru_cache(maxsize=8)
+def spellings(name: str) -> tuple[str, ...]:
+    """The other names of one tensor or module path: every chain of up to three renamings of `SPELLINGS`.
+
+    Several rules ask for those of one name in turn, hence the cache.
+    """
+    seen = {name: None}
     front = [name]
     for _ in range(3):
         others = [pattern.sub(new, old, count=1) for old in front for pattern, new in SPELLINGS]
         front = [other for other in dict.fromkeys(others) if other not in seen]
-        seen.update(front)
-        yield from front
+        seen.update(dict.fromkeys(front))
+    return tuple(seen)[1:]
 
 
 def fits(stored: tuple[int, ...], shape: tuple[int, ...] | None, any_rows: bool = False) -> bool:

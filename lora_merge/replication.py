@@ -80,7 +80,7 @@ def _layer_stack(names: Sequence[str], counts: set[int]) -> str:
         if layers == set(range(len(layers))) and len(layers) in counts and not TOWER.search(stack)
     }
     if len(stacks) != 1:
-        found = f"{len(stacks)} stacks of that length ({listed(stacks)})" if stacks else "no such stack"
+        found = f"{len(stacks)} stacks of that length ({listed(stacks, counted=False)})" if stacks else "no such stack"
         raise UnsupportedError(
             f"layer_replication: config.json speaks of {listed(sorted(counts)) or 'no number of'} layers and the base "
             f"has {found}, so which layers to repeat is not clear; merge without layer_replication"

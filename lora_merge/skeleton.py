@@ -95,7 +95,8 @@ def build(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> Skele
         raise NoSkeleton("the model brings its own code (auto_map), which is never run")
     try:
         model = _on_meta(config)
-        return _describe(model, tensors)
+        with hushed():
+            return _describe(model, tensors)
     except NoSkeleton:
         raise
     except Exception as error:  # private API and foreign configs: any failure only means "no skeleton"
@@ -151,10 +152,11 @@ def _on_meta(config: Mapping[str, Any]) -> Any:
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise NoSkeleton(f"transformers {transformers.__version__} has no class {printable(name)}")
     plain.pop("model_type", None)
-    parsed = CONFIG_MAPPING[model_type](**plain)
+    with hushed():
+        parsed = CONFIG_MAPPING[model_type](**plain)
     if not isinstance(parsed, cls.config_class or ()):
         raise NoSkeleton(f"{name} is no class for model type {printable(model_type)}")
-    with torch.device("meta"):
+    with hushed(), torch.device("meta"):
         return cls._from_config(  # type: ignore[no-untyped-call]
             parsed, attn_implementation="eager", dtype=torch.float32
         )

@@ -112,8 +112,8 @@ def _check_sixteen_bits(request: Request, weights: Mapping[str, Stored], plain: 
     size = sum(weights[name].weight.numel for name in wide)
     if request.bits == 16 and size * 2 > sum(stored.weight.numel for stored in weights.values()):
         raise UsageError(
-            f"--bits 16 does not say which: {len(wide)} tensors of the base are wider ({listed(wide, 2)}); "
-            "choose --dtype bfloat16 or --dtype float16"
+            f"--bits 16 does not say which: {len(wide)} tensors of the base are wider "
+            f"({listed(wide, 2, counted=False)}); choose --dtype bfloat16 or --dtype float16"
         )
 
 

@@ -108,7 +108,9 @@ def find_adapter(path: Path) -> Found:
         )
     inner = [name for name in names if os.path.isfile(path / name / ADAPTER_CONFIG)]
     if len(inner) > 1:
-        raise InputError(f"{printable(path)}: holds {len(inner)} adapters ({listed(inner)}); name the folder of one")
+        raise InputError(
+            f"{printable(path)}: holds {len(inner)} adapters ({listed(inner, counted=False)}); name the folder of one"
+        )
     if inner:
         found = find_adapter(path / inner[0])
         return replace(found, notes=(f"the adapter is read from the sub-folder {inner[0]}", *found.notes))
@@ -173,8 +175,8 @@ def _standard(folder: Path, names: Iterable[str], stems: Iterable[str]) -> Found
     missing = [shard for shard in shards if not os.path.lexists(folder / shard)]
     if missing:
         raise InputError(
-            f"{printable(index.path)}: {len(missing)} of {len(shards)} shards are missing ({listed(missing)}); the "
-            "download is probably incomplete, fetch them"
+            f"{printable(index.path)}: {len(missing)} of {len(shards)} shards are missing "
+            f"({listed(missing, counted=False)}); the download is probably incomplete, fetch them"
         )
     return Found(folder, tuple(folder / shard for shard in shards), index, notes=notes)
 
@@ -185,8 +187,8 @@ def _single(folder: Path, names: Iterable[str], *patterns: str) -> Found | None:
         fits = [name for name in names if fnmatchcase(name, pattern)]
         if len(fits) > 1:
             raise InputError(
-                f"{printable(folder)}: holds {len(fits)} weight files ({listed(fits)}) and no index that says which "
-                "tensor is where; fetch the *.index.json, or name one file"
+                f"{printable(folder)}: holds {len(fits)} weight files ({listed(fits, counted=False)}) and no index "
+                "that says which tensor is where; fetch the *.index.json, or name one file"
             )
         if fits:
             return Found(folder, (folder / fits[0],))

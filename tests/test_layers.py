@@ -32,7 +32,7 @@ FLOORS = [
     {"renaming"},
     {"weight_files", "places", "record"},
     {"jsonfile", "config_paths"},
-    {"containers", "request", "results", "shortage"},
+    {"containers", "hushed", "request", "results", "shortage"},
     {"spec", "errors", "lora_merge"},
 ]
 FORBIDDEN = {

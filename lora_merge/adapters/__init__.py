@@ -92,10 +92,12 @@ def _read_bare(tensors: Mapping[str, TensorSpec], options: Options) -> Reading:
 
 def _check_complete(reading: Reading, tensors: Mapping[str, TensorSpec]) -> None:
     """Every tensor belongs to one claim, or is ignored with a reason: nothing is lost in silence."""
-    used = [factor for claim in reading.claims for factor in claim.factors] + list(reading.ignored)
-    assert len(used) == len(set(used)), "an adapter tensor belongs to one claim"
-    if lost := sorted(set(tensors) - set(used)):
+    used = set(reading.ignored)
+    for claim in reading.claims:
+        assert used.isdisjoint(claim.factors), "an adapter tensor belongs to one claim"
+        used.update(claim.factors)
+    if lost := sorted(name for name in tensors if name not in used):
         raise AdapterError(
-            f"{len(lost)} of {len(tensors)} adapter tensors have no use beside the others: {listed(lost)}; drop them "
-            "with --allow-unused REGEX if the merge may go without"
+            f"{len(lost)} of {len(tensors)} adapter tensors have no use beside the others: "
+            f"{listed(lost, counted=False)}; drop them with --allow-unused REGEX if the merge may go without"
         )

@@ -16,7 +16,7 @@ https://github.com/huggingface/peft/blob/main/src/peft/tuners/lora/layer.py
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,20 +51,29 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec], options: 
     saved, ignored, notes = saved_modules.read(entries, tensors, settings.modules_to_save, settings.bias)
     ignored |= {entry.key: TRAINING_ONLY for entry in entries if entry.role == "training"}
     copied = frozenset(claim.module for claim in saved if claim.parameter == "weight")
-    places = grouped(entries, tensors)
+    trained = tokens.claims(entries, tensors, settings.token_indices)
+    places = grouped(drained(entries), tensors)
     reader = Reader(settings, options, tensors, places, attentions(places, tensors), copied)
+    remarks = reader.notes()
     claims, unused = reader.claims()
     return Reading(
         kind="dora" if settings.dora else "lora",
-        claims=(*saved, *claims, *tokens.claims(entries, tensors, settings.token_indices)),
+        claims=(*saved, *claims, *trained),
         ignored=ignored | unused,
         layer_replication=settings.layer_replication,
         ties_embeddings=settings.ties,
-        notes=(*settings.notes, *notes, *reader.notes()),
+        notes=(*settings.notes, *notes, *remarks),
     )
 
 
-def grouped(entries: Sequence[Entry], tensors: Mapping[str, TensorSpec]) -> dict[Place, dict[str, str]]:
+def drained(entries: list[Entry]) -> Iterator[Entry]:
+    """Every entry in turn, which the list then holds no longer: of a million, those that were used make room."""
+    entries.reverse()
+    while entries:
+        yield entries.pop()
+
+
+def grouped(entries: Iterable[Entry], tensors: Mapping[str, TensorSpec]) -> dict[Place, dict[str, str]]:
     """The factors of every place, by role.
 
     Raises AdapterError that lists every factor without its partner, of a broken shape, or there twice.
@@ -80,9 +89,9 @@ def grouped(entries: Sequence[Entry], tensors: Mapping[str, TensorSpec]) -> dict
         roles.setdefault(entry.role, entry.key)
     for roles in places.values():
         offences += _unpaired(roles)
-    offences += _broken([key for roles in places.values() for key in roles.items()], tensors)
+    offences += _broken((key for roles in places.values() for key in roles.items()), tensors)
     if offences:
-        raise AdapterError(f"{len(offences)} adapter tensors cannot be used: {listed(offences, 8)}")
+        raise AdapterError(f"{len(offences)} adapter tensors cannot be used: {listed(offences, 8, counted=False)}")
     return dict(places)
 
 
@@ -109,7 +118,7 @@ def _unpaired(roles: Mapping[str, str]) -> list[str]:
     return []
 
 
-def _broken(factors: Sequence[tuple[str, str]], tensors: Mapping[str, TensorSpec]) -> list[str]:
+def _broken(factors: Iterable[tuple[str, str]], tensors: Mapping[str, TensorSpec]) -> list[str]:
     offences = []
     for role, key in factors:
         spec = tensors[key]
@@ -134,18 +143,19 @@ class Reader:
     settings: LoraConfig
     options: Options
     tensors: Mapping[str, TensorSpec]
-    places: Mapping[Place, Mapping[str, str]]
+    places: dict[Place, dict[str, str]]
     attentions: frozenset[Place]
     copied: frozenset[str]
 
     def claims(self) -> tuple[list[Claim], dict[str, str]]:
-        """The claims, and the tensors left aside with the reason."""
+        """The claims, and the tensors left aside with the reason. Uses `places` up, which are as many as the claims."""
         claims: list[Claim] = []
         ignored: dict[str, str] = {}
         offences: list[str] = []
         parameters, problems = self._parameters()
         offences += problems
-        for place, roles in self.places.items():
+        for place in list(self.places):
+            roles = self.places.pop(place)
             if place.depth and place not in parameters:
                 continue
             try:

@@ -79,7 +79,7 @@ def _pairs(tensors: Mapping[str, TensorSpec], prefix: str) -> dict[str, tuple[st
         elif tensors[key].dtype not in PLAIN_FLOATS or len(tensors[key].shape) != 2 or not tensors[key].numel:
             offences.append(f"{key} is {tensors[key]}, not a matrix of floats")
     if offences:
-        raise AdapterError(f"{len(offences)} adapter tensors cannot be used: {listed(offences, 8)}")
+        raise AdapterError(f"{len(offences)} adapter tensors cannot be used: {listed(offences, 8, counted=False)}")
     return {module: (keys["A"], keys["B"]) for module, keys in modules.items()}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from lora_merge.errors import AdapterError, listed
 
@@ -63,14 +64,13 @@ def read_keys(keys: Iterable[str]) -> list[Entry]:
 
     Raises AdapterError for names of no known form, and for a file that holds several adapters.
     """
-    keys = list(keys)
     entries = [parse(key) for key in keys]
     names = sorted({entry.adapter for entry in entries if entry.adapter})
-    entries = [parse(key, names[0]) for key in keys] if names else entries
+    entries = [parse(entry.key, names[0]) for entry in entries] if names else entries
     if unknown := [entry.key for entry in entries if entry.role == "unknown"]:
         raise AdapterError(
-            f"{len(unknown)} tensors have names that no LoRA of PEFT writes: {listed(unknown)}; drop them with "
-            "--allow-unused REGEX if the merge may go without"
+            f"{len(unknown)} tensors have names that no LoRA of PEFT writes: {listed(unknown, counted=False)}; drop "
+            "them with --allow-unused REGEX if the merge may go without"
         )
     if len(names) > 1:
         raise AdapterError(f"the file holds several adapters ({listed(names)}); save each to its own folder")
@@ -100,6 +100,13 @@ def parse(key: str, adapter: str = "default") -> Entry:
 
 
 def _entry(key: str, path: str, role: str, parameter: str = "", adapter: str | None = None) -> Entry:
+    module, depth, parent = _located(path)
+    return Entry(key, module, role, parameter, depth, parent, adapter)
+
+
+@lru_cache(maxsize=4096)
+def _located(path: str) -> tuple[str, int, str | None]:
+    """Module, depth and parent of an Entry; factors of one module lie near each other, and share what is found."""
     segments = path.split(".")
     depth = 0
     while segments and segments[-1] == "base_layer":
@@ -111,5 +118,4 @@ def _entry(key: str, path: str, role: str, parameter: str = "", adapter: str | N
     if "base_layer" in segments:
         last = len(segments) - 1 - segments[::-1].index("base_layer")
         parent = ".".join(segment for segment in segments[:last] if segment != "base_layer")
-    module = ".".join(segment for segment in segments if segment != "base_layer")
-    return Entry(key, module, role, parameter, depth, parent, adapter)
+    return ".".join(segment for segment in segments if segment != "base_layer"), depth, parent

@@ -82,7 +82,9 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec], options: 
     indices = token_indices(config.get("token_indices"), "token_indices")
     entries = read_keys(tensors)
     if strange := [entry.key for entry in entries if entry.role not in saved_modules.ROLES | {"tokens"}]:
-        raise AdapterError(f"{len(strange)} tensors have no place in a TRAINABLE_TOKENS adapter: {listed(strange)}")
+        raise AdapterError(
+            f"{len(strange)} tensors have no place in a TRAINABLE_TOKENS adapter: {listed(strange, counted=False)}"
+        )
     kept, ignored, notes = saved_modules.read(entries, tensors, listed_modules=(), bias="none")
     return Reading("trainable_tokens", (*kept, *claims(entries, tensors, indices)), ignored, notes=notes)
 

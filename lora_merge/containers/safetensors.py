@@ -14,8 +14,12 @@ import hashlib
 import json
 import math
 import re
+import sys
+from array import array
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from json.decoder import scanstring  # type: ignore[attr-defined]
 from pathlib import Path
 from types import MappingProxyType
@@ -44,10 +48,13 @@ class SafetensorsFile:
         self._file = file
         header, self._start = _read_header(file)
         self.header_sha256 = hashlib.sha256(header).hexdigest()
-        parsed = _Header(file, header)
+        text = _text(file, header)
+        del header  # as large as all names together
+        parsed = _Header(file, text)
+        del text
         self.metadata: Mapping[str, str] = MappingProxyType(parsed.metadata)
-        self._begins = _contiguous(file, parsed.entries, file.size - self._start)
-        self.tensors: Mapping[str, TensorSpec] = MappingProxyType({n: parsed.entries[n].spec for n in self._begins})
+        tensors, self._ordered = _contiguous(file, parsed, file.size - self._start)
+        self.tensors: Mapping[str, TensorSpec] = MappingProxyType(tensors)
 
     @property
     def path(self) -> Path:
@@ -60,6 +67,11 @@ class SafetensorsFile:
     def read_into(self, name: str, start: int, out: memoryview) -> None:
         assert 0 <= start <= start + len(out) <= self.tensors[name].nbytes, (name, start, len(out))
         self._file.read_into(self._start + self._begins[name] + start, out, f"tensor {printable(name)}")
+
+    @cached_property
+    def _begins(self) -> dict[str, int]:
+        """Where each tensor begins; made for the first read, as plans of a million tensors do without."""
+        return dict(zip(self.tensors, self._ordered, strict=True))
 
     def check_unchanged(self) -> None:
         self._file.check_unchanged()
@@ -94,24 +106,28 @@ def _read_header(file: RegularFile) -> tuple[bytearray, int]:
     return header, 8 + length
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    spec: TensorSpec
-    begin: int
-    end: int
+def _text(file: RegularFile, header: bytearray) -> str:
+    try:
+        return header.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _broken(file, f"it is not UTF-8 at byte {8 + error.start}") from error
+
+
+def _broken(file: RegularFile, reason: str) -> InputError:
+    return InputError(f"{file}: broken safetensors header: {reason}; fetch the file again")
 
 
 class _Header:
     """One pass over the text of a header."""
 
-    def __init__(self, file: RegularFile, header: bytearray) -> None:
+    def __init__(self, file: RegularFile, text: str) -> None:
         self.file = file
+        self.text = text
         self.metadata: dict[str, str] = {}
-        self.entries: dict[str, _Entry] = {}
-        try:
-            self.text = header.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise self._bad(f"it is not UTF-8 at byte {8 + error.start}") from error
+        self.tensors: dict[str, TensorSpec] = {}
+        self.begins = array("Q")  # of the tensors, in their order in the header
+        self.ends = array("Q")
+        self.specs: dict[TensorSpec, TensorSpec] = {}
         seen_metadata = False
         at, done = self._open_object(0)
         while not done:
@@ -137,7 +153,7 @@ class _Header:
         return at
 
     def _read_entry(self, name: str, at: int) -> int:
-        if name in self.entries:
+        if name in self.tensors:
             raise self._bad(f"tensor {printable(name)}: the name is there twice")
         match = _ENTRY.match(self.text, at)
         fields = {} if match is None else dict(zip(match.groups()[::2], match.groups()[1::2], strict=True))
@@ -151,7 +167,10 @@ class _Header:
             )
         if dtype not in BITS:
             raise self._bad(f"tensor {printable(name)}: the dtype {dtype!r} is not known (known are {', '.join(BITS)})")
-        self.entries[name] = _Entry(TensorSpec(dtype, shape), *offsets)
+        spec = TensorSpec(sys.intern(dtype), shape)
+        self.tensors[name] = self.specs.setdefault(spec, spec)  # most tensors have few shapes
+        self.begins.append(min(offsets[0], MAX_NUMEL))
+        self.ends.append(min(offsets[1], MAX_NUMEL))
         return match.end()
 
     def _open_object(self, at: int) -> tuple[int, bool]:
@@ -196,7 +215,7 @@ class _Header:
         return printable(self.text[at : at + 100]) or "its end"
 
     def _bad(self, reason: str) -> InputError:
-        return InputError(f"{self.file}: broken safetensors header: {reason}; fetch the file again")
+        return _broken(self.file, reason)
 
 
 def _integers(text: str) -> tuple[int, ...] | None:
@@ -207,43 +226,50 @@ def _integers(text: str) -> tuple[int, ...] | None:
     return tuple(map(int, match[1].split(","))) if match[1] else ()
 
 
-def _contiguous(file: RegularFile, entries: Mapping[str, _Entry], nbytes: int) -> dict[str, int]:
-    """Begin of each tensor in the order of the bytes; InputError lists all that break the rules of sizes and order."""
-    begins: dict[str, int] = {}
+def _contiguous(file: RegularFile, parsed: _Header, nbytes: int) -> tuple[dict[str, TensorSpec], array[int]]:
+    """Tensors in the order of the bytes, and where each begins.
+
+    InputError lists all that break the rules of sizes and order.
+    """
+    tensors, begins, ends = _by_begin(parsed)
     faults: list[str] = []
     position = 0
-    for name in sorted(entries, key=lambda n: (entries[n].begin, entries[n].end)):
-        entry = entries[name]
-        fault = _size_fault(entry)
-        if fault is None and entry.begin != position:
-            fault = (
-                f"begins at byte {entry.begin}, expected {position} ({'hole' if entry.begin > position else 'overlap'})"
-            )
+    for (name, spec), begin, end in zip(tensors.items(), begins, ends, strict=True):
+        fault = _size_fault(spec, begin, end)
+        if fault is None and begin != position:
+            fault = f"begins at byte {begin}, expected {position} ({'hole' if begin > position else 'overlap'})"
         if fault is not None:
             faults.append(f"tensor {name}: {fault}")
-        begins[name] = entry.begin
-        position = entry.end
+        position = end
     if faults:
         raise InputError(f"{file}: broken safetensors header: {listed(faults)}; fetch the file again")
     if position != nbytes:
         raise InputError(
             f"{file}: the tensors have {position} bytes, the file has {nbytes} after the header "
-            f"(last tensor {printable(next(reversed(begins), 'none'))}); it is "
+            f"(last tensor {printable(next(reversed(tensors), 'none'))}); it is "
             f"{'cut short' if nbytes < position else 'followed by foreign bytes'}, fetch it again"
         )
-    return begins
+    return tensors, begins
 
 
-def _size_fault(entry: _Entry) -> str | None:
-    spec = entry.spec
+def _by_begin(parsed: _Header) -> tuple[dict[str, TensorSpec], array[int], array[int]]:
+    """Tensors, begins and ends by rising begin: the very same objects where the header has that order, as most do."""
+    tensors, begins, ends = parsed.tensors, parsed.begins, parsed.ends
+    if all(one <= other for one, other in pairwise(zip(begins, ends, strict=True))):
+        return tensors, begins, ends
+    order = sorted(range(len(begins)), key=lambda at: (begins[at], ends[at]))
+    items = list(tensors.items())
+    sorted_begins, sorted_ends = (array("Q", [values[at] for at in order]) for values in (begins, ends))
+    return dict(items[at] for at in order), sorted_begins, sorted_ends
+
+
+def _size_fault(spec: TensorSpec, begin: int, end: int) -> str | None:
     if math.prod(n for n in spec.shape if n) >= MAX_NUMEL:
         return f"the shape {list(spec.shape)} is too large"
     if spec.numel * BITS[spec.dtype] % 8:
         return f"{spec} does not fill whole bytes"
-    if entry.end - entry.begin != spec.nbytes:
-        return (
-            f"{spec} has {spec.nbytes} bytes, data_offsets [{entry.begin}, {entry.end}] give {entry.end - entry.begin}"
-        )
+    if end - begin != spec.nbytes:
+        return f"{spec} has {spec.nbytes} bytes, data_offsets [{begin}, {end}] give {end - begin}"
     return None
 
 

@@ -72,8 +72,8 @@ def _not_ours(out: Path, there: list[str]) -> LoraMergeError:
             "--overwrite. Is OUT missing? The words are BASE ADAPTER... OUT, and OUT is a new folder"
         )
     return OutputExistsError(
-        f"{printable(out)}: holds {len(there)} entries that this tool did not write ({listed(there)}){torn}; "
-        "--overwrite replaces only outputs of lora-merge. Choose another name, or move them away"
+        f"{printable(out)}: holds {len(there)} entries that this tool did not write ({listed(there, counted=False)})"
+        f"{torn}; --overwrite replaces only outputs of lora-merge. Choose another name, or move them away"
     )
 
 
