@@ -136,7 +136,7 @@ def _assembled(
     configs = [adapter.config for adapter in adapters]
     inputs = [[identity(file) for file in base.files], digests, configs]
     inputs += [[identity(file) for file in original.files]] if original else []
-    settings = [(shard.file, shard.header.hex()) for shard in laid]
+    settings = [(shard.file, hashlib.sha256(shard.header).hexdigest()) for shard in laid]
     name = digest(__version__, options(request), inputs, settings, {".".join(k): v for k, v in changes.items()})
     return Plan(laid, files, side, changes, tuple(dict.fromkeys(draft.notes)), name, digests)
 
