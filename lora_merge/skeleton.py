@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora_merge.errors import printable
+from lora_merge.hushed import hushed
 from lora_merge.renaming import hidden, strays
+from lora_merge.shortage import is_shortage
 from lora_merge.spec import Target, TensorSpec
 
 DROPPED_KEYS = frozenset({
