@@ -7,10 +7,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lora_merge import config_values
 from lora_merge.adapters.base import Patch
 from lora_merge.adapters.layers import is_conv1d
 from lora_merge.checkpoint import Checkpoint
 from lora_merge.effects import Wish, Wishes, patches
+from lora_merge.errors import printable
 from lora_merge.formats import QUANTIZED, Plain, Stored
 from lora_merge.formats import weights as gathered
 from lora_merge.formats.base import SECTION, ConfigPath
@@ -175,13 +177,14 @@ class Draft:
 
 def _config(base: Checkpoint) -> dict[str, Any]:
     """config.json; what it does not say of the quantization is taken from the file in which some loaders keep it."""
-    config = dict(base.config or {})
+    config = base.config or {}
+    config_values.check(config, f"{printable(base.path)}/config.json")
     if config.get(SECTION):
         return config
     for kind in QUANTIZED.values():
         if kind.own_file and Path(kind.own_file) in base.side_files:
             body = read_json(base.path / kind.own_file)
-            return config | {SECTION: {"quant_method": kind.name, **kind.section(body)}}
+            return config | {SECTION: {"quant_method": kind.name} | kind.section(body)}
     return config
 
 

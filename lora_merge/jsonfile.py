@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,6 +13,7 @@ from lora_merge.errors import InputError, printable
 MAX_CONFIG = 16 * 2**20
 MAX_INDEX = 64 * 2**20
 MAX_CONTAINERS = 200_000
+LARGEST = sys.float_info.max
 
 
 class _Refused(ValueError):
@@ -22,13 +23,13 @@ class _Refused(ValueError):
 def read_json(path: Path, limit: int = MAX_CONFIG) -> dict[str, Any]:
     """The object in a JSON file of at most `limit` bytes.
 
-    InputError where it is no object, holds a key twice, NaN or infinity, text that is not UTF-8, or more lists and
-    objects than any config has.
+    InputError where it is no object, holds a key twice, NaN or infinity, a number that no float64 holds, text that is
+    not UTF-8, or more lists and objects than any config has.
     """
     text = _text(path, limit)
     where = printable(path)
     try:
-        value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant, parse_float=_finite_float)
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode("utf-8")  # lone surrogates
     except RecursionError:
@@ -65,15 +66,19 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise _Refused(f"the key {twice!r} is there twice")
+    for key, value in pairs:
+        _check_numbers(key, value)
     return made
+
+
+def _check_numbers(key: str, value: Any) -> None:
+    """Refuse numbers that no float64 holds: arithmetic with them fails. Objects have checked their own."""
+    if isinstance(value, list):
+        for item in value:
+            _check_numbers(key, item)
+    elif isinstance(value, int | float) and not -LARGEST <= value <= LARGEST:
+        raise _Refused(f"the number at the key {key!r} is larger than {LARGEST:g}")
 
 
 def _no_constant(name: str) -> NoReturn:
     raise _Refused(f"{name} is not a number of JSON")
-
-
-def _finite_float(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise _Refused(f"the number {text[:40]} is too large")
-    return value

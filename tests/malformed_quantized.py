@@ -305,7 +305,8 @@ def _elements(dtype: str) -> Iterator[tuple[str, bytes]]:
 
 
 STATES = (
-    *VALUES, 1e-300, float("nan"), float("inf"), 63, 96, 2**20, 2**40, "nf4", "fp4", "float64", "object", "bfloat16",
+    *VALUES, 10**400, 1e-300, float("nan"), float("inf"), 63,
+    96, 2**20, 2**40, "nf4", "fp4", "float64", "object", "bfloat16",
     [64, 64, 1], [64], [32, 128], [64, 63], [64, 65], [4096, 1], [2**31, 2**31], [64.0, 64], ["64", 64], [True, 4096],
     [-64, -64],
 )  # fmt: skip

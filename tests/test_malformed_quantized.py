@@ -171,6 +171,7 @@ FOUND = (
     ("modelopt/nvfp4", f"input_scale [] -> [{2**40}, 0]", "16 bits", None),
     ("chatglm3_int4", "and weight_packed", "adapter, another format", 3),
     ("bnb_nf4_dq", f"weight.quant_state.bitsandbytes__nf4 nested_blocksize = {10**30}", "16 bits", 3),
+    ("bnb_nf4_dq", f"weight.quant_state.bitsandbytes__nf4 nested_offset = {10**400}", "16 bits", 3),
 )
 
 

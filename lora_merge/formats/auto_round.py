@@ -12,16 +12,17 @@ loaders. https://github.com/intel/auto-round/blob/main/auto_round/inference/back
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from lora_merge.config_values import OBJECT, WHOLE, value
 from lora_merge.errors import UnsupportedError
 from lora_merge.formats.awq import AWQ
 from lora_merge.formats.base import SECTION, ConfigPath, Cut, Parts, Quantized, ReadPart, Wanted
 from lora_merge.formats.gptq import GPTQ
-from lora_merge.formats.gptq_config import Said, beside, section
+from lora_merge.formats.gptq_config import WHERE, Said, beside, section
+from lora_merge.patterns import compiled
 from lora_merge.spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -62,14 +63,14 @@ class AutoRound(Quantized):
                 f"{module}: AutoRound's packing_format {packing_format} is not read "
                 f"({', '.join((*VERSIONS, *AS_AWQ))} are); export the model anew in one of these"
             )
-        said = {**body, **_extra(body, module)}
+        own = _extra(body, module)
+        said = {key: own.get(key, body.get(key)) for key in ("bits", "group_size", "sym")}
         packing: GPTQ | AWQ | None
         if packing_format in AS_AWQ:
-            as_awq = {"quant_method": "awq", "version": "gemm", "group_size": said.get("group_size")}
+            as_awq = {"quant_method": "awq", "version": "gemm", "group_size": said["group_size"]}
             packing = AWQ.detect(parts, {SECTION: as_awq}, module, read)
         else:
-            plain = {"bits": said.get("bits"), "group_size": said.get("group_size"), "sym": said.get("sym", True)}
-            told = replace(Said.of(plain, module), version=VERSIONS[packing_format])
+            told = replace(Said.of(said, module), version=VERSIONS[packing_format])
             packing = GPTQ.of(parts, told, module, read)
         return None if packing is None else cls(packing)
 
@@ -86,9 +87,9 @@ class AutoRound(Quantized):
     ) -> dict[ConfigPath, Any]:
         """What the base says of itself, and the linears of its blocks that have become plain."""
         body = dict(section(config))
-        plain = [module for module in beside(written, kept) if _extra(body, module).get("bits", 0) < PLAIN["bits"]]
+        plain = [module for module in beside(written, kept) if _bits(_extra(body, module)) < PLAIN["bits"]]
         if plain:
-            body["extra_config"] = {**(body.get("extra_config") or {}), **dict.fromkeys(plain, PLAIN)}
+            body["extra_config"] = {**_layers(body), **dict.fromkeys(plain, PLAIN)}
         return {**cls.plain_changes(config), (SECTION,): body}
 
     @property
@@ -139,16 +140,24 @@ class AutoRound(Quantized):
 
 def _extra(body: Mapping[str, Any], module: str) -> Mapping[str, Any]:
     """What `extra_config` says of this layer: by its name, or by the first pattern found in it."""
-    layers = body.get("extra_config")
-    layers = layers if isinstance(layers, Mapping) else {}
+    layers = _layers(body)
     named = (
         [layers[module]] if module in layers else [values for name, values in layers.items() if _found(name, module)]
     )
     return next((values for values in named if isinstance(values, Mapping)), {})
 
 
+def _layers(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = value(body, "extra_config", OBJECT, WHERE, default={})
+    return found
+
+
+def _bits(said: Mapping[str, Any]) -> int:
+    return int(value(said, "bits", WHOLE, f"{WHERE}.extra_config", default=0))
+
+
 def _found(pattern: str, module: str) -> bool:
     try:
-        return re.search(pattern, module) is not None
-    except re.error:  # the loader leaves such a pattern out, too
+        return compiled(pattern).search(module) is not None
+    except ValueError:  # the loader leaves such a pattern out, too
         return False

@@ -187,7 +187,7 @@ class Quantized(ABC):
         raise NotImplementedError
 
     @classmethod
-    def section(cls, own_file: Mapping[str, Any]) -> Mapping[str, Any]:
+    def section(cls, own_file: dict[str, Any]) -> dict[str, Any]:
         """What `own_file` holds, as `quantization_config` of config.json would say it."""
         return own_file
 

@@ -70,7 +70,7 @@ class QuantState:
         try:
             said = json.loads(data.decode("utf-8"))
             state = cls._read(said)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise InputError(
                 f"{printable(module)}: its quant_state is not what bitsandbytes writes ({printable(repr(error))} in "
                 f"{printable(data[:200])}); fetch the file again"

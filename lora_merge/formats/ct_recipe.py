@@ -10,11 +10,14 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
+from lora_merge.config_values import shown
 from lora_merge.errors import InputError, UnsupportedError, listed
 from lora_merge.formats.base import sections
 from lora_merge.formats.ct_schemes import Scheme
+from lora_merge.patterns import compiled
 
 METHOD = "compressed-tensors"
 VERSION = "0.20.0"
@@ -119,8 +122,18 @@ def _rank(module: str, target: str) -> int:
     if target == module:
         return 0
     if target.startswith(REGEX):
-        return 1 if re.match(target.removeprefix(REGEX), module) else 3
+        return 1 if _compiled(target).match(module) else 3
     return 2 if target in CLASSES else 3
+
+
+@cache
+def _compiled(target: str) -> re.Pattern[str]:
+    try:
+        return compiled(target.removeprefix(REGEX))
+    except ValueError as error:
+        raise InputError(
+            f"config.json: quantization_config: the target {shown(target)} {error}; fetch the file again"
+        ) from None
 
 
 def _refuse_what_no_merge_can_keep(body: Mapping[str, Any]) -> None:

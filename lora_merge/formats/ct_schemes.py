@@ -9,8 +9,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lora_merge.config_values import FLAG, value
 from lora_merge.errors import InputError, UnsupportedError
 
+WHERE = "config.json: weights of a compressed-tensors scheme"
 PACK, INT, FLOAT, NAIVE = "pack-quantized", "int-quantized", "float-quantized", "naive-quantized"
 NVFP4, MXFP4, MXFP8 = "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"
 STRATEGIES = {
@@ -35,7 +37,7 @@ class Scheme:
     """How the weights of some modules are coded; the fields bear the names that config.json gives them.
 
     block_structure: rows and columns that share a scale, for the strategy "block".
-    actorder: "group" where columns name their group (`weight_g_idx`).
+    actorder: "group" where columns name their group; the parts tell it (`weight_g_idx`), not the config.
     """
 
     format: str
@@ -58,11 +60,10 @@ class Scheme:
             format,
             _whole(weights.get("num_bits", 8), "num_bits"),
             str(weights.get("type", "int")),
-            bool(weights.get("symmetric", True)),
+            value(weights, "symmetric", FLAG, WHERE, True),
             str(weights.get("strategy") or ("tensor" if size is None else "channel" if size == -1 else "group")),
             None if size in (None, -1) else _whole(size, "group_size"),
             _block(block),
-            weights.get("actorder"),
         )
         if reason := scheme.unreadable():
             raise UnsupportedError(f"config.json: {reason}; decompress the checkpoint with compressed-tensors first")

@@ -24,6 +24,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from lora_merge.config_paths import at, text_parts
+from lora_merge.config_values import NAMES
+from lora_merge.config_values import shown as shown_value
 from lora_merge.errors import InputError, UnsupportedError
 from lora_merge.formats import fp8_scales as scales
 from lora_merge.formats.base import ConfigPath, Cut, Loader, Parts, Quantized, ReadPart, Wanted, shown
@@ -368,9 +370,13 @@ def model_dtype(config: Mapping[str, Any]) -> str:
 
 def still_skipped(entries: Any, written: Collection[str], kept: Sequence[str]) -> list[str]:
     """The linears that stay plain: entries of the base's list that name none of the written modules, then in full
-    those of the kept modules that no such entry names."""
-    told = [entry for entry in entries if isinstance(entry, str)] if isinstance(entries, Sequence) else []
-    still = [entry for entry in told if not any(names(entry, module) for module in written)]
+    those of the kept modules that no such entry names. Raises InputError where the base's list is none."""
+    if entries and not NAMES.fits(entries):
+        raise InputError(
+            "config.json: quantization_config: what says which linears stay plain is "
+            f"{shown_value(entries)}, expected {NAMES.words}; fetch the file again"
+        )
+    still = [entry for entry in entries or () if not any(names(entry, module) for module in written)]
     return still + [module for module in kept if not any(names(entry, module) for entry in still)]
 
 

@@ -14,10 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_merge import __version__
+from lora_merge.config_values import FLAG, NAME_OR_NAMES, NAMES_OR_LISTS, OBJECT, WHOLE, Kind, shown, value
 from lora_merge.errors import InputError, UnsupportedError, listed
 from lora_merge.formats.base import sections
+from lora_merge.patterns import compiled
 
 METHOD = "gptq"
+WHERE = "config.json: quantization_config"
 VERSIONS = {"gptq": 1, "gptq_v2": 2}
 WORD = 32
 CARRIES = "gptqmodel"
@@ -44,7 +47,7 @@ class Said:
 
     @classmethod
     def of(cls, body: Mapping[str, Any], module: str) -> Said:
-        """Raises UnsupportedError for layouts that are not read, InputError for patterns that are none."""
+        """Raises UnsupportedError for layouts that are not read, InputError for patterns and values that are none."""
         layout = str(body.get("checkpoint_format") or body.get("format") or METHOD).lower()
         if layout not in VERSIONS:
             raise UnsupportedError(
@@ -56,13 +59,17 @@ class Said:
                 f"{module}: the config says that the weights were rotated before they were quantized; no adapter fits "
                 "them. Merge onto the checkpoint that it was made from"
             )
-        said = {**body, **(_override(body, module) or {})}
+        own = _override(body, module) or {}
+
+        def said(key: str, kind: Kind, default: Any = None) -> Any:
+            return value(own if key in own else body, key, kind, WHERE, default)
+
         return cls(
-            _integer(said.get("bits")),
-            _integer(said.get("group_size")),
-            bool(said.get("sym", True)),
+            said("bits", WHOLE),
+            said("group_size", WHOLE),
+            said("sym", FLAG, True),
             VERSIONS[layout],
-            bool(said.get("desc_act", False)),
+            said("desc_act", FLAG, False),
             any(name.partition(":")[0].lower() == CARRIES for name in _quantizers(body)),
         )
 
@@ -174,8 +181,8 @@ def beside(written: Iterable[str], kept: Sequence[str]) -> list[str]:
 
 def _quantizes(body: Mapping[str, Any], module: str) -> bool:
     """Whether a config that has GPTQ on has it for this module."""
-    lists = body.get("modules_in_block_to_quantize")
-    if isinstance(lists, Sequence) and not isinstance(lists, str):
+    lists = value(body, "modules_in_block_to_quantize", NAMES_OR_LISTS, WHERE)
+    if lists is not None:
         named = [name for entry in lists for name in ([entry] if isinstance(entry, str) else entry)]
         if not module.endswith(tuple(named)):
             return False
@@ -187,24 +194,20 @@ def _override(body: Mapping[str, Any], module: str) -> Mapping[str, Any] | None:
     patterns = body.get("dynamic")
     for pattern, values in patterns.items() if isinstance(patterns, Mapping) else ():
         try:
-            fits = re.match(pattern.removeprefix(SKIP).removeprefix(OVERRIDE), module)
-        except re.error as error:
-            raise InputError(f"config.json: {pattern!r} in dynamic is no regular expression: {error}") from None
+            fits = compiled(pattern.removeprefix(SKIP).removeprefix(OVERRIDE)).match(module)
+        except ValueError as error:
+            raise InputError(f"{WHERE}: the key {shown(pattern)} of dynamic {error}; fetch the file again") from None
         if fits:
             return None if pattern.startswith(SKIP) else values if isinstance(values, Mapping) else {}
     return {}
 
 
 def _meta(body: Mapping[str, Any]) -> Mapping[str, Any]:
-    meta = body.get("meta")
-    return meta if isinstance(meta, Mapping) else {}
+    found: Mapping[str, Any] = value(body, "meta", OBJECT, WHERE, default={})
+    return found
 
 
 def _quantizers(body: Mapping[str, Any]) -> list[str]:
     """Programs that wrote the file, each `name:version`."""
-    found = _meta(body).get("quantizer") or []
-    return [str(name) for name in ([found] if isinstance(found, str) else found)]
-
-
-def _integer(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    found = value(_meta(body), "quantizer", NAME_OR_NAMES, f"{WHERE}.meta", default=[])
+    return [found] if isinstance(found, str) else list(found)
