@@ -19,12 +19,11 @@ from lora_merge.jobs import Copy, Plan, Rewrite
 from lora_merge.output import Stage, check_out
 from lora_merge.places import check_free_space, check_places, standing
 from lora_merge.record import MANIFEST, sealed
-from lora_merge.request import Request, parse_size
+from lora_merge.request import Request
+from lora_merge.request_words import PathLike, path_of, request_of
 from lora_merge.results import Inspection, MergedWeight, MergeResult, PlannedWeight, PlanResult
 from lora_merge.shortage import COMPUTING, check_imports, telling_shortage
 from lora_merge.verification import verify_output
-
-PathLike = str | os.PathLike[str]
 
 
 class Progress(Protocol):
@@ -49,50 +48,28 @@ def merge(
     """Merge adapters into a checkpoint and write the result to the new folder `out`.
 
     words: the options of the command line with underscores, as `lora_merge.request.Request` has them: bits, format,
-        dtype, quant_type, double_quant, group_size, scales, rounding, seed, min_survival, keep (a pattern or several),
-        trained_on, adapter_base, weight, alpha, base_is_residual, allow_unused, max_shard_size, device, max_memory,
-        threads, resume, restart, overwrite, verify. Sizes are bytes or `2GB`.
+        dtype (also torch.bfloat16), quant_type, double_quant, group_size, scales, rounding, seed, min_survival, keep
+        (a pattern or several), trained_on, adapter_base, weight, alpha, base_is_residual, allow_unused,
+        max_shard_size, device, max_memory, threads, resume, restart, overwrite, verify. Sizes are bytes or `2GB`, None
+        is the default.
     progress: called with (name, nbytes, total) after each block that was written.
     Raises the errors of `lora_merge.errors`; `out` exists only if this returns.
     """
-    return merge_request(request(base, adapters, out, **words), progress=progress)
+    return merge_request(request_of(base, adapters, path_of("out", out), **words), progress=progress)
 
 
 def plan(
     base: PathLike, adapters: PathLike | Sequence[PathLike], out: PathLike | None = None, **words: Any
 ) -> PlanResult:
     """What `merge` would do with the same words; reads headers only and writes nothing."""
-    return plan_request(request(base, adapters, out, **words))
+    return plan_request(request_of(base, adapters, out, **words))
 
 
 def inspect(path: PathLike) -> Inspection:
     """What a checkpoint or an adapter holds, from its headers and config."""
-    with telling_shortage(), standing([Path(path)]):
-        return inspect_path(Path(path))
-
-
-def request(base: PathLike, adapters: PathLike | Sequence[PathLike], out: PathLike | None, **words: Any) -> Request:
-    """A Request from the words of the public functions. Raises UsageError for a word that is none."""
-    paths = paths_of(adapters)
-    for name in ("max_memory", "max_shard_size"):
-        if words.get(name) is not None:
-            words[name] = parse_size(words[name])
-    if isinstance(words.get("keep"), str):
-        words["keep"] = (words["keep"],)
-    if "keep" in words:
-        words["keep"] = tuple(words["keep"])
-    if "weight" in words:
-        weight = words["weight"]
-        words["weight"] = (float(weight),) if isinstance(weight, int | float) else tuple(map(float, weight))
-    try:
-        return Request(Path(base), tuple(map(Path, paths)), None if out is None else Path(out), **words)
-    except TypeError as error:
-        raise UsageError(str(error).replace("Request.__init__()", "merge")) from None
-
-
-def paths_of(adapters: PathLike | Sequence[PathLike]) -> list[PathLike]:
-    """The adapters, where one alone need not be in a list."""
-    return [adapters] if isinstance(adapters, str | os.PathLike) else list(adapters)
+    folder = path_of("path", path)
+    with telling_shortage(), standing([folder]):
+        return inspect_path(folder)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lora_merge.api import PathLike, Progress, opened, paths_of, request, silent
+from lora_merge.api import Progress, opened, silent
 from lora_merge.errors import UsageError, listed, printable
 from lora_merge.places import standing
 from lora_merge.record import read_record
 from lora_merge.request import Request
+from lora_merge.request_words import PathLike, path_of, paths_of, request_of
 from lora_merge.shortage import telling_shortage
 from lora_merge.verification import Verification, check_there, verify_output
 
@@ -30,11 +31,13 @@ def verify(
     """
     if base is None and adapters:
         raise UsageError("verify: adapters are compared together with their base; give --base too")
-    given = [path for path in (base, adapter_base) if path is not None]
-    with telling_shortage(), standing(map(Path, [out, *given, *paths_of(adapters)])):
-        check_there(Path(out))
-        again = None if base is None else _asked_again(Path(out), base, adapters, adapter_base)
-        return _verified(Path(out), again, progress)
+    folder = path_of("out", out)
+    named = {"base": base, "adapter_base": adapter_base}
+    given = [path_of(name, path) for name, path in named.items() if path is not None]
+    with telling_shortage(), standing([folder, *given, *paths_of(adapters)]):
+        check_there(folder)
+        again = None if base is None else _asked_again(folder, base, adapters, adapter_base)
+        return _verified(folder, again, progress)
 
 
 def _verified(out: Path, again: Request | None, progress: Progress) -> Verification:
@@ -56,12 +59,12 @@ def _asked_again(
     record = read_record(out)
     words = dict(record.get("options", {}))
     if adapter_base is not None:
-        words["adapter_base"] = str(adapter_base)
+        words["adapter_base"] = path_of("adapter_base", adapter_base)
     elif (named := words.get("adapter_base")) not in (None, "same"):
         raise UsageError(
             f"verify: this merge was made with --adapter-base {named}; give its folder again with --adapter-base"
         )
-    again = request(base, adapters, None, **words | {"weight": ()})
+    again = request_of(base, adapters, None, **words | {"weight": ()})
     names = [entry["name"] for entry in record.get("inputs", ()) if entry["role"] == "adapter"]
     if len(names) != len(again.adapters):
         ways = f"give each with --adapter, in this order: {listed(names)}" if names else "leave --adapter out"

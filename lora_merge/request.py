@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_merge.errors import UsageError
+from lora_merge.errors import UsageError, printable
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 WIDTHS = (2, 3, 4, 5, 6, 7, 8, 16)
@@ -18,12 +19,30 @@ QUANT_TYPES = ("int", "fp8", "nf4", "fp4", "nvfp4", "mxfp4", "mxfp8")
 ROUNDINGS = ("auto", "nearest", "stochastic", "dither", "adapter-aware")
 SCALES = ("auto", "keep", "fresh")
 TRAINED_ON = ("as-is", "nf4", "fp4", "int8")
+SHOWN = 80
+"""Characters of a value in an error."""
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+STRONGEST = 1e15
+"""No weight and no alpha is further from 0. Then a strength, a weight times an alpha divided by a rank, is a number of
+float32, and where something overflows it is the merged weight, which is looked at."""
+WHOLE = {
+    "bits": (2, 16), "group_size": (-1, 2**20), "seed": (-(2**63), 2**63 - 1), "threads": (1, 1024),
+    "max_memory": (1, 2**63 - 1), "max_shard_size": (1, 2**63 - 1),
+}  # fmt: skip
+"""Words that are whole numbers, with the least and the largest."""
+FLAGS = ("double_quant", "base_is_residual", "resume", "restart", "overwrite", "verify")
+TEXTS = ("scales", "rounding", "trained_on", "device")
+TEXTS_OR_NONE = ("format", "dtype", "quant_type", "adapter_base", "allow_unused")
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One merge: inputs, output, and every choice. Sizes in bytes; None means the default that the README states."""
+    """One merge: inputs, output, and every choice. Sizes in bytes; None means the default that the README states.
+
+    Raises UsageError that names the option where a value is of another kind, not finite, or out of its range.
+    """
 
     base: Path
     adapters: tuple[Path, ...]
@@ -55,6 +74,8 @@ class Request:
     verify: bool = False
 
     def __post_init__(self) -> None:
+        self._check_kinds()
+        self._check_numbers()
         if self.weight and len(self.weight) != len(self.adapters):
             raise UsageError(f"--weight: {len(self.weight)} given for {len(self.adapters)} adapters; give one for each")
         for option, value, known in (
@@ -74,14 +95,40 @@ class Request:
             raise UsageError("--bits 16 and --dtype float32 exclude each other")
         if self.resume and self.restart:
             raise UsageError("--resume and --restart exclude each other")
-        if self.threads is not None and self.threads < 1:
-            raise UsageError(f"--threads: {self.threads} is not a positive number")
         for option, patterns in (("allow-unused", (self.allow_unused,)), ("keep", self.keep)):
             for pattern in filter(None, patterns):
                 try:
                     re.compile(pattern)
                 except re.error as error:
                     raise UsageError(f"--{option}: {pattern!r} is not a regular expression: {error}") from None
+
+    def _check_kinds(self) -> None:
+        for name in FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise UsageError(f"{option(name)}: {_shown(getattr(self, name))} is neither true nor false")
+        for name in (*TEXTS, *TEXTS_OR_NONE):
+            found = getattr(self, name)
+            if not isinstance(found, str) and not (found is None and name in TEXTS_OR_NONE):
+                raise UsageError(f"{option(name)}: {_shown(found)} is not a text")
+        if not isinstance(self.keep, tuple) or not all(isinstance(pattern, str) for pattern in self.keep):
+            raise UsageError(f"--keep: {_shown(self.keep)} is not a regular expression, nor several of them")
+
+    def _check_numbers(self) -> None:
+        for name, (least, most) in WHOLE.items():
+            found = getattr(self, name)
+            whole = isinstance(found, int) and not isinstance(found, bool)
+            if not (whole and least <= found <= most) and (found is not None or name == "seed"):
+                raise UsageError(f"{option(name)}: {_shown(found)} is not a whole number from {least} to {most}")
+        strengths = [("weight", weight) for weight in self.weight]
+        strengths += [] if self.alpha is None else [("alpha", self.alpha)]
+        for name, found in strengths:
+            if not (_is_real(found) and abs(found) <= STRONGEST):
+                bounds = f"{-STRONGEST:g} to {STRONGEST:g}"
+                raise UsageError(f"{option(name)}: {_shown(found)} is not a number from {bounds}")
+        if not (_is_real(self.min_survival) and -math.inf < self.min_survival <= 1):
+            raise UsageError(
+                f"--min-survival: {_shown(self.min_survival)} is not a number of at most 1; 0 and below: never refuse"
+            )
 
     @property
     def strengths(self) -> tuple[float, ...]:
@@ -104,11 +151,25 @@ class Request:
         return None if self.dtype is None else DTYPES[self.dtype]
 
 
+def option(name: str) -> str:
+    """A word of a request as the command line spells it."""
+    return f"--{name.replace('_', '-')}"
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _shown(value: object) -> str:
+    text = printable(value if isinstance(value, int) else repr(value))
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
 def parse_size(text: str | int) -> int:
     """Bytes of `2GB`, `500MB`, `1.5GiB` or a plain number."""
     if isinstance(text, int):
         return text
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper())
+    match = re.fullmatch(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*([KMGT]?I?)B?\s*", text.upper(), re.ASCII)
     if not match or match[2] not in UNITS:
-        raise UsageError(f"{text!r} is not a size; write it like 2GB or 500MiB")
+        raise UsageError(f"{_shown(text)} is not a size; write it like 2GB or 500MiB")
     return int(float(match[1]) * UNITS[match[2]])

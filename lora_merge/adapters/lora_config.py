@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_merge.adapters.base import Options
+from lora_merge.config_values import shown
 from lora_merge.errors import AdapterError, UnsupportedError, listed, printable
+from lora_merge.request import STRONGEST
 
 PLAIN_INITS = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
 RECOMPUTED_INITS = ("pissa", "olora")
@@ -154,9 +156,12 @@ class LoraConfig:
 
 
 def number(value: object, field: str) -> float:
-    """A finite number that is not a bool; AdapterError else."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise AdapterError(f"adapter_config.json: {printable(field)} is {printable(repr(value))}, expected a number")
+    """A number that is not a bool, and from which a strength can be made in float32; AdapterError else."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= STRONGEST:
+        raise AdapterError(
+            f"adapter_config.json: {printable(field)} is {shown(value)}, expected a number from {-STRONGEST:g} to "
+            f"{STRONGEST:g}"
+        )
     return float(value)
 
 
@@ -182,14 +187,14 @@ def _indices(value: object, field: str) -> tuple[int, ...]:
 def _rank(value: object, field: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         raise AdapterError(
-            f"adapter_config.json: {printable(field)} is {printable(repr(value))}, expected a positive whole number"
+            f"adapter_config.json: {printable(field)} is {shown(value)}, expected a positive whole number"
         )
     return value
 
 
 def _alpha(config: Mapping[str, Any], options: Options) -> float:
     if config.get("lora_alpha") is None and options.alpha is not None:
-        return number(options.alpha, "--alpha")
+        return options.alpha
     if "lora_alpha" not in config:
         raise AdapterError("adapter_config.json: lora_alpha is missing; without it the scale of the update is unknown")
     return number(config["lora_alpha"], "lora_alpha")
@@ -198,7 +203,7 @@ def _alpha(config: Mapping[str, Any], options: Options) -> float:
 def _flag(config: Mapping[str, Any], field: str) -> bool:
     value = config.get(field)
     if value is not None and not isinstance(value, bool):
-        raise AdapterError(f"adapter_config.json: {field} is {printable(repr(value))}, expected true or false")
+        raise AdapterError(f"adapter_config.json: {field} is {shown(value)}, expected true or false")
     return bool(value)
 
 

@@ -19,7 +19,6 @@ from dataclasses import replace
 from lora_merge.adapters import layers, saved_modules
 from lora_merge.adapters.base import Claim, Options, Patch, Reading
 from lora_merge.adapters.layers import Pair
-from lora_merge.adapters.lora_config import number
 from lora_merge.adapters.lowrank import Factor, LowRank
 from lora_merge.adapters.peft_keys import Entry, strip_prefix
 from lora_merge.errors import AdapterError, UnsupportedError, UsageError, listed, printable
@@ -45,10 +44,9 @@ def read(tensors: Mapping[str, TensorSpec], options: Options) -> Reading:
             "this is a state dict of loralib (lora_A and lora_B without a config): its alpha is not in the file; look "
             "it up in the training script and pass it with --alpha"
         )
-    alpha = number(options.alpha, "--alpha")
     prefix = "module." if all(key.startswith("module.") for key in tensors) else ""
     modules = _pairs(tensors, prefix)
-    claims = [_claim(_pair(module, *keys, tensors, alpha, options)) for module, keys in modules.items()]
+    claims = [_claim(_pair(module, *keys, tensors, options.alpha, options)) for module, keys in modules.items()]
     others = [key for key in tensors if not key.endswith(ENDINGS)]
     ignored = _frozen(others, tensors, modules, prefix)
     entries = [_entry(key, prefix) for key in others if key not in ignored]
