@@ -21,6 +21,9 @@ STEP_KEYS = {
 """Rules by which a layer's number decides what it is, and the values that make all layers alike."""
 ALTERNATING = frozenset({"gemma2", "gpt_neo"})
 """Model types whose code alternates kinds of layers by itself where the config has no `layer_types`."""
+MOST_LAYERS = 4096
+MOST_TENSORS = 500_000
+"""What `layer_replication` may make; far more than any model has."""
 TOWER = re.compile(r"vis|audio|speech|image|clip|mtp|talker")
 LAYER = re.compile(r"^(?P<stack>(?:[^.\d][^.]*\.)*)(?P<layer>\d+)\.")
 
@@ -37,13 +40,13 @@ def replicate(
     counts = _layer_counts(config)
     stack = _layer_stack(names, set(counts.values()))
     count = len(_layers(names)[stack])
+    _check_ranges(ranges, count, stack)
     order = [layer for start, stop in ranges for layer in range(start, stop)]
-    if not order or any(not 0 <= start < stop <= count for start, stop in ranges):
-        raise AdapterError(f"layer_replication {listed(map(list, ranges))} does not fit the {count} layers of {stack}*")
     blocks: dict[int, list[str]] = {}
     for name in names:
         if (layer := _layer_of(name, stack)) is not None:
             blocks.setdefault(layer, []).append(name)
+    _check_size(len(order), sum(len(blocks[layer]) for layer in order), stack)
     renamed: dict[str, str] = {}
     first = next(name for name in names if _layer_of(name, stack) is not None)
     for name in names:
@@ -53,6 +56,22 @@ def replicate(
         if _layer_of(name, stack) is None:
             renamed[name] = name
     return renamed, _layer_config(config, counts, count, order)
+
+
+def _check_ranges(ranges: Sequence[tuple[int, int]], count: int, stack: str) -> None:
+    """Raise AdapterError where a range leaves the model, or there are more layers in them than any model has: before
+    any of them is counted out."""
+    if not ranges or any(not 0 <= start < stop <= count for start, stop in ranges):
+        raise AdapterError(f"layer_replication {listed(map(list, ranges))} does not fit the {count} layers of {stack}*")
+    _check_size(sum(stop - start for start, stop in ranges), 0, stack)
+
+
+def _check_size(layers: int, tensors: int, stack: str) -> None:
+    if layers > MOST_LAYERS or tensors > MOST_TENSORS:
+        raise AdapterError(
+            f"layer_replication makes {layers} layers of {stack}*{f' with {tensors} tensors' if tensors else ''}; "
+            f"{MOST_LAYERS} layers and {MOST_TENSORS} tensors are the most that are repeated"
+        )
 
 
 def _layer_of(name: str, stack: str) -> int | None:
@@ -113,7 +132,8 @@ def _layer_lists(part: Mapping[str, Any], place: ConfigPath, count: int, order: 
     changes: dict[ConfigPath, Any] = {}
     for key, value in part.items():
         if key in INDEX_LISTS and isinstance(value, list):
-            changes[(*place, key)] = [new for new, old in enumerate(order) if old in value]
+            numbered = {item for item in value if isinstance(item, int)}
+            changes[(*place, key)] = [new for new, old in enumerate(order) if old in numbered]
         elif isinstance(value, list) and len(value) == count and "layer" in key:
             changes[(*place, key)] = [value[old] for old in order]
     return changes

@@ -18,6 +18,7 @@ from lora_merge.errors import printable
 from lora_merge.hushed import hushed
 from lora_merge.renaming import hidden, strays
 from lora_merge.shortage import is_shortage
+from lora_merge.skeleton_limits import TooLarge, check_numbers, counted
 from lora_merge.spec import Target, TensorSpec
 
 DROPPED_KEYS = frozenset({
@@ -27,8 +28,6 @@ DROPPED_KEYS = frozenset({
 """Config keys that shape no parameter, or could make a config class fetch something; private keys (`_...`) go too."""
 
 FLOAT = "__float__"
-MOST_REPEATS = 4096
-"""More layers (or heads, stages) than this in a config would keep us building for minutes: not a real model."""
 
 
 class NoSkeleton(Exception):
@@ -96,11 +95,13 @@ def build(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> Skele
     if config.get("auto_map"):
         raise NoSkeleton("the model brings its own code (auto_map), which is never run")
     try:
-        model = _on_meta(config)
+        model = _on_meta(config, len(tensors))
         with hushed():
             return _describe(model, tensors)
-    except NoSkeleton:
+    except (NoSkeleton, MemoryError):
         raise
+    except TooLarge as error:
+        raise NoSkeleton(printable(error)) from None
     except Exception as error:  # private API and foreign configs: any failure only means "no skeleton"
         if is_shortage(error):  # another plan for less memory would be another output
             raise
@@ -117,12 +118,6 @@ def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if isinstance(value, Mapping) and FLOAT not in value:
             value = plain_config(value)
-        elif (
-            isinstance(value, int)
-            and re.search(r"num_.*(layers|blocks|heads)|depth|n_layer", key)
-            and value > MOST_REPEATS
-        ):
-            raise NoSkeleton(f"{key} is {value}")
         plain[key] = _number(value)
     return plain
 
@@ -136,13 +131,14 @@ def _number(value: Any) -> Any:
     return value
 
 
-def _on_meta(config: Mapping[str, Any]) -> Any:
+def _on_meta(config: Mapping[str, Any], tensors: int) -> Any:
     architectures = config.get("architectures")
     if not isinstance(architectures, list) or not architectures:
         raise NoSkeleton("config.json names no architecture")
     name = str(architectures[0])
     model_type = str(config.get("model_type"))
     plain = plain_config(config)
+    check_numbers(plain)
 
     import torch
     import transformers
@@ -158,7 +154,7 @@ def _on_meta(config: Mapping[str, Any]) -> Any:
         parsed = CONFIG_MAPPING[model_type](**plain)
     if not isinstance(parsed, cls.config_class or ()):
         raise NoSkeleton(f"{name} is no class for model type {printable(model_type)}")
-    with hushed(), torch.device("meta"):
+    with hushed(), torch.device("meta"), counted(tensors):
         return cls._from_config(  # type: ignore[no-untyped-call]
             parsed, attn_implementation="eager", dtype=torch.float32
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -69,6 +70,30 @@ def test_a_tower_of_the_same_height_is_left_alone() -> None:
 def test_ranges_outside_the_model(ranges: list[tuple[int, int]]) -> None:
     with pytest.raises(AdapterError, match=r"4 layers of model.layers"):
         replicate(names(4), ranges, {"num_hidden_layers": 4})
+
+
+@pytest.mark.parametrize("ranges", [[(0, 10**9)], [(0, 4), (1, 10**300)], [(0, 4)] * 2000, [(3, 4)] * 4097])
+def test_ranges_are_looked_at_before_layers_are_counted_out(ranges: list[tuple[int, int]]) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(AdapterError, match="layer_replication"):
+            replicate(names(4), ranges, {"num_hidden_layers": 4})
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_layers_with_more_tensors_than_any_model_are_not_repeated() -> None:
+    inside = [f"model.layers.0.experts.{n}.weight" for n in range(1000)]
+    with pytest.raises(AdapterError, match="501000 tensors"):
+        replicate(inside, [(0, 1)] * 501, {"num_hidden_layers": 1})
+    new, _ = replicate(inside, [(0, 1)] * 20, {"num_hidden_layers": 1})
+    assert len(new) == 20_000
+
+
+def test_lists_of_layer_numbers_may_hold_anything_else() -> None:
+    config = {"num_hidden_layers": 2, "mlp_only_layers": [1, None, [], "1", 1.5]}
+    assert replicate(names(2), [(0, 2), (1, 2)], config)[1]["mlp_only_layers",] == [1, 2]
 
 
 @pytest.mark.parametrize(
