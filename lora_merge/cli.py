@@ -15,7 +15,14 @@ import click
 
 from lora_merge import __version__
 from lora_merge.errors import LoraMergeError, StorageError, UsageError, printable
-from lora_merge.report import Reporter, show_inspection, show_plan, show_result, show_verification
+from lora_merge.report import (
+    Reporter,
+    escape_what_cannot_be_shown,
+    show_inspection,
+    show_plan,
+    show_result,
+    show_verification,
+)
 from lora_merge.request import (
     DTYPES,
     FORMATS,
@@ -272,4 +279,5 @@ def main(args: list[str] | None = None) -> None:
     """Entry point of the `lora-merge` command."""
     secure()
     signal.signal(signal.SIGTERM, _terminate)
+    escape_what_cannot_be_shown()
     sys.exit(run(args))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import sys
@@ -135,8 +136,19 @@ def say(lines: Iterable[str]) -> None:
 
 
 def show_json(body: Any) -> None:
-    json.dump(body, sys.stdout, indent=2, ensure_ascii=False, default=str)
-    print()
+    """Readable where stdout can hold it, else with escapes of JSON."""
+    text = json.dumps(body, indent=2, ensure_ascii=False, default=str)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        text = json.dumps(body, indent=2, default=str)
+    print(text)
+
+
+def escape_what_cannot_be_shown() -> None:
+    """Let stdout write characters that its encoding lacks as escapes, as stderr always does."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def show_plan(plan: PlanResult, *, as_json: bool, verbose: bool) -> None:

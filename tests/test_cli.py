@@ -219,6 +219,23 @@ def test_control_characters_of_a_file_do_not_reach_the_terminal(job, capsys):
     assert "\x1b" not in err and "\\x1b[31mred" in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("words", [["-v"], ["--json"], []], ids=str)
+@pytest.mark.parametrize("coding", ["ascii", "latin-1", "utf-8"])
+def test_names_that_stdout_cannot_write(tmp_path, words, coding):
+    name = "\u043c\u043e\u0434\u0435\u043b\u044c.\xe9.\U0001f600.weight"
+    save_file({name: torch.ones(1)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "\\u0436"}')
+    command = [sys.executable, "-m", "lora_merge", "inspect", str(tmp_path), *words]
+    locale = {"PYTHONIOENCODING": coding, "LC_ALL": "C"}
+    done = subprocess.run(command, env=os.environ | locale, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    said = done.stdout.decode(coding)
+    if words == ["--json"]:
+        assert json.loads(said)["tensors"][0]["name"] == name
+    else:
+        assert name.encode(coding, "backslashreplace").decode(coding) in said
+
+
 def test_a_folder_called_like_a_command(job, capsys):
     os.rename(job / "base", job / "verify")
     assert cli.run(["./verify", "adapter", "out"]) == 0

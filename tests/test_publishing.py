@@ -46,6 +46,19 @@ def test_overwrite_leaves_out_alone_until_the_end(out: Path) -> None:
     assert content(out) == WHOLE
 
 
+def test_overwrite_where_nobody_says_which_home_this_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HOME unset, and a user that the system has no name for, as in many containers."""
+
+    def unknown(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    out = tmp_path / "out"
+    make(out)
+    monkeypatch.setattr(Path, "home", lambda: unknown(out))
+    make(out, overwrite=True, job="another")
+    assert content(out) == WHOLE
+
+
 @pytest.mark.parametrize("place", ["", "project"])
 def test_overwrite_does_not_replace_home_or_the_current_folder(
     tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch

@@ -33,7 +33,9 @@ def check_vacant(out: Path, overwrite: bool, besides: Iterable[str] = ()) -> Non
 
 
 def _never_replaced() -> list[Path]:
-    places = [real_path(Path.home())]
+    places = []
+    with suppress(RuntimeError):  # neither HOME nor the list of users names a home
+        places.append(real_path(Path.home()))
     with suppress(FileNotFoundError):  # the current folder may be gone
         places.append(real_path(Path.cwd()))
     return places
