@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from lora_merge import __version__, planning
 from lora_merge.checkpoint import Checkpoint, digest, identity, open_adapter, open_base
-from lora_merge.errors import NumericError, UsageError, listed, printable
+from lora_merge.errors import NumericError, listed, printable
 from lora_merge.inspection import inspect_path
 from lora_merge.jobs import Copy, Plan, Rewrite
 from lora_merge.output import Stage, check_out

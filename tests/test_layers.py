@@ -31,8 +31,8 @@ FLOORS = [
     {"choice", "rounding", "feedback", "survival", "grids", "bits", "checkpoint", "skeleton", "awq_scales"},
     {"renaming"},
     {"weight_files", "places", "record"},
-    {"jsonfile", "config_paths"},
-    {"containers", "hushed", "request", "results", "shortage"},
+    {"jsonfile", "config_paths", "config_values", "patterns", "skeleton_limits"},
+    {"containers", "hushed", "request", "results", "shortage", "request_words"},
     {"spec", "errors", "lora_merge"},
 ]
 FORBIDDEN = {
