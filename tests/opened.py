@@ -35,9 +35,10 @@ ON_GPU = {"fp8-gpu": "FineGrainedFP8HfQuantizer", "fbgemm": "FbgemmFp8HfQuantize
 """Formats whose loader only computes on a GPU, with the class whose look for one is left out."""
 DEQUANTIZED = "dequantized"
 NOISE = {"fp8": 1e-4, "ct-fp8": 0.15}
-ROUNDED = {"fbgemm": 2.0**-8}
-"""How far weights may be: this loader has every model in bfloat16."""
 """How far logits may be from the plain ones: 8-bit formats that also round what goes into a linear are further away."""
+ROUNDED = {"fbgemm": 2.0**-8, "ct-fp8": 2.0**-8}
+"""How far weights may be: one loader has every model in bfloat16, the other decodes experts in float32 and linears in
+the dtype of their scales."""
 FAULTS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs", "conversion_errors")
 
 
@@ -118,7 +119,7 @@ def compare(base: Path, out: Path, plain: Path, kind: str, name: str, format: st
     if packed and how != " dequantized":
         model = load(out, name, DEQUANTIZED)[0]
     # A router that decides otherwise for the last bit of its input makes logits far without a wrong weight.
-    return Found(keys, _weights_apart(model, wanted), 1e-6, f"weights{how}", count)
+    return Found(keys, _weights_apart(model, wanted), ROUNDED.get(format, 1e-6), f"weights{how}", count)
 
 
 def _loaded(out: Path, name: str, format: str) -> tuple[Any, dict[str, list[str]], str]:
