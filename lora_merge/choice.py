@@ -81,8 +81,8 @@ def choose(
     ]
     quiet = [choice.noise for choice in tried if choice.scales == KEPT and choice.bias <= NEARLY_RIGHT]
     bound = 2 * min(quiet) if quiet else math.inf
-    return min(
-        (choice for choice in tried if choice.scales == KEPT or choice.noise < bound),
+    return min(  # without quiet ones any will do, also where values are so large that their noise is no number
+        (choice for choice in tried if choice.scales == KEPT or not quiet or choice.noise < bound),
         key=lambda choice: choice.cost * (1 if choice.scales == KEPT else MOVING),
     )
 
