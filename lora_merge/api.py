@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,18 +10,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from lora_merge import __version__, planning
+from lora_merge import __version__, planning, resuming
 from lora_merge.checkpoint import Checkpoint, digest, identity, open_adapter, open_base
 from lora_merge.errors import NumericError, listed, printable
 from lora_merge.inspection import inspect_path
 from lora_merge.jobs import Copy, Plan, Rewrite
-from lora_merge.output import Stage, check_out
+from lora_merge.output import Stage, check_out, left_something
 from lora_merge.places import check_free_space, check_places, standing
 from lora_merge.record import MANIFEST, sealed
 from lora_merge.request import Request
 from lora_merge.request_words import PathLike, path_of, request_of
 from lora_merge.results import Inspection, MergedWeight, MergeResult, PlannedWeight, PlanResult
 from lora_merge.shortage import COMPUTING, check_imports, telling_shortage
+from lora_merge.stopping import Stop
 from lora_merge.verification import verify_output
 
 
@@ -74,13 +74,18 @@ def inspect(path: PathLike) -> Inspection:
 
 @dataclass(frozen=True, slots=True)
 class OpenJob:
-    """A request with its inputs open and its plan made."""
+    """A request with its inputs open and its plan made. original: what `--adapter-base` names."""
 
     request: Request
     base: Checkpoint
     adapters: tuple[Checkpoint, ...]
     original: Checkpoint | None
     plan: Plan
+
+    @property
+    def checkpoints(self) -> list[Checkpoint]:
+        """All that is read."""
+        return [self.base, *self.adapters, *([self.original] if self.original else [])]
 
     def executor(self) -> Any:
         from lora_merge.execute import Executor
@@ -130,47 +135,68 @@ def _planned(request: Request) -> PlanResult:
     return replace(found, notes=(*found.notes, *note))
 
 
-def merge_request(request: Request, *, progress: Progress = silent) -> MergeResult:
-    """`merge` for a ready Request."""
+def merge_request(request: Request, *, progress: Progress = silent, stop: Stop | None = None) -> MergeResult:
+    """`merge` for a ready Request. Raises Stopped soon after another thread asked `stop`."""
     assert request.out is not None
     with telling_shortage(), standing([*_inputs(request), request.out]):
-        return _merged(request, progress)
+        return _merged(request, progress, stop or Stop())
 
 
-def _merged(request: Request, progress: Progress) -> MergeResult:
+def _merged(request: Request, progress: Progress, stop: Stop) -> MergeResult:
     """The whole story of a merge."""
     assert request.out is not None
     began = time.monotonic()
+    stop.resumable = request.resume and left_something(request.out)
     replaces = _check_out(request)
     with opened(request) as job:
         plan = job.plan
-        if request.resume and (done := _published(request.out, plan.digest)) is not None:
-            return _result(job, done["weights"], len(plan.shards), began, "none")
+        if request.resume and (done := _published(request.out, job)) is not None:
+            return _result(job, done["weights"], len(plan.shards), plan.nbytes, began, "none")
         executor = job.executor()
         disk = plan.nbytes + _side_bytes(job)
-        with Stage.open(
-            request.out, _job_id(job), resume=request.resume, restart=request.restart, overwrite=request.overwrite
-        ) as stage:
-            kept = stage.kept
-            check_free_space(request.out, disk - sum(record.nbytes for record in kept.values()))
-            left = [shard for shard in plan.shards if shard.file not in kept]
-            total = sum(shard.nbytes for shard in left)
-            executor.run(left, stage, lambda name, nbytes: progress(name, nbytes, total))
-            _write_small_files(job, stage)
+        with _stage(job, stop) as stage:
+            _prove_kept(job, stage, stop)
+            kept = stage.kept_bytes
+            check_free_space(request.out, disk - kept)
+            left = [shard for shard in plan.shards if shard.file not in stage.kept]
+            total = sum(shard.nbytes for shard in plan.shards) - kept
+            executor.run(left, stage, lambda name, nbytes: progress(name, nbytes, total), stop)
+            _write_small_files(job, stage, stop)
             results = [line for shard in plan.shards for line in stage.records[shard.file].results]
             _check_survival(job, results)
             stage.write(MANIFEST, _manifest(job, stage, results))
             for checkpoint in (job.base, *job.adapters):
                 checkpoint.check_unchanged()
             if request.verify:
-                verify_output(stage.folder)
+                verify_output(stage.folder, lambda name, nbytes, total: stop.check())
+            stop.check()
             stage.publish()
-        found = _result(job, results, len(kept), began, executor.device)
+        found = _result(job, results, len(stage.kept), kept, began, executor.device)
     note = (f"{request.out}: the earlier output there was replaced",) if replaces else ()
     return replace(found, notes=(*found.notes, *note))
 
 
-def _result(job: OpenJob, weights: Sequence[Mapping[str, Any]], resumed: int, began: float, device: str) -> MergeResult:
+def _stage(job: OpenJob, stop: Stop) -> Stage:
+    request, inputs = job.request, resuming.stamp(job.checkpoints)
+    assert request.out is not None
+    words = {"resume": request.resume, "restart": request.restart, "overwrite": request.overwrite}
+    return Stage.open(request.out, job.plan.digest, inputs, **words, stop=stop)
+
+
+def _prove_kept(job: OpenJob, stage: Stage, stop: Stop) -> None:
+    """OutputExistsError where the inputs were touched since an earlier run, and are not what it read."""
+    if stage.proved:
+        return
+    if job.original is not None:
+        raise resuming.refusal(stage.out, "or its original was, of which nobody noted what was read")
+    resuming.prove(job.plan, job.base, stage, stop.check)
+    stage.trust(resuming.stamp(job.checkpoints))
+
+
+def _result(
+    job: OpenJob, weights: Sequence[Mapping[str, Any]], resumed: int, kept: int, began: float, device: str
+) -> MergeResult:
+    """resumed, kept: shards that an earlier run finished, and bytes of it that were not made again."""
     assert job.request.out is not None
     return MergeResult(
         out=job.request.out,
@@ -180,6 +206,7 @@ def _result(job: OpenJob, weights: Sequence[Mapping[str, Any]], resumed: int, be
         nbytes=job.plan.nbytes,
         shards=tuple(shard.file for shard in job.plan.shards),
         resumed=resumed,
+        resumed_bytes=kept,
         seconds=time.monotonic() - began,
         device=device,
         notes=job.plan.notes,
@@ -204,14 +231,16 @@ def _check_survival(job: OpenJob, lines: Sequence[Mapping[str, Any]]) -> None:
     )
 
 
-def _published(out: Path, digest: str) -> Mapping[str, Any] | None:
+def _published(out: Path, job: OpenJob) -> Mapping[str, Any] | None:
     """The record of OUT where it is this very job, finished: killed after the last rename, it has nothing to resume.
 
-    Raises VerificationError where the record is of this job and the files are not.
+    None too where an input was touched since, so that OUT may be of other values. Raises VerificationError where the
+    record is of this job and the files are not.
     """
     try:
         record: Mapping[str, Any] = json.loads((out / MANIFEST).read_bytes())
-        mine = record["job"] == digest
+        since = (out / MANIFEST).stat().st_ctime_ns
+        mine = record["job"] == job.plan.digest and resuming.newest(job.checkpoints) < since
     except (OSError, ValueError, KeyError, TypeError):
         return None
     if not mine:
@@ -220,18 +249,13 @@ def _published(out: Path, digest: str) -> Mapping[str, Any] | None:
     return record
 
 
-def _job_id(job: OpenJob) -> str:
-    """Names this job on this machine: a stage is resumed only for the same files, unchanged since."""
-    stats = [os.stat(file.path) for item in (job.base, *job.adapters) for file in item.files]
-    return planning.digest(job.plan.digest, [(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in stats])
-
-
 def _side_bytes(job: OpenJob) -> int:
     return sum((job.base.path / name).stat().st_size for name in job.plan.side_files)
 
 
-def _write_small_files(job: OpenJob, stage: Stage) -> None:
+def _write_small_files(job: OpenJob, stage: Stage, stop: Stop) -> None:
     for name in job.plan.side_files:
+        stop.check()
         stage.copy(job.base.path / name, name)
     for name, data in job.plan.files.items():
         stage.write(name, data)

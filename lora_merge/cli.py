@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from signal import SIGINT
+from typing import Any, NoReturn
 
 import click
 
@@ -35,6 +34,8 @@ from lora_merge.request import (
     parse_size,
 )
 from lora_merge.shortage import COMPUTING, check_imports, telling_shortage
+from lora_merge.signals import Signals, end, farewell
+from lora_merge.stopping import Stop, Stopped
 from lora_merge.streams import divert, printing, secure
 
 COMMANDS = ("inspect", "verify")
@@ -52,7 +53,7 @@ SECTIONS = {
 EXITS = """\b
 Exit codes: 0 ok, 2 usage, 3 bad input, 4 adapter does not fit, 5 numeric failure,
 6 unsupported, 7 output exists or in use, 8 I/O or disk full (resumable), 9 memory,
-10 verification failed, 130 and 143 interrupted."""
+10 verification failed; 129, 130, 143 stopped by a signal."""
 
 
 class Size(click.ParamType[int]):
@@ -165,7 +166,10 @@ def chosen(word: str, known: tuple[str, ...], text: str) -> Callable[[Any], Any]
 @click.option("--restart", is_flag=True, help="Throw away what an earlier run left behind.")
 @click.option("-v", "--verbose", is_flag=True, help="With --dry-run: every weight, also those only copied.")
 @with_shared
-def merge(paths: tuple[Path, ...], dry_run: bool, as_json: bool, quiet: bool, verbose: bool, **words: Any) -> None:
+@click.pass_obj
+def merge(
+    stop: Stop, /, paths: tuple[Path, ...], dry_run: bool, as_json: bool, quiet: bool, verbose: bool, **words: Any
+) -> None:
     """Merge adapters into a checkpoint, working on the weight files alone.
 
     BASE is a folder of weights (safetensors or PyTorch .bin), each ADAPTER a folder or file, OUT the new folder.
@@ -185,7 +189,7 @@ def merge(paths: tuple[Path, ...], dry_run: bool, as_json: bool, quiet: bool, ve
             show_plan(plan, as_json=as_json, verbose=verbose)
         return
     with Reporter(quiet=quiet or as_json) as reporter:
-        result = api.merge_request(request, progress=reporter)
+        result = api.merge_request(request, progress=reporter, stop=stop)
     if not quiet or as_json:
         with printing(f"{printable(paths[-1])}: is finished and complete, nothing is to be resumed; only the report"):
             show_result(result, as_json=as_json)
@@ -231,34 +235,24 @@ def verify(
             show_verification(result, as_json=as_json)
 
 
-class Terminated(BaseException):
-    """SIGTERM, raised where the work is, so that locks and files are let go."""
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise Terminated
-
-
-def run(args: list[str] | None = None) -> int:
-    """The exit code of one command line; errors are told on stderr."""
+def run(args: list[str] | None = None, stop: Stop | None = None) -> int:
+    """The exit code of one command line; errors are told on stderr. Raises Stopped soon after `stop` was asked."""
     words = sys.argv[1:] if args is None else args
+    stop = stop or Stop()
     try:
         with telling_shortage():
-            app.main(words, prog_name="lora-merge", standalone_mode=False)
+            app.main(words, prog_name="lora-merge", standalone_mode=False, obj=stop)
         return 0
-    except click.exceptions.Exit as stop:
-        return stop.exit_code
+    except click.exceptions.Exit as end:
+        return end.exit_code
     except click.ClickException as error:
         error.show()
         return 2
     except LoraMergeError as error:
         return _told(error, error.exit_code, words)
     except (KeyboardInterrupt, click.Abort):
-        print("lora-merge: interrupted; --resume goes on where it stopped", file=sys.stderr)
+        print(farewell(SIGINT, stop), file=sys.stderr)
         return 130
-    except Terminated:
-        print("lora-merge: terminated; --resume goes on where it stopped", file=sys.stderr)
-        return 143
     except SystemExit:  # how click answers a reader of --help that has gone away
         divert(sys.stdout)
         return 0
@@ -275,9 +269,19 @@ def _told(error: BaseException, code: int, words: list[str]) -> int:
     return code
 
 
-def main(args: list[str] | None = None) -> None:
-    """Entry point of the `lora-merge` command."""
-    secure()
-    signal.signal(signal.SIGTERM, _terminate)
+def main(args: list[str] | None = None, signals: Signals | None = None) -> NoReturn:
+    """The command, to its end. signals: watches for them already; then the standard streams are secured, too.
+
+    args: words of a caller in whose process this runs; signals and the end of the process are then its own affair.
+    """
+    if args is not None:
+        sys.exit(run(args))
+    if signals is None:
+        secure()
+        signals = Signals(Stop())
     escape_what_cannot_be_shown()
-    sys.exit(run(args))
+    try:
+        code = run(args, signals.stop)
+    except Stopped:
+        signals.leave()
+    end(code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,7 +31,8 @@ class Draft:
     """Where each output tensor comes from, what the weights are, what changes in the config, what to tell.
 
     sources: output tensor -> base tensor. config: of the base, with what another file says of its quantization.
-    weights: by the name without quantization; parts are output tensors. changes: config values by path.
+    weights: by the name without quantization; parts are output tensors. changes: config values by path. read: digests
+    of the small tensors that say how others are to be read, by name.
     """
 
     base: Checkpoint
@@ -39,6 +41,7 @@ class Draft:
     weights: dict[str, Stored] = field(default_factory=dict)
     changes: dict[ConfigPath, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    read: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, base: Checkpoint) -> Draft:
@@ -93,6 +96,7 @@ class Draft:
         """The bytes of a small tensor."""
         data = bytearray(self.base.tensors[self.sources[name]].nbytes)
         self.base.read_into(self.sources[name], 0, memoryview(data))
+        self.read[self.sources[name]] = hashlib.sha256(data).hexdigest()
         return bytes(data)
 
     def tie(self) -> Tie | None:

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy
@@ -24,6 +25,7 @@ from lora_merge.change import result
 from lora_merge.checkpoint import Checkpoint
 from lora_merge.formats import Cut
 from lora_merge.jobs import Copy, Job, Rewrite, Shard
+from lora_merge.stopping import Stop
 from lora_merge.tiles import tile_rows
 
 if TYPE_CHECKING:
@@ -35,6 +37,9 @@ COPIED = 1 << 23
 """Bytes of a copied block: large, since while torch is imported every call waits for the interpreter."""
 PATIENCE = 0.0005
 """Seconds that a lane waits for the interpreter, which the import of torch holds; Python's own are 0.005."""
+
+LOOK = 0.02
+"""Seconds after which a lane that waits for torch looks again whether it is to stop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +57,32 @@ class Stage(Protocol):
     def shard(self, name: str, nbytes: int) -> Writer: ...
 
 
+class Begun(Protocol):
+    """What an earlier run left of a shard: its first bytes, jobs that are whole in them, their results and sources."""
+
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def jobs(self) -> int: ...
+    @property
+    def results(self) -> list[dict[str, Any]]: ...
+    @property
+    def sources(self) -> dict[str, Any]: ...
+
+
 class Writer(Protocol):
     """One shard in the making."""
+
+    @property
+    def begun(self) -> Begun: ...
 
     def write(self, data: memoryview | bytes) -> None:
         """The next bytes of the file."""
 
-    def finish(self, results: list[dict[str, Any]]) -> Any:
+    def reached(self, jobs: int, results: Sequence[dict[str, Any]], sources: Mapping[str, Any]) -> None:
+        """A place from which another run could go on, behind so many whole jobs with these results and sources."""
+
+    def finish(self, results: Sequence[dict[str, Any]], sources: Mapping[str, Any]) -> Any:
         """All bytes are there: make the shard last."""
 
     def close(self) -> None:
@@ -118,15 +142,22 @@ class Executor:
         self._rewriter: Rewriter | None = None
         self._failure: Exception | None = None
         self._lock = threading.Lock()
+        self._stop = Stop()
+        self._imported = threading.Event()
 
     @property
     def device(self) -> str:
         """Where the weights were rewritten."""
         return str(self._rewriter.device) if self._rewriter else "cpu"
 
-    def run(self, shards: Sequence[Shard], stage: Stage, progress: Progress) -> None:
-        """Write these shards into the stage; several at once where there are several threads."""
+    def run(self, shards: Sequence[Shard], stage: Stage, progress: Progress, stop: Stop | None = None) -> None:
+        """Write these shards into the stage; several at once where there are several threads.
+
+        stop: looked at before every block; asked where a shard fails, so that the others end soon. Raises Stopped.
+        """
+        self._stop = stop = stop or Stop()
         self._shards, self._rewriter, self._failure = shards, None, None
+        self._imported.clear()
         lanes = min(self.machine.threads, len(shards))
         threads = self.machine.threads if lanes <= 1 else 1
         lock = threading.Lock()
@@ -141,18 +172,23 @@ class Executor:
         sys.setswitchinterval(PATIENCE)
         try:
             largest_first = sorted(shards, key=lambda shard: -shard.nbytes)
-            pipeline.each(largest_first, lambda shard: self._make(shard, stage, told, threads), max(lanes, 1))
+            make = partial(self._make, stage=stage, progress=told, threads=threads)
+            pipeline.each(largest_first, make, max(lanes, 1), stop)
         finally:
             sys.setswitchinterval(patience)
-            first.join()
+            if not stop.asked:  # an import takes seconds, and nothing waits for it any more
+                first.join()
             if self._rewriter is not None:
                 self._rewriter.close()
 
     def _import(self) -> None:
         """Have torch ready by the time the first copies are done; whoever needs it is told of an error."""
-        if any(isinstance(job, Rewrite) for shard in self._shards for job in shard.jobs):
-            with suppress(Exception):
-                self._rewriting()
+        try:
+            if any(isinstance(job, Rewrite) for shard in self._shards for job in shard.jobs):
+                with suppress(Exception):
+                    self._rewriting()
+        finally:
+            self._imported.set()
 
     def _rewriting(self) -> Rewriter:
         with self._lock:
@@ -175,26 +211,36 @@ class Executor:
         writer = stage.shard(shard.file, shard.nbytes)
         sink = Sink(writer, progress)
         try:
-            writer.write(shard.header)
+            if not writer.begun.nbytes:
+                writer.write(shard.header)
             slots = [Slot() for _ in range(slots_of(threads))]
-            pipeline.run(self.blocks(shard), self.work, sink, slots=slots, threads=threads)
+            blocks = self.blocks(shard, writer.begun.jobs, writer.begun.nbytes)
+            pipeline.run(blocks, self.work, sink, slots=slots, threads=threads, stop=self._stop)
             self.base.check_unchanged()
-            writer.finish(sink.results)
+            self._stop.check()
+            writer.finish(sink.results, sink.sources)
         except BaseException:
             writer.close()
             raise
 
-    def blocks(self, shard: Shard) -> Iterator[Block]:
-        """Every block of every job in the order of the file; factors are read when their weight comes up."""
-        for job in shard.jobs:
-            yield from self._copied(job) if isinstance(job, Copy) else self._rewritten(job)
+    def blocks(self, shard: Shard, jobs: int = 0, nbytes: int = 0) -> Iterator[Block]:
+        """Every block of every job in the order of the file; factors are read when their weight comes up.
 
-    def _copied(self, job: Copy) -> Iterator[Block]:
+        jobs, nbytes: what there is of the shard; beyond whole jobs it is the beginning of a copy.
+        """
+        first = nbytes - shard.place(jobs) if nbytes else 0
+        for job in shard.jobs[jobs:]:
+            yield from self._copied(job, first) if isinstance(job, Copy) else self._rewritten(job)
+            first = 0
+
+    def _copied(self, job: Copy, first: int) -> Iterator[Block]:
         size = job.spec.nbytes
-        for start in range(0, max(size, 1), COPIED):
+        for start in range(first, max(size, 1), COPIED):
             yield Block(job, start, min(size, start + COPIED), start + COPIED >= size)
 
     def _rewritten(self, job: Rewrite) -> Iterator[Block]:
+        while not self._imported.wait(LOOK):
+            self._stop.check()
         ready = self._rewriting().ready(job)
         rows, step = job.weight.matrix(job.stacked)[0], tile_rows(job) * self.machine.block_tiles
         for start in range(0, max(rows, 1), step):
@@ -221,7 +267,7 @@ class Executor:
 
 
 class Sink:
-    """Writes the pieces of one shard in order, and keeps the results of its weights.
+    """Writes the pieces of one shard in order, and keeps the results of its weights, and what was read for them.
 
     Parts of a weight lie one behind the other in the file, so all but the first wait until the first is through. Where
     the pieces of the first do not come in the order of its bytes, its lines wait until they are full.
@@ -234,7 +280,9 @@ class Sink:
         self.held: dict[str, bytearray] = {}
         self.placed = 0
         self.measured: Measured | None = None
-        self.results: list[dict[str, Any]] = []
+        self.jobs = writer.begun.jobs
+        self.results = list(writer.begun.results)
+        self.sources = dict(writer.begun.sources)
 
     def __call__(self, block: Block, piece: Piece) -> None:
         leading = next(iter(piece.parts))
@@ -252,7 +300,9 @@ class Sink:
                 self.measured.add(one)  # type: ignore[arg-type]  # a weight is measured in one way
         self.progress(block.job.name, sum(map(len, piece.parts.values())))
         if block.last:
-            self._close(block.job, piece)
+            self._close(block, piece)
+        if block.last or isinstance(block.job, Copy):
+            self.writer.reached(self.jobs, self.results, self.sources)
 
     def _place(self, job: Job, name: str, piece: Piece, leading: bool) -> None:
         """Put bytes where they belong in the lines of a turned part; of the first part, write the lines once full."""
@@ -273,10 +323,12 @@ class Sink:
                 self.writer.write(memoryview(self.held.pop(name)))
                 self.placed = 0
 
-    def _close(self, job: Job, piece: Piece) -> None:
+    def _close(self, block: Block, piece: Piece) -> None:
         for data in self.held.values():
             self.writer.write(memoryview(data))
         self.held = {}
-        if isinstance(job, Rewrite):
-            self.results.append(result(job, self.measured, piece.words))
+        self.jobs += 1
+        if isinstance(block.job, Rewrite) and block.ready is not None:
+            self.results.append(result(block.job, self.measured, piece.words))
+            self.sources |= block.ready.stored.sources()
         self.measured = None

@@ -82,6 +82,10 @@ class Shard:
     header: bytes
     nbytes: int
 
+    def place(self, number: int) -> int:
+        """Where the bytes of a job begin."""
+        return len(self.header) + sum(spec.nbytes for job in self.jobs[:number] for spec in job.parts.values())
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:

@@ -134,7 +134,7 @@ def _assembled(
     side = tuple(str(path) for path in base.side_files if str(path) not in dropped)
     digests = tuple({file.path.name: file_digest(file.path) for file in adapter.files} for adapter in adapters)
     configs = [adapter.config for adapter in adapters]
-    inputs = [[identity(file) for file in base.files], digests, configs]
+    inputs = [[identity(file) for file in base.files], digests, configs, draft.read]
     inputs += [[identity(file) for file in original.files]] if original else []
     settings = [(shard.file, hashlib.sha256(shard.header).hexdigest()) for shard in laid]
     name = digest(__version__, options(request), inputs, settings, {".".join(k): v for k, v in changes.items()})

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_merge.errors import VerificationError, listed
 from lora_merge.execute import Executor
 from lora_merge.jobs import Plan, Shard
+from lora_merge.output import Begun
 
 
 class Comparer:
@@ -18,6 +19,7 @@ class Comparer:
         self.shard = shard
         self.file = path.open("rb")
         self.differs: int | None = None
+        self.begun = Begun()
         self.at = 0
 
     def write(self, data: memoryview | bytes) -> None:
@@ -25,7 +27,10 @@ class Comparer:
             self.differs = self.at
         self.at += len(data)
 
-    def finish(self, results: list[dict[str, Any]]) -> None:
+    def reached(self, jobs: int, results: Sequence[dict[str, Any]], sources: Mapping[str, Any]) -> None:
+        pass
+
+    def finish(self, results: Sequence[dict[str, Any]], sources: Mapping[str, Any]) -> None:
         self.close()
 
     def close(self) -> None:

@@ -200,7 +200,7 @@ def show_result(result: MergeResult, *, as_json: bool) -> None:
         return
     say(_merged(result.weights))
     rate = result.nbytes / max(result.seconds, 1e-9)
-    resumed = f", {result.resumed} shards kept from the earlier run" if result.resumed else ""
+    resumed = f", {size(result.resumed_bytes)} kept from the earlier run" if result.resumed_bytes else ""
     converted = sum(not weight.kinds for weight in result.weights)
     counts = _counts(len(result.weights) - converted, converted, result.copied, DONE)
     print(

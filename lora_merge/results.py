@@ -115,7 +115,10 @@ class Kept:
 
 @dataclass(frozen=True, slots=True)
 class MergeResult:
-    """A finished merge. Sizes in bytes, time in seconds."""
+    """A finished merge. Sizes in bytes, time in seconds.
+
+    resumed, resumed_bytes: shards that an earlier run had finished, and bytes of it that were not made again.
+    """
 
     out: Path
     job: str
@@ -127,6 +130,7 @@ class MergeResult:
     seconds: float
     device: str
     notes: tuple[str, ...]
+    resumed_bytes: int = 0
 
     @property
     def kept(self) -> Kept | None:

@@ -21,6 +21,7 @@ from lora_merge.device import pick_device
 from lora_merge.factors import Reader, buffer, uses_of
 from lora_merge.formats import Cut, Quantized
 from lora_merge.jobs import Rewrite, Shard
+from lora_merge.sources import Sources
 from lora_merge.stored_rows import Slot, StoredRows, Tile
 from lora_merge.tiles import tile_rows
 
@@ -67,6 +68,7 @@ class Rewriter:
         uses = uses_of(shards, len(adapters))
         self.readers = [Reader(adapter, self.device, use) for adapter, use in zip(adapters, uses, strict=True)]
         self._surveys: dict[str, torch.Tensor] = {}
+        self._sources = Sources()
         self._lock = threading.Lock()
 
     def close(self) -> None:
@@ -88,7 +90,7 @@ class Rewriter:
         return Ready(opened.stored, opened.bounds, opened.whole, settle(job, target, opened.bounds, samples))
 
     def _opened(self, job: Rewrite) -> Ready:
-        stored = StoredRows(self.base, job, self.device)
+        stored = StoredRows(self.base, job, self.device, self._sources)
         bounds = self._bind(job, stored)
         whole = self._whole(job, stored, bounds) if any(e.patch.needs is Needs.WHOLE for e in job.effects) else None
         return Ready(stored, bounds, whole, None)

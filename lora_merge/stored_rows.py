@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 
@@ -16,6 +17,7 @@ from lora_merge.formats import Cut, Quantized
 from lora_merge.formats.raw import numbers
 from lora_merge.grids import Grid
 from lora_merge.jobs import Rewrite
+from lora_merge.sources import Sources
 from lora_merge.spec import PLAIN_FLOATS
 from lora_merge.tiles import tile_rows
 
@@ -63,10 +65,12 @@ class StoredRows:
     """The base's rows of one weight. Parts that belong to all rows, and the lines in which turned ones lie (the whole
     part, or one expert's share of it), are read once."""
 
-    def __init__(self, base: Checkpoint, job: Rewrite, device: torch.device) -> None:
+    def __init__(self, base: Checkpoint, job: Rewrite, device: torch.device, sources: Sources | None = None) -> None:
+        """sources: told what is read."""
         self.base = base
         self.job = job
         self.device = device
+        self._sources = sources
         self.columns = job.weight.matrix(job.stacked)[1]
         self.turned: list[str] = []
         self.shared: dict[str, torch.Tensor] = {}
@@ -88,8 +92,20 @@ class StoredRows:
     def _load(self, part: str, begin: int, nbytes: int) -> torch.Tensor:
         assert self.job.source is not None
         data = torch.empty(nbytes, dtype=torch.uint8)
-        self.base.read_into(self.job.source.parts[part], begin, buffer(data))
+        self._read_into(self.job.source.parts[part], begin, buffer(data))
         return data
+
+    def _read_into(self, name: str, begin: int, out: memoryview) -> None:
+        self.base.read_into(name, begin, out)
+        if self._sources is not None:
+            self._sources.saw(name, begin, out)
+
+    def sources(self) -> dict[str, list[list[int]]]:
+        """What was read of the base for this weight, and of those that share a scale with it (`sources.Reads`)."""
+        if self._sources is None or self.job.source is None:
+            return {}
+        family = [one.source.parts.values() for one in self.job.siblings if one.source]
+        return self._sources.of(self.job.source.parts.values(), chain(*family))
 
     def _check_shared(self) -> None:
         """InputError where a part of the whole weight is not finite: some are copied, or drop out of the rows."""
@@ -129,7 +145,7 @@ class StoredRows:
         raw = slot.take("raw", sum(cut.nbytes for cut in cuts.values()))
         parts = dict(zip(cuts, torch.split(raw, [cut.nbytes for cut in cuts.values()]), strict=True))
         for part, cut in cuts.items():
-            self.base.read_into(source.parts[part], cut.begin, buffer(parts[part]))
+            self._read_into(source.parts[part], cut.begin, buffer(parts[part]))
         return Raw(start, parts)
 
     def _runs(self, part: str) -> bool:

@@ -16,15 +16,15 @@ PACKAGE = ROOT / "lora_merge"
 # Rooms from the top to the ground; a room may import from its own floor and from those below.
 FLOORS = [
     {"__main__"},
-    {"cli", "report", "streams"},
+    {"cli", "report", "streams", "signals"},
     {"api", "proving"},
-    {"planning", "machine", "recompute", "advice", "inspection", "verification"},
+    {"planning", "machine", "recompute", "advice", "inspection", "verification", "resuming"},
     {"execute", "joblist", "shards"},
     {"rescaling"},
     {"draft", "targets", "rewriting"},
     {"coder"},
     {"stored_rows", "change", "device"},
-    {"factors", "tiles", "linears", "loaders"},
+    {"factors", "tiles", "linears", "loaders", "sources"},
     {"jobs"},
     {"effects"},
     {"adapters", "formats", "keys", "ties", "replication", "output", "pipeline"},
@@ -33,7 +33,7 @@ FLOORS = [
     {"weight_files", "places", "record"},
     {"jsonfile", "config_paths", "config_values", "patterns", "skeleton_limits"},
     {"containers", "hushed", "request", "results", "shortage", "request_words"},
-    {"spec", "errors", "lora_merge"},
+    {"spec", "errors", "lora_merge", "stopping"},
 ]
 FORBIDDEN = {
     "formats": {"adapters", "checkpoint", "click", "tqdm", "transformers"},

@@ -297,3 +297,15 @@ def test_odd_names(tmp_path: Path, name: str) -> None:
     fail(tmp_path / name, after=1) if len(name) < 200 else None
     make(tmp_path / name, resume=True)
     assert content(tmp_path / name) == WHOLE and os.listdir(tmp_path) == [name]
+
+
+def test_the_disk_begins_before_the_end(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    advised: list[tuple[int, int]] = []
+    monkeypatch.setattr(files, "FLOW", 2000)
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, begin, size, advice: advised.append((begin, size)))
+    with Stage.open(out, "job") as stage:
+        writer = stage.shard("s", 5000)
+        for _ in range(5):
+            writer.write(bytes(1000))
+        writer.finish([])
+    assert advised == [(0, 2000), (2000, 2000)]

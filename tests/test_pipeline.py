@@ -1,11 +1,13 @@
 """Order, bounds and errors of the bounded pipeline."""
 
+import _thread
 import threading
 import time
 
 import pytest
 
 from lora_merge import pipeline
+from lora_merge.stopping import Stop, Stopped
 
 
 @pytest.mark.parametrize("threads", [1, 2, 4])
@@ -90,15 +92,62 @@ def test_lanes_do_every_item_once():
 
 
 def test_an_error_in_one_lane_stops_the_others_before_their_next_item():
-    begun, landed = threading.Event(), []
+    begun, landed, stop = threading.Event(), [], Stop()
 
     def lane(item):
         if item == 0:
             begun.wait(5)
             raise KeyError("first")
         pipeline.run(range(10_000), lambda n, slot: time.sleep(0.001), lambda n, _: (landed.append(n), begun.set()),
-                     slots=[1], threads=1)  # fmt: skip
+                     slots=[1], threads=1, stop=stop)  # fmt: skip
 
     with pytest.raises(KeyError, match="first"):
-        pipeline.each([0, 1], lane, 2)
+        pipeline.each([0, 1], lane, 2, stop)
     assert 1 <= len(landed) < 5_000
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_pipeline_ends_before_the_item_at_which_it_is_asked_to_stop(threads):
+    stop, landed = Stop(), []
+
+    def sink(item, result):
+        landed.append(item)
+        if item == 5:
+            stop.ask()
+
+    with pytest.raises(Stopped):
+        pipeline.run(range(10_000), lambda n, slot: n, sink, slots=[1, 2, 3], threads=threads, stop=stop)
+    assert landed == list(range(6))
+
+
+def test_lanes_that_are_asked_to_stop_begin_nothing_new():
+    stop, seen = Stop(), []
+
+    def work(item):
+        seen.append(item)
+        if item == 3:
+            stop.ask()
+
+    with pytest.raises(Stopped):
+        pipeline.each(range(1000), work, 2, stop)
+    assert len(seen) <= 6
+
+
+def test_interrupts_end_every_lane_before_the_caller_goes_on():
+    running, stop = [], Stop()
+
+    def work(item):
+        running.append(item)
+        while not stop.asked:
+            time.sleep(0.001)
+        time.sleep(0.3)  # a block in hand
+        running.remove(item)
+
+    timers = [threading.Timer(0.05 * number, _thread.interrupt_main) for number in (2, 3, 4)]
+    with pytest.raises(KeyboardInterrupt):
+        for timer in timers:
+            timer.start()
+        pipeline.each(range(10), work, 3, stop)
+    assert running == []
+    for timer in timers:
+        timer.join()

@@ -23,6 +23,10 @@ class TensorFile(Protocol):
         """Size of the file in bytes."""
 
     @property
+    def stamp(self) -> tuple[int, ...]:
+        """Device, inode, size, mtime and ctime of the file when it was opened."""
+
+    @property
     def header_sha256(self) -> str:
         """Digest of what describes the tensors (and, in a .bin, of the CRCs of their bytes)."""
 

@@ -101,6 +101,13 @@ class RegularFile:
                 "the result would be a mixture, run again when nothing writes to it"
             )
 
+    @property
+    def stamp(self) -> tuple[int, ...]:
+        """Names the file as it was when it was opened: no write to it leaves all of this as it is."""
+        then = self._opened
+        assert then is not None
+        return then.st_dev, then.st_ino, then.st_size, then.st_mtime_ns, then.st_ctime_ns
+
     def __str__(self) -> str:
         return printable(self.path)
 

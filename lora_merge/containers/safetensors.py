@@ -64,6 +64,10 @@ class SafetensorsFile:
     def size(self) -> int:
         return self._file.size
 
+    @property
+    def stamp(self) -> tuple[int, ...]:
+        return self._file.stamp
+
     def read_into(self, name: str, start: int, out: memoryview) -> None:
         assert 0 <= start <= start + len(out) <= self.tensors[name].nbytes, (name, start, len(out))
         self._file.read_into(self._start + self._begins[name] + start, out, f"tensor {printable(name)}")

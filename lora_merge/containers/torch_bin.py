@@ -76,6 +76,10 @@ class TorchBinFile:
     def size(self) -> int:
         return self._file.size
 
+    @property
+    def stamp(self) -> tuple[int, ...]:
+        return self._file.stamp
+
     def read_into(self, name: str, start: int, out: memoryview) -> None:
         assert 0 <= start <= start + len(out) <= self.tensors[name].nbytes, (name, start, len(out))
         if not len(out):

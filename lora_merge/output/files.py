@@ -5,33 +5,55 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shutil
 import stat
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora_merge.places import storage_error, storing
 
+if TYPE_CHECKING:
+    from hashlib import _Hash as Hash
+
 BLOCK = 4 << 20
+FLOW = 64 << 20
+"""Bytes after which the disk is asked to begin: else the last fsync waits for gigabytes, and nothing can stop it."""
+_OLD = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class FileWriter:
-    """A new file, written from its start to its end.
+    """A file written from its start, or from where an earlier run left it, to its end.
 
-    Never opens what is there already, be it a file or a link; the mode follows the umask. `nbytes`: the size promised.
+    A new one never opens what is there already, be it a file or a link; the mode follows the umask.
+    nbytes: the size promised. begun: how many bytes are there, and their digest; what follows them is cut off.
     """
 
-    def __init__(self, path: Path, nbytes: int) -> None:
+    def __init__(self, path: Path, nbytes: int, begun: tuple[int, Hash] | None = None) -> None:
         self.path = path
         self.nbytes = nbytes
-        self.written = 0
-        self._sha256 = hashlib.sha256()
-        with storing(path, "creating", nbytes):
-            self._fd = os.open(path, _NEW, 0o666)
+        self.written, self._sha256 = begun or (0, hashlib.sha256())
+        self._flowing = self.written
+        self._over = False
+        self._fd = -1
+        if begun is None:
+            with storing(path, "creating", nbytes):
+                self._fd = os.open(path, _NEW, 0o666)
+        else:
+            with storing(path, "opening", nbytes - self.written):
+                self._fd = os.open(path, _OLD)
+                os.ftruncate(self._fd, self.written)
+                os.lseek(self._fd, 0, os.SEEK_END)
 
     @property
     def sha256(self) -> str:
         return self._sha256.hexdigest()
+
+    def so_far(self) -> Hash:
+        """The digest of what is written, apart from what follows."""
+        return self._sha256.copy()
 
     def write(self, data: memoryview | bytes) -> None:
         """The next bytes of the file. StorageError where the disk is full or fails."""
@@ -47,6 +69,16 @@ class FileWriter:
                 raise storage_error(self.path, "writing", error, self.nbytes - self.written) from error
             self.written += count
             left = left[count:]
+        if self.written - self._flowing >= FLOW:
+            self._flow()
+
+    def _flow(self) -> None:
+        """Have the disk begin with what is written; on Linux the advice starts it, and drops nothing that is not there
+        yet."""
+        if hasattr(os, "posix_fadvise"):
+            with suppress(OSError):  # advice
+                os.posix_fadvise(self._fd, self._flowing, self.written - self._flowing, os.POSIX_FADV_DONTNEED)
+        self._flowing = self.written
 
     def finish(self) -> None:
         """Everything is written: force it to the disk. A failed fsync is not tried again, it would lie."""
@@ -55,16 +87,20 @@ class FileWriter:
             sync(self._fd)
             fd, self._fd = self._fd, -1
             os.close(fd)  # network file systems report a full disk here
+        self._over = True
 
-    def close(self) -> None:
-        """Let go of an unfinished file; it is removed."""
-        if self._fd < 0:
+    def close(self, keep: bool = False) -> None:
+        """Let go of an unfinished file; it is removed, or stays as it is."""
+        if self._over:
             return
+        self._over = True
         fd, self._fd = self._fd, -1
-        with suppress(OSError):  # the file is given up anyway
-            os.close(fd)
-        with suppress(OSError):  # a resume sweeps what stays
-            self.path.unlink(missing_ok=True)
+        with suppress(OSError):  # the file is given up, or proved before it is used
+            if fd >= 0:
+                os.close(fd)
+        if not keep:
+            with suppress(OSError):  # a resume sweeps what stays
+                self.path.unlink(missing_ok=True)
 
 
 def sync(fd: int) -> None:
@@ -103,23 +139,66 @@ def make_folders(top: Path, relpath: Path) -> None:
                 raise
 
 
-def holds(path: Path, nbytes: int, sha256: str) -> bool:
-    """Whether `path` is a regular file (no link) with exactly these bytes; an unreadable file holds nothing."""
+def holds(path: Path, nbytes: int, sha256: str, look: Callable[[], None] = lambda: None) -> bool:
+    """Whether `path` is a regular file (no link) with exactly these bytes; an unreadable file holds nothing.
+
+    look: called between two blocks.
+    """
+    with suppress(OSError), _regular(path) as fd:
+        return os.fstat(fd).st_size == nbytes and longest(fd, [(nbytes, sha256)], look) is not None
+    return False
+
+
+@contextmanager
+def _regular(path: Path) -> Iterator[int]:
+    """A regular file opened for reading; OSError where it is none."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        found = os.fstat(fd)
-        return stat.S_ISREG(found.st_mode) and found.st_size == nbytes and _digest(fd) == sha256
-    except OSError:
-        return False
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "is no regular file")
+        yield fd
     finally:
         os.close(fd)
 
 
-def _digest(fd: int) -> str:
-    digest, block = hashlib.sha256(), memoryview(bytearray(BLOCK))
-    while count := os.readv(fd, [block]):
-        digest.update(block[:count])
-    return digest.hexdigest()
+def longest_prefix(
+    path: Path, points: Sequence[tuple[int, str]], look: Callable[[], None] = lambda: None
+) -> tuple[int, Hash] | None:
+    """Which of these prefixes (their sizes rise) is the longest that a regular file has, and its digest."""
+    with suppress(OSError), _regular(path) as fd:
+        return longest(fd, points, look)
+    return None
+
+
+def longest(fd: int, points: Sequence[tuple[int, str]], look: Callable[[], None]) -> tuple[int, Hash] | None:
+    """One pass over the file, whatever the number of `points` (bytes and SHA-256 of each prefix)."""
+    digest, block, at = hashlib.sha256(), memoryview(bytearray(BLOCK)), 0
+    found = None
+    for number, (nbytes, sha256) in enumerate(points):
+        while at < nbytes:
+            look()
+            count = os.preadv(fd, [block[: nbytes - at]], at)
+            if not count:
+                return found
+            digest.update(block[:count])
+            at += count
+        if digest.hexdigest() != sha256:
+            return found
+        found = number, digest.copy()
+    return found
+
+
+def shortened(name: str, limit: int) -> str:
+    """The name, or where it leaves no room for an ending its begin and a digest of the whole."""
+    data = os.fsencode(name)
+    if len(data) <= limit:
+        return name
+    return os.fsdecode(data[: limit - 17]) + "-" + hashlib.sha256(data).hexdigest()[:16]
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link itself, or a folder with everything in it; nothing there is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,127 @@
+"""One shard in the making. What of it is whole is noted from time to time, so that a kill costs little."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_merge.errors import StorageError
+from lora_merge.output.files import FileWriter, longest_prefix, sync_folder
+from lora_merge.output.journal import Prefix, ShardRecord
+from lora_merge.places import storing
+
+if TYPE_CHECKING:
+    from hashlib import _Hash as Hash
+
+SPAN = 64 << 20
+PAUSE = 2.0
+"""Bytes and seconds after which the state of a shard is noted: as much is lost at most, and the weight in hand."""
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """What there is of a shard: bytes and their digest, jobs that are whole, their results and sources."""
+
+    nbytes: int = 0
+    jobs: int = 0
+    results: list[dict[str, Any]] = field(default_factory=list)
+    sources: dict[str, Any] = field(default_factory=dict)
+    digest: Hash = field(default_factory=hashlib.sha256)
+
+    @classmethod
+    def proved(cls, path: Path, prefixes: Sequence[Prefix], look: Callable[[], None]) -> Begun | None:
+        """The longest of these prefixes that the file at `path` really has; None where it has none."""
+        found = longest_prefix(path, [(prefix.nbytes, prefix.sha256) for prefix in prefixes], look)
+        if found is None:
+            return None
+        kept = prefixes[: found[0] + 1]
+        results = [line for prefix in kept for line in prefix.results]
+        sources = {name: reads for prefix in kept for name, reads in prefix.sources.items()}
+        return cls(kept[-1].nbytes, kept[-1].jobs, results, sources, found[1])
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A place where the work can go on: bytes, their digest, and how many jobs, results and sources come before it."""
+
+    nbytes: int
+    digest: Hash
+    jobs: int
+    results: int
+    sources: int
+
+
+class ShardWriter:
+    """One shard in the making: `write` its bytes in order, say where it could be gone on with (`reached`), then
+    `finish`, or `close` to give it up.
+
+    begun: what an earlier run left of it; the bytes written follow these. noted: called with the prefixes to be noted.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        target: Path,
+        nbytes: int,
+        begun: Begun | None,
+        noted: Callable[[Prefix], None],
+        record: Callable[[ShardRecord], None],
+    ) -> None:
+        self.begun = begun or Begun()
+        self._target = target
+        self._noted, self._record = noted, record
+        self._file = FileWriter(path, nbytes, (begun.nbytes, begun.digest.copy()) if begun else None)
+        self._last = self._point = self._here(self.begun.jobs, len(self.begun.results), len(self.begun.sources))
+        self._time = time.monotonic()
+        self._results: Sequence[dict[str, Any]] = ()
+        self._sources: Mapping[str, Any] = {}
+
+    def write(self, data: memoryview | bytes) -> None:
+        """The next bytes of the file, hashed as they pass. StorageError where the disk is full or fails."""
+        self._file.write(data)
+
+    def reached(self, jobs: int, results: Sequence[dict[str, Any]], sources: Mapping[str, Any]) -> None:
+        """From here another run could go on. All three are counted from the start of the shard and only grow."""
+        self._results, self._sources = results, sources
+        self._point = self._here(jobs, len(results), len(sources))
+        if self._point.nbytes - self._last.nbytes >= SPAN or time.monotonic() - self._time >= PAUSE:
+            self._note()
+
+    def finish(self, results: Sequence[dict[str, Any]], sources: Mapping[str, Any] | None = None) -> ShardRecord:
+        """All bytes are there: make the shard last, and note it with `results` (JSON values) in the journal."""
+        self._point = self._last = self._here(0, 0, 0, nbytes=0)  # what failed to reach the disk is not gone on with
+        self._file.finish()
+        with storing(self._target, "moving the finished shard into place"):
+            os.rename(self._file.path, self._target)
+            sync_folder(self._target.parent)
+        said = json.loads(json.dumps([*results])), json.loads(json.dumps(sources or {}))  # the same as after a resume
+        record = ShardRecord(self._target.name, self._file.nbytes, self._file.sha256, *said)
+        self._record(record)
+        return record
+
+    def close(self) -> None:
+        """Let go of an unfinished shard; what can be gone on with stays. Does nothing after `finish`."""
+        with suppress(StorageError):  # then the last note must do
+            self._note()
+        self._file.close(keep=self._last.nbytes > 0)
+
+    def _here(self, jobs: int, results: int, sources: int, nbytes: int | None = None) -> Point:
+        return Point(self._file.written if nbytes is None else nbytes, self._file.so_far(), jobs, results, sources)
+
+    def _note(self) -> None:
+        last, point = self._last, self._point
+        if point.nbytes > last.nbytes:
+            results = list(self._results[last.results : point.results])
+            sources = dict(islice(self._sources.items(), last.sources, point.sources))
+            place = self._target.name, last.nbytes, point.nbytes, point.digest.hexdigest(), point.jobs
+            self._noted(Prefix(*place, results, sources))
+            self._last = point
+        self._time = time.monotonic()
