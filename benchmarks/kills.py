@@ -2,13 +2,15 @@
 
 Nothing may be at OUT before a run has finished; the finished output must be the undisturbed one, file by file, with
 its `lora_merge.json`; nothing may be left beside it. Most kills come while the output is staged, every fifth at any
-moment from the start of the process. Exits with 1 at the first difference.
+moment from the start of the process. Of each kill it is told how many bytes of shards were there and not journalled:
+they are made again. Exits with 1 at the first difference.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import random
 import shutil
@@ -60,10 +62,10 @@ def digests(out: Path) -> dict[str, str]:
     return found
 
 
-def undisturbed(folder: Path) -> tuple[dict[str, str], float, float]:
+def undisturbed(folder: Path, *words: str) -> tuple[dict[str, str], float, float]:
     """Digests of what an undisturbed run makes, seconds that it takes in all, seconds from its stage on."""
     begin = time.monotonic()
-    process = start(folder)
+    process = start(folder, *words)
     staging_begins(folder, process)
     staged = time.monotonic()
     finished(process)
@@ -85,24 +87,40 @@ def check(folder: Path, expected: dict[str, str]) -> bool:
     return True
 
 
+def journalled(folder: Path) -> dict[str, int]:
+    """Bytes of each shard with which a run can go on."""
+    if not journal(folder).exists():
+        return {}
+    whole = [line for line in journal(folder).read_bytes().splitlines(keepends=True)[1:] if line.endswith(b"\n")]
+    lines = map(json.loads, whole)
+    return {line.get("file") or line["begun"]: line["bytes"] for line in lines if "bytes" in line}
+
+
+def lost(folder: Path) -> int:
+    """Bytes of shards that are there and must be made again."""
+    stage = journal(folder).parent
+    there = sum(path.stat().st_size for path in (*stage.glob("files/*.safetensors"), *stage.glob("*.tmp")))
+    return there - sum(journalled(folder).values())
+
+
 def progress_at_kill(folder: Path) -> str:
     """How far a killed run had come, from what it left."""
     if not journal(folder).exists():
         return "before the stage"
-    shards = journal(folder).read_bytes().count(b"\n") - 1
-    return "no shard finished" if shards <= 0 else "some shards finished"
+    return "something to go on with" if journalled(folder) else "nothing to go on with"
 
 
-def kills(folder: Path, count: int, seed: int) -> Iterator[str]:
-    """Kill so many runs, each but the first of a job being a resume; yields what each kill met."""
-    expected, whole, staged = undisturbed(folder)
+def kills(folder: Path, count: int, seed: int, shard: str) -> Iterator[tuple[str, int]]:
+    """Kill so many runs, each but the first of a job being a resume; yields what each kill met and what it lost."""
+    cut = ["--max-shard-size", shard]
+    expected, whole, staged = undisturbed(folder, *cut)
     size = sum((folder / "base" / path).stat().st_size for path in os.listdir(folder / "base"))
     print(f"{size / 1e6:.0f} MB, {len(expected)} files; undisturbed: {whole:.1f} s, {staged:.1f} s of it staging")
     moments = random.Random(seed)
     resume: list[str] = []
     done = 0
     while done < count:
-        process = start(folder, *resume)
+        process = start(folder, *cut, *resume)
         if done % 5:
             staging_begins(folder, process)
             time.sleep(moments.uniform(0, staged))
@@ -119,8 +137,9 @@ def kills(folder: Path, count: int, seed: int) -> Iterator[str]:
             sys.exit(f"a run ended with {process.returncode}:\n{said}")
         done += 1
         resume = ["--resume"]
-        yield "after the last rename" if check(folder, expected) else progress_at_kill(folder)
-    finished(start(folder, "--resume"))
+        finished_now = check(folder, expected)
+        yield ("after the last rename", 0) if finished_now else (progress_at_kill(folder), lost(folder))
+    finished(start(folder, *cut, "--resume"))
     if not check(folder, expected):
         sys.exit("the last run left no output")
     if left := sorted(set(os.listdir(folder)) - {"base", "adapter"}):
@@ -140,14 +159,17 @@ def workplace(folder: Path) -> Iterator[Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--kills", type=int, default=50, help="how many (default: 50)")
+    parser.add_argument("--shard", default=SHARD, help=f"size at which the model is cut (default: {SHARD})")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where to work; needs 1 GB")
     chosen = parser.parse_args()
     with workplace(chosen.folder) as folder:
-        met = Counter(kills(folder, chosen.kills, chosen.seed))
-    print(f"{met.total()} kills, every output as undisturbed")
-    for what, count in met.most_common():
+        found = list(kills(folder, chosen.kills, chosen.seed, chosen.shard))
+    print(f"{len(found)} kills, every output as undisturbed")
+    for what, count in Counter(what for what, _ in found).most_common():
         print(f"  {count:3} {what}")
+    losses = sorted(nbytes for _, nbytes in found)
+    print(f"made again: {losses[len(losses) // 2] / 1e6:.0f} MB at the median, {losses[-1] / 1e6:.0f} MB at most")
 
 
 if __name__ == "__main__":
