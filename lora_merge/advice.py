@@ -12,6 +12,7 @@ from lora_merge.errors import LoraMergeError
 from lora_merge.execute import Executor
 from lora_merge.jobs import Shard
 from lora_merge.machine import fit
+from lora_merge.output import Begun
 from lora_merge.request import Request
 
 TRIED = 6
@@ -86,6 +87,7 @@ class Discard:
 
     def __init__(self) -> None:
         self.lines: list[dict[str, Any]] = []
+        self.begun = Begun()
 
     def shard(self, name: str, nbytes: int) -> Discard:
         return self
@@ -93,7 +95,10 @@ class Discard:
     def write(self, data: memoryview | bytes) -> None:
         pass
 
-    def finish(self, results: list[dict[str, Any]]) -> None:
+    def reached(self, jobs: int, results: Sequence[dict[str, Any]], sources: Mapping[str, Any]) -> None:
+        pass
+
+    def finish(self, results: Sequence[dict[str, Any]], sources: Mapping[str, Any]) -> None:
         self.lines += results
 
     def close(self) -> None:
