@@ -1,5 +1,9 @@
 """`python -m lora_merge`, and the command `lora-merge`."""
 
+import sys
+
+from lora_merge.errors import MemoryLimitError
+from lora_merge.shortage import telling_shortage
 from lora_merge.signals import Signals
 from lora_merge.stopping import Stop
 from lora_merge.streams import secure
@@ -9,9 +13,13 @@ def main() -> None:
     """Signals first: to import the command takes longer than an impatient Ctrl-C. Before them the standard streams, or
     their pipe would get the number of one that is closed."""
     secure()
-    signals = Signals(Stop())
-    from lora_merge import cli
-
+    try:
+        with telling_shortage():
+            signals = Signals(Stop())
+            from lora_merge import cli
+    except MemoryLimitError as error:
+        print(f"lora-merge: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
     cli.main(signals=signals)
 
 

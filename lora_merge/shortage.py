@@ -21,6 +21,8 @@ from lora_merge.errors import LoraMergeError, MemoryLimitError, printable
 
 MARGIN = 192 * 2**20
 """Address space that must be left beside the imports: stacks of a few threads, what the allocator takes at a time."""
+WATCHER = "signals"
+"""Name of the thread that waits for signals, of which a child need not know."""
 COMPUTING = ("lora_merge.proving", "lora_merge.rewriting")
 """Modules that bring in all that a merge runs on."""
 SIGNS = (
@@ -62,7 +64,7 @@ def check_imports(modules: tuple[str, ...], used: str) -> None:
     there yet, and no other thread is, which a fork would leave behind.
     """
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if limit == resource.RLIM_INFINITY or "torch" in sys.modules or threading.active_count() > 1:
+    if limit == resource.RLIM_INFINITY or "torch" in sys.modules or _others():
         return
     try:
         child = os.fork()
@@ -74,18 +76,24 @@ def check_imports(modules: tuple[str, ...], used: str) -> None:
         raise MemoryLimitError(f"the libraries that a merge needs do not fit: {_advice()}")
 
 
+def _others() -> bool:
+    """Whether other threads may hold a lock, which nobody would release in the child. The watcher only waits."""
+    return any(thread.name != WATCHER for thread in threading.enumerate() if thread is not threading.main_thread())
+
+
 def _try(modules: Sequence[str], used: str, limit: int) -> None:
     """Import in this process, which is a child and ends here: 0 where all went well."""
     code = 1
     try:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.set_wakeup_fd(-1)  # its pipe is the parent's as well
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(resource.RLIMIT_AS, (max(limit - MARGIN, 0), hard))
         null = os.open(os.devnull, os.O_RDWR)
-        for number in (0, 1, 2):
-            os.dup2(null, number)
+        for one in (0, 1, 2):
+            os.dup2(null, one)
         for module in modules:
             import_module(module)
         if used:

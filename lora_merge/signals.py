@@ -16,6 +16,7 @@ import time
 from contextlib import suppress
 from typing import NoReturn
 
+from lora_merge.shortage import WATCHER
 from lora_merge.stopping import Stop
 
 PATIENCE = 0.5
@@ -37,7 +38,7 @@ class Signals:
         for number in SAID:
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, lambda number, frame: None)  # the pipe tells
-        threading.Thread(target=self._watch, daemon=True, name="signals").start()
+        threading.Thread(target=self._watch, daemon=True, name=WATCHER).start()
 
     def _watch(self) -> None:
         while self.number not in SAID:

@@ -125,12 +125,14 @@ def test_weights_of_a_family_that_go_different_ways_are_told_apart(job, capsys):
 def test_a_result_in_codes_shows_what_is_kept(job, capsys):
     assert cli.run(["base", "adapter", "out", "--bits", "4"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split()[-6:] == ["rounding", "scales", "survival", "least", "projection", "noise"]
-    assert lines[1].split()[-6:-4] == ["nearest", "fresh"] and 0.9 < float(lines[1].split()[-4]) < 1
-    assert any(line.startswith("kept of the adapters: survival 0.99, projection 0.99, noise 0.1") for line in lines)
+    assert lines[0].split()[-7:] == ["rounding", "scales", "survival", "least", "raw", "projection", "noise"]
+    assert lines[1].split()[-7:-5] == ["nearest", "fresh"] and 0.9 < float(lines[1].split()[-5]) <= 1
+    assert float(lines[1].split()[-3]) < float(lines[1].split()[-5]), "chance is in the raw figure alone"
+    told = next(line for line in lines if line.startswith("kept of the adapters: "))
+    assert re.match(r"kept of the adapters: survival (0.99|1.00) \(raw 0.9\d\), projection 0.99, noise 0.", told), told
     assert cli.run(["out", "adapter", "two", "--json"]) == 0
     body = json.loads(capsys.readouterr().out)
-    assert body["kept"].keys() == {"survival", "projection", "noise"}
+    assert body["kept"].keys() == {"survival", "raw_survival", "projection", "noise"}
     assert all(weight["survival"] > 0.3 and weight["scales"] in ("kept", "fresh") for weight in body["weights"])
 
 
@@ -144,13 +146,13 @@ def test_notes_that_say_the_same_of_several_layers_are_one_line(capsys):
 def test_one_lost_weight_shows_in_its_family(capsys):
     weights = [
         MergedWeight(
-            f"a.{n}.w", ("lora",), (0,), "int4", (8, 8), 0.1, 0.2, (), rounding, "kept", survival, 1.0, 2.0, 3.0
+            f"a.{n}.w", ("lora",), (0,), "int4", (8, 8), 0.1, 0.2, (), rounding, "kept", survival, 0.5, 1.0, 2.0, 3.0
         )
         for n, (rounding, survival) in enumerate([("stochastic", 0.9), ("stochastic", 0.9), ("nearest", -0.001)])
     ]
     show_result(MergeResult(Path("out"), "", tuple(weights), 0, 1, (), 0, 1.0, "cpu", ()), as_json=False)
     row = capsys.readouterr().out.splitlines()[1]
-    assert " ".join(row.split()) == "a.*.w x3 lora 10.00 % 20.0 % stochastic 2, nearest 1 kept 0.60 0.00 1.00 2.00"
+    assert " ".join(row.split()) == "a.*.w x3 lora 10.00 % 20.0 % stochastic 2, nearest 1 kept 0.60 0.00 0.50 1.00 2.00"
 
 
 def test_a_lost_adapter_exits_5_and_says_what_keeps_it(job, capsys):

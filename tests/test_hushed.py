@@ -25,6 +25,7 @@ def test_no_escape_sequence_of_a_config_reaches_the_terminal(tiny_llama, tmp_pat
 
 def test_words_are_kept_escaped_in_our_own_log(capfd, caplog):
     logger = logging.getLogger("transformers.models")
+    caplog.set_level(logging.WARNING, "transformers.models")  # whatever another test has set
     before = logging.getLogger("transformers").handlers
     with caplog.at_level(logging.DEBUG, "lora_merge"), hushed():
         logger.warning("a %s", RED)

@@ -73,13 +73,13 @@ def test_a_run_may_be_repeated_after_a_failure(job, monkeypatch):
 
 
 def test_no_other_plan_is_made_for_want_of_memory(monkeypatch):
-    def failing(config):
+    def failing(config, tensors):
         raise RuntimeError("Failed to import transformers.models.llama") from MemoryError()
 
     monkeypatch.setattr("lora_merge.skeleton._on_meta", failing)
     with pytest.raises(RuntimeError, match="Failed to import"):
         build({"architectures": ["A"]}, {})
-    monkeypatch.setattr("lora_merge.skeleton._on_meta", lambda config: {}["odd"])
+    monkeypatch.setattr("lora_merge.skeleton._on_meta", lambda config, tensors: {}["odd"])
     with pytest.raises(NoSkeleton):
         build({"architectures": ["A"]}, {})
 
