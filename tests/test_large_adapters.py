@@ -17,7 +17,7 @@ PER_KEY = 800
 
 MEASURED = """
 import sys, threading, time
-from lora_merge import proving
+from lora_merge import api, request_words
 import torch, lora_merge.machine
 from lora_merge.errors import AdapterError
 
@@ -34,7 +34,7 @@ def watch():
 
 threading.Thread(target=watch, daemon=True).start()
 try:
-    with proving.opened(proving.request("base", "adapter", None)):
+    with api.opened(request_words.request_of("base", "adapter", None)):
         pass
 except AdapterError as error:
     print(error, file=sys.stderr)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lora_merge import api, cli
+from lora_merge import api, cli, proving
 from lora_merge.errors import UsageError
 from lora_merge.request import Request
 from lora_merge.request_words import request_of
@@ -81,7 +81,7 @@ def test_what_is_no_path(path: object) -> None:
     for words in ((path, "adapter", "out"), ("base", [path], "out"), ("base", "adapter", [path])):
         with pytest.raises(UsageError):
             request_of(*words)  # type: ignore[arg-type]
-    for function in (api.inspect, api.verify):
+    for function in (api.inspect, proving.verify):
         with pytest.raises(UsageError, match="is not a path"):
             function(path)  # type: ignore[operator]
     with pytest.raises(UsageError, match="is not a path"):
