@@ -66,8 +66,11 @@ def plain(home: Path, name: str) -> Subject:
     """A model of transformers, in two shards, with a LoRA on three of its matrices."""
     folder = home / name
     zoo.save(zoo.build(name), folder / BASE, max_shard_size="40KB")
-    tensors = {key: value for path in (folder / BASE).glob("*.safetensors") for key, value in load_file(path).items()}
-    matrices = [key for key, value in tensors.items() if value.dim() == 2 and key.endswith(".weight")]
+    shards = sorted((folder / BASE).glob("*.safetensors"))  # a folder is listed in any order
+    tensors = {key: value for path in shards for key, value in load_file(path).items()}
+    matrices = sorted(key for key, value in tensors.items() if value.dim() == 2 and key.endswith(".weight"))
+    if name == "t5":
+        matrices.remove("shared.weight")  # one matrix with the head, which this class cannot part
     chosen = {key: tensors[key] for key in (*matrices[:1], *matrices[-2:])}
     factors = {part: value for key in chosen for part, value in _pair(key, chosen[key], name == "gpt2").items()}
     quantized_bases.lora(folder / ADAPTER, factors, **FULL)
