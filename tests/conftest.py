@@ -15,3 +15,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 def tiny_llama() -> Path:
     """`base/`, `adapter/`, `adapter-nf4/` and `eval.bin` of the trained byte-level Llama; read only."""
     return Path(__file__).parents[1] / "fixtures" / "tiny-llama"
+
+
+@pytest.fixture
+def one_thread():
+    """torch computes on one thread, so that the last bit does not depend on the machine."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -11,13 +11,7 @@ from lora_merge.grids import Affine, refined
 from lora_merge.rounding import Sample, key, made
 from lora_merge.survival import Sums
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize(

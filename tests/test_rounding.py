@@ -22,13 +22,7 @@ from lora_merge.rounding import (
 )
 from lora_merge.survival import Directions
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_drawn_numbers_are_those_of_the_flat_place():

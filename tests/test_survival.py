@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
+from rounding_case import Pair, normal
 
 from lora_merge.survival import Directions, Sums, orthonormal
 
 OUT, COLUMNS, R = 50, 70, 6
-
-
-@dataclass
-class Pair:
-    """An update as adapters hand it over."""
-
-    left: torch.Tensor
-    right: torch.Tensor
-    first: int = 0
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 class Case:
