@@ -277,14 +277,22 @@ def _quantized(
     changes |= kind.config_changes(written, fit.kept, config)
     notes = [f"{printable(module)} stays plain: {reason}" for module, reason in reasons.items()]
     if missing := lost(kind.loader, model, format.describe(next(iter(specs.values()))), written):
-        notes.append(
-            f"transformers' loader of {kind.name} cannot open this output: it does not fill {listed(missing, 2)}, "
-            "which the class makes of weights that are stored otherwise. Choose another --format for transformers"
-        )
+        notes.append(_unopened(kind, missing))
     own_files = {old.own_file: None for old in _kinds(present) if old.own_file} | _own_file(kind, changes)
     formats: dict[str, Format | Quantized] = dict(plain)
     formats |= {module + kind.logical: format for module in written}
     return Targets(formats, changes, tuple(notes), own_files)
+
+
+def _unopened(kind: type[Quantized], missing: Sequence[str]) -> str:
+    """What to say of an output that transformers cannot open. UnsupportedError where nothing else could either."""
+    told = (
+        f"transformers' loader of {kind.name} cannot open this output: it does not fill {listed(missing, 2)}, "
+        "which the class makes of weights that are stored otherwise. Choose another --format"
+    )
+    if kind.loader is not None and kind.loader.served:
+        return f"{told} for transformers"
+    raise UnsupportedError(told)
 
 
 def _own_file(kind: type[Quantized], changes: Mapping[ConfigPath, Any]) -> dict[str, Mapping[str, Any] | None]:

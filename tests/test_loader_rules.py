@@ -2,6 +2,8 @@
 
 import pytest
 
+import lora_merge
+from lora_merge import targets
 from lora_merge.errors import UnsupportedError
 from lora_merge.formats import QUANTIZED
 from lora_merge.formats.base import Loader
@@ -123,3 +125,12 @@ def test_what_a_loader_cannot_put_together_is_told():
     assert lost(PACKED, divided, ["weight", "weight_scale"], ["m.o"]) == ["m.q.weight", "m.k.weight"]
     assert lost(Loader(), divided, ["weight"], ["m.o"]) == lost(None, joined, ["weight_packed"], []) == []
     assert lost(PACKED, None, ["weight_packed"], []) == []
+
+
+def test_what_no_loader_opens_is_not_written(tmp_path, tiny_llama, monkeypatch):
+    """Servers have loaders of their own for compressed-tensors: there it is a note."""
+    monkeypatch.setattr(targets, "lost", lambda *_: ["model.o.weight"])
+    found = lora_merge.plan(tiny_llama / "base", [], tmp_path / "out", bits=8, format="compressed-tensors")
+    assert any("cannot open this output: it does not fill model.o.weight" in note for note in found.notes)
+    with pytest.raises(UnsupportedError, match="cannot open this output"):
+        lora_merge.plan(tiny_llama / "base", [], tmp_path / "out", bits=8, format="fp8")

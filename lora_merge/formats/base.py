@@ -75,6 +75,7 @@ class Loader:
     split_experts: classes of experts that it takes apart.
     cuts: it opens classes that cut one stored weight into several.
     loses_plain: parts that weights have for which it drops plain ones where the class puts one together from several.
+    served: servers open the format with loaders of their own, also where this one cannot.
     """
 
     derived: bool = True
@@ -85,6 +86,7 @@ class Loader:
     split_experts: tuple[str, ...] = ()
     cuts: bool = True
     loses_plain: tuple[str, ...] = ()
+    served: bool = False
 
 
 class Format(Protocol):

@@ -74,7 +74,11 @@ class CompressedTensors(Quantized):
     name: ClassVar[str] = "compressed-tensors"
     expert_linears: ClassVar[bool] = True
     loader: ClassVar[Loader | None] = Loader(
-        experts="linears", split_experts=("Llama4TextExperts",), cuts=False, loses_plain=("weight_packed",)
+        experts="linears",
+        split_experts=("Llama4TextExperts",),
+        cuts=False,
+        loses_plain=("weight_packed",),
+        served=True,
     )
     marks: ClassVar[tuple[str, ...]] = ("weight_scale",)
     part_names: ClassVar[tuple[str, ...]] = (
