@@ -1,6 +1,7 @@
 """What every test file shares: one thread of arithmetic, and the tiny trained model."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -26,3 +27,13 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def hears_signals():
+    """Also where the tests run under nohup or in the background of a shell, whose children ignore some of them."""
+    heard = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in heard.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -263,6 +263,7 @@ def test_what_is_no_size(text):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.usefixtures("hears_signals")
 def test_a_signal_leaves_a_stage_that_resumes_to_the_same_bytes(tmp_path, number, code):
     base = small.write_base(tmp_path / "base", shards=8, layers=32)
     small.write_adapter(tmp_path / "adapter", base)

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ import small
 
 import lora_merge
 
+pytestmark = pytest.mark.usefixtures("hears_signals")
 LIMIT = 2.0
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 SIGNALS = pytest.mark.parametrize("number", list(CODES), ids=lambda number: number.name)
@@ -30,14 +31,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
             small.write_adapter(path / "adapter", base)
         lora_merge.merge(path / f"base-{shards}", path / "adapter", path / f"calm-{shards}")
     return path
-
-
-@pytest.fixture(autouse=True)
-def hears_hangups() -> Iterator[None]:
-    """Also where the tests run under nohup, whose children ignore SIGHUP."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
 
 
 def command(home: Path, tmp_path: Path, shards: int = 1, threads: int = 1) -> list[str]:
