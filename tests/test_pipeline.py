@@ -133,6 +133,7 @@ def test_lanes_that_are_asked_to_stop_begin_nothing_new():
     assert len(seen) <= 6
 
 
+@pytest.mark.usefixtures("hears_signals")
 def test_interrupts_end_every_lane_before_the_caller_goes_on():
     running, stop = [], Stop()
 
