@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,6 +15,7 @@ from lora_merge.errors import NumericError, listed, printable
 from lora_merge.inspection import inspect_path
 from lora_merge.jobs import Copy, Plan, Rewrite
 from lora_merge.output import Stage, check_out, left_something
+from lora_merge.output.occupied import earlier
 from lora_merge.places import check_free_space, check_places, standing
 from lora_merge.record import MANIFEST, sealed
 from lora_merge.request import Request
@@ -101,15 +101,13 @@ def opened(request: Request) -> Iterator[OpenJob]:
     with ExitStack() as files:
         base = files.enter_context(open_base(request.base))
         adapters = tuple(files.enter_context(open_adapter(path)) for path in request.adapters)
-        named = request.adapter_base not in (None, "same")
-        original = files.enter_context(open_base(Path(str(request.adapter_base)))) if named else None
+        original = files.enter_context(open_base(request.original)) if request.original else None
         yield OpenJob(request, base, adapters, original, planning.make(request, base, adapters, original))
 
 
 def _inputs(request: Request) -> list[Path]:
     """What the user named: folders, or single files whose neighbours are no inputs."""
-    original = [] if request.adapter_base in (None, "same") else [Path(str(request.adapter_base))]
-    return [request.base, *request.adapters, *original]
+    return [request.base, *request.adapters, *([request.original] if request.original else [])]
 
 
 def _check_out(request: Request) -> bool:
@@ -190,7 +188,7 @@ def _prove_kept(job: OpenJob, stage: Stage, stop: Stop) -> None:
     if job.original is not None:
         raise resuming.refusal(stage.out, "or its original was, of which nobody noted what was read")
     resuming.prove(job.plan, job.base, stage, stop.check)
-    stage.trust(resuming.stamp(job.checkpoints))
+    stage.trust()
 
 
 def _result(
@@ -237,13 +235,10 @@ def _published(out: Path, job: OpenJob) -> Mapping[str, Any] | None:
     None too where an input was touched since, so that OUT may be of other values. Raises VerificationError where the
     record is of this job and the files are not.
     """
-    try:
-        record: Mapping[str, Any] = json.loads((out / MANIFEST).read_bytes())
-        since = (out / MANIFEST).stat().st_ctime_ns
-        mine = record["job"] == job.plan.digest and resuming.newest(job.checkpoints) < since
-    except (OSError, ValueError, KeyError, TypeError):
+    record = earlier(out)
+    if record is None or record.get("job") != job.plan.digest:
         return None
-    if not mine:
+    if resuming.newest(job.checkpoints) >= (out / MANIFEST).stat().st_ctime_ns:
         return None
     verify_output(out)
     return record

@@ -225,7 +225,7 @@ def verify(
     debug: bool,
 ) -> None:
     """Read a finished output again and prove it against its own record, and against its inputs where given."""
-    check_imports(("lora_merge.proving",), "") if base is None else check_imports(COMPUTING, "torch")
+    check_imports(*((COMPUTING, "torch") if base else (("lora_merge.proving",), "")))
     from lora_merge import proving
 
     with Reporter(quiet=quiet or as_json) as reporter:
@@ -243,8 +243,8 @@ def run(args: list[str] | None = None, stop: Stop | None = None) -> int:
         with telling_shortage():
             app.main(words, prog_name="lora-merge", standalone_mode=False, obj=stop)
         return 0
-    except click.exceptions.Exit as end:
-        return end.exit_code
+    except click.exceptions.Exit as asked:
+        return asked.exit_code
     except click.ClickException as error:
         error.show()
         return 2

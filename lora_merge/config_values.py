@@ -10,10 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_merge.config_paths import TEXT_PARTS, at, text_parts
-from lora_merge.errors import InputError, printable
-
-SHOWN = 80
-"""Characters of a value in an error."""
+from lora_merge.errors import InputError, printable, quoted
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +54,7 @@ def value(body: Mapping[str, Any], key: str, kind: Kind, where: str, default: An
         return default
     if kind.fits(found):
         return found
-    raise InputError(f"{where}: {printable(key)} is {shown(found)}, expected {kind.words}; fetch the file again")
-
-
-def shown(value: Any) -> str:
-    """A value as an error tells it."""
-    text = printable(value if isinstance(value, int) else repr(value))
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    raise InputError(f"{where}: {printable(key)} is {quoted(found)}, expected {kind.words}; fetch the file again")
 
 
 def check(config: Mapping[str, Any], where: str) -> None:

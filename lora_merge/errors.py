@@ -19,6 +19,7 @@ from itertools import islice
 from typing import ClassVar
 
 MAX_SHOWN = 8192  # no path and no honest message is longer
+MAX_QUOTED = 80
 
 
 class LoraMergeError(Exception):
@@ -72,6 +73,12 @@ def printable(text: object) -> str:
     if len(string) > MAX_SHOWN:
         string = f"{string[:500]} ... ({len(string)} characters) ... {string[-500:]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in string)
+
+
+def quoted(value: object) -> str:
+    """A value of any kind as an error tells it: what is written for it, cut short."""
+    text = printable(value if isinstance(value, int) else repr(value))
+    return text if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]}..."
 
 
 def listed(names: Iterable[object], limit: int = 5, counted: bool = True) -> str:

@@ -18,7 +18,7 @@ from lora_merge.formats.base import same_grid
 from lora_merge.formats.plain import PART, WRITABLE
 from lora_merge.jobs import Coding, Copy, Job, Rewrite
 from lora_merge.linears import fused_set, linears
-from lora_merge.request import Request
+from lora_merge.request import SAME, Request
 from lora_merge.rescaling import Scalings, rescaled
 from lora_merge.spec import PLAIN_FLOATS, TensorSpec
 from lora_merge.targets import Targets, quantization, skeleton
@@ -82,7 +82,7 @@ def _scalings(draft: Draft, wishes: Wishes, request: Request, original: Checkpoi
         if request.adapter_base is not None:
             raise UsageError("--adapter-base is for AWQ checkpoints; this base is none, leave it out")
         return None
-    if not wishes.by_tensor or request.adapter_base == "same":
+    if not wishes.by_tensor or request.adapter_base == SAME:
         return None
     if original is None:
         raise AdapterError(

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 from lora_merge import __version__, effects, shards
@@ -63,8 +62,8 @@ def options(request: Request) -> dict[str, Any]:
     """The words of a request that decide the bytes of the output, where they differ from the default."""
     defaults = {field.name: field.default for field in fields(request)}
     words = {name: getattr(request, name) for name in RECORDED}
-    if words["adapter_base"] not in (None, "same"):
-        words["adapter_base"] = Path(words["adapter_base"]).resolve().name  # what it holds is in the digest
+    if request.original:
+        words["adapter_base"] = request.original.resolve().name  # what it holds is in the digest
     return {name: value for name, value in words.items() if value != defaults[name]}
 
 

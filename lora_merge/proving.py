@@ -10,7 +10,7 @@ from lora_merge.api import Progress, opened, silent
 from lora_merge.errors import UsageError, listed, printable
 from lora_merge.places import standing
 from lora_merge.record import read_record
-from lora_merge.request import Request
+from lora_merge.request import SAME, Request
 from lora_merge.request_words import PathLike, path_of, paths_of, request_of
 from lora_merge.shortage import telling_shortage
 from lora_merge.verification import Verification, check_there, verify_output
@@ -60,7 +60,7 @@ def _asked_again(
     words = dict(record.get("options", {}))
     if adapter_base is not None:
         words["adapter_base"] = path_of("adapter_base", adapter_base)
-    elif (named := words.get("adapter_base")) not in (None, "same"):
+    elif (named := words.get("adapter_base")) not in (None, SAME):
         raise UsageError(
             f"verify: this merge was made with --adapter-base {named}; give its folder again with --adapter-base"
         )

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_merge.errors import UsageError, printable
+from lora_merge.errors import UsageError, quoted
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 WIDTHS = (2, 3, 4, 5, 6, 7, 8, 16)
@@ -18,9 +18,9 @@ FORMATS = (
 QUANT_TYPES = ("int", "fp8", "nf4", "fp4", "nvfp4", "mxfp4", "mxfp8")
 ROUNDINGS = ("auto", "nearest", "stochastic", "dither", "adapter-aware")
 SCALES = ("auto", "keep", "fresh")
+SAME = "same"
+"""What `--adapter-base` says of an adapter that was trained on BASE itself."""
 TRAINED_ON = ("as-is", "nf4", "fp4", "int8")
-SHOWN = 80
-"""Characters of a value in an error."""
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
@@ -105,30 +105,35 @@ class Request:
     def _check_kinds(self) -> None:
         for name in FLAGS:
             if not isinstance(getattr(self, name), bool):
-                raise UsageError(f"{option(name)}: {_shown(getattr(self, name))} is neither true nor false")
+                raise UsageError(f"{option(name)}: {quoted(getattr(self, name))} is neither true nor false")
         for name in (*TEXTS, *TEXTS_OR_NONE):
             found = getattr(self, name)
             if not isinstance(found, str) and not (found is None and name in TEXTS_OR_NONE):
-                raise UsageError(f"{option(name)}: {_shown(found)} is not a text")
+                raise UsageError(f"{option(name)}: {quoted(found)} is not a text")
         if not isinstance(self.keep, tuple) or not all(isinstance(pattern, str) for pattern in self.keep):
-            raise UsageError(f"--keep: {_shown(self.keep)} is not a regular expression, nor several of them")
+            raise UsageError(f"--keep: {quoted(self.keep)} is not a regular expression, nor several of them")
 
     def _check_numbers(self) -> None:
         for name, (least, most) in WHOLE.items():
             found = getattr(self, name)
             whole = isinstance(found, int) and not isinstance(found, bool)
             if not (whole and least <= found <= most) and (found is not None or name == "seed"):
-                raise UsageError(f"{option(name)}: {_shown(found)} is not a whole number from {least} to {most}")
+                raise UsageError(f"{option(name)}: {quoted(found)} is not a whole number from {least} to {most}")
         strengths = [("weight", weight) for weight in self.weight]
         strengths += [] if self.alpha is None else [("alpha", self.alpha)]
         for name, found in strengths:
             if not (_is_real(found) and abs(found) <= STRONGEST):
                 bounds = f"{-STRONGEST:g} to {STRONGEST:g}"
-                raise UsageError(f"{option(name)}: {_shown(found)} is not a number from {bounds}")
+                raise UsageError(f"{option(name)}: {quoted(found)} is not a number from {bounds}")
         if not (_is_real(self.min_survival) and -math.inf < self.min_survival <= 1):
             raise UsageError(
-                f"--min-survival: {_shown(self.min_survival)} is not a number of at most 1; 0 and below: never refuse"
+                f"--min-survival: {quoted(self.min_survival)} is not a number of at most 1; 0 and below: never refuse"
             )
+
+    @property
+    def original(self) -> Path | None:
+        """The folder that `--adapter-base` names; None where it is not given, or the adapters were trained on BASE."""
+        return None if self.adapter_base in (None, SAME) else Path(str(self.adapter_base))
 
     @property
     def strengths(self) -> tuple[float, ...]:
@@ -160,16 +165,11 @@ def _is_real(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _shown(value: object) -> str:
-    text = printable(value if isinstance(value, int) else repr(value))
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
-
-
 def parse_size(text: str | int) -> int:
     """Bytes of `2GB`, `500MB`, `1.5GiB` or a plain number."""
     if isinstance(text, int):
         return text
     match = re.fullmatch(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*([KMGT]?I?)B?\s*", text.upper(), re.ASCII)
     if not match or match[2] not in UNITS:
-        raise UsageError(f"{_shown(text)} is not a size; write it like 2GB or 500MiB")
+        raise UsageError(f"{quoted(text)} is not a size; write it like 2GB or 500MiB")
     return int(float(match[1]) * UNITS[match[2]])

@@ -8,7 +8,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from lora_merge.errors import UsageError, printable
+from lora_merge.errors import UsageError, quoted
 from lora_merge.request import Request, option, parse_size
 
 PathLike = str | os.PathLike[str]
@@ -44,7 +44,7 @@ def path_of(name: str, value: object) -> Path:
     except TypeError:
         text = None
     if not isinstance(text, str) or "\0" in text:
-        raise UsageError(f"{name}: {printable(repr(value)[:80])} is not a path; give a text or a pathlib.Path")
+        raise UsageError(f"{name}: {quoted(value)} is not a path; give a text or a pathlib.Path")
     return Path(text)
 
 
@@ -55,7 +55,7 @@ def _changed(name: str, word: Any) -> Any:
 
 def _several(name: str, word: Any) -> tuple[Any, ...]:
     if isinstance(word, str | bytes | Mapping) or not isinstance(word, Iterable):
-        raise UsageError(f"{option(name)}: {printable(repr(word)[:80])} is neither one value nor a list of them")
+        raise UsageError(f"{option(name)}: {quoted(word)} is neither one value nor a list of them")
     return tuple(word)
 
 

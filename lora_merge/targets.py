@@ -64,7 +64,7 @@ def decide(
     said = declared(config)
     if said and not present and (request.quantizes or request.decodes):
         raise _unreadable(said)
-    if request.quantizes or request.decodes or request.dtype:
+    if present and (request.quantizes or request.decodes or request.dtype):  # a plain base has been looked through
         unread.refuse_codes(unread.codes(tensors, weights), "the base can only be written as it is stored")
     plain = {name: _plain(name, stored, request, config) for name, stored in weights.items()}
     if request.decodes:

@@ -219,4 +219,4 @@ def test_files_touched_since_are_told_until_they_are_trusted(out: Path, monkeypa
         with Stage.open(out, "job", stamp, resume=True) as stage:
             assert stage.proved == proved
             if trusts:
-                stage.trust(stamp)
+                stage.trust()

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_merge.adapters.base import Options
-from lora_merge.config_values import shown
-from lora_merge.errors import AdapterError, UnsupportedError, listed, printable
+from lora_merge.errors import AdapterError, UnsupportedError, listed, printable, quoted
 from lora_merge.request import STRONGEST
 
 PLAIN_INITS = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
@@ -159,7 +158,7 @@ def number(value: object, field: str) -> float:
     """A number that is not a bool, and from which a strength can be made in float32; AdapterError else."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= STRONGEST:
         raise AdapterError(
-            f"adapter_config.json: {printable(field)} is {shown(value)}, expected a number from {-STRONGEST:g} to "
+            f"adapter_config.json: {printable(field)} is {quoted(value)}, expected a number from {-STRONGEST:g} to "
             f"{STRONGEST:g}"
         )
     return float(value)
@@ -187,7 +186,7 @@ def _indices(value: object, field: str) -> tuple[int, ...]:
 def _rank(value: object, field: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         raise AdapterError(
-            f"adapter_config.json: {printable(field)} is {shown(value)}, expected a positive whole number"
+            f"adapter_config.json: {printable(field)} is {quoted(value)}, expected a positive whole number"
         )
     return value
 
@@ -203,7 +202,7 @@ def _alpha(config: Mapping[str, Any], options: Options) -> float:
 def _flag(config: Mapping[str, Any], field: str) -> bool:
     value = config.get(field)
     if value is not None and not isinstance(value, bool):
-        raise AdapterError(f"adapter_config.json: {field} is {shown(value)}, expected true or false")
+        raise AdapterError(f"adapter_config.json: {field} is {quoted(value)}, expected true or false")
     return bool(value)
 
 

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from lora_merge.config_values import shown
-from lora_merge.errors import InputError, UnsupportedError, listed
+from lora_merge.errors import InputError, UnsupportedError, listed, quoted
 from lora_merge.formats.base import sections
 from lora_merge.formats.ct_schemes import Scheme
 from lora_merge.patterns import compiled
@@ -132,7 +131,7 @@ def _compiled(target: str) -> re.Pattern[str]:
         return compiled(target.removeprefix(REGEX))
     except ValueError as error:
         raise InputError(
-            f"config.json: quantization_config: the target {shown(target)} {error}; fetch the file again"
+            f"config.json: quantization_config: the target {quoted(target)} {error}; fetch the file again"
         ) from None
 
 

@@ -25,8 +25,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from lora_merge.config_paths import at, text_parts
 from lora_merge.config_values import NAMES
-from lora_merge.config_values import shown as shown_value
-from lora_merge.errors import InputError, UnsupportedError
+from lora_merge.errors import InputError, UnsupportedError, quoted
 from lora_merge.formats import fp8_scales as scales
 from lora_merge.formats.base import ConfigPath, Cut, Loader, Parts, Quantized, ReadPart, Wanted, shown
 from lora_merge.formats.ct_scales import largest
@@ -374,7 +373,7 @@ def still_skipped(entries: Any, written: Collection[str], kept: Sequence[str]) -
     if entries and not NAMES.fits(entries):
         raise InputError(
             "config.json: quantization_config: what says which linears stay plain is "
-            f"{shown_value(entries)}, expected {NAMES.words}; fetch the file again"
+            f"{quoted(entries)}, expected {NAMES.words}; fetch the file again"
         )
     still = [entry for entry in entries or () if not any(names(entry, module) for module in written)]
     return still + [module for module in kept if not any(names(entry, module) for entry in still)]

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_merge import __version__
-from lora_merge.config_values import FLAG, NAME_OR_NAMES, NAMES_OR_LISTS, OBJECT, WHOLE, Kind, shown, value
-from lora_merge.errors import InputError, UnsupportedError, listed
+from lora_merge.config_values import FLAG, NAME_OR_NAMES, NAMES_OR_LISTS, OBJECT, WHOLE, Kind, value
+from lora_merge.errors import InputError, UnsupportedError, listed, quoted
 from lora_merge.formats.base import sections
 from lora_merge.patterns import compiled
 
@@ -196,7 +196,7 @@ def _override(body: Mapping[str, Any], module: str) -> Mapping[str, Any] | None:
         try:
             fits = compiled(pattern.removeprefix(SKIP).removeprefix(OVERRIDE)).match(module)
         except ValueError as error:
-            raise InputError(f"{WHERE}: the key {shown(pattern)} of dynamic {error}; fetch the file again") from None
+            raise InputError(f"{WHERE}: the key {quoted(pattern)} of dynamic {error}; fetch the file again") from None
         if fits:
             return None if pattern.startswith(SKIP) else values if isinstance(values, Mapping) else {}
     return {}

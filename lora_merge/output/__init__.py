@@ -60,7 +60,7 @@ class Stage:
     Shards may be written from several threads at once.
     """
 
-    def __init__(self, out: Path, home: Path, held: Owner, stop: Stop) -> None:
+    def __init__(self, out: Path, home: Path, held: Owner, inputs: str, stop: Stop) -> None:
         self.out = out
         self.home = home
         self.folder = home / "files"
@@ -71,6 +71,7 @@ class Stage:
         self.files: dict[str, tuple[int, str]] = {}
         self._old = home / "old"
         self._owner = held
+        self._inputs = inputs
         self._stop = stop
         self._overwrite = False
         self._published = False
@@ -104,12 +105,12 @@ class Stage:
             if not os.path.lexists(home):  # a refusal then leaves nothing behind
                 publishing.check_vacant(out, overwrite)
             out.parent.mkdir(parents=True, exist_ok=True)
-        stage = cls(out, home, Owner.take(home, out), stop)
+        stage = cls(out, home, Owner.take(home, out), inputs, stop)
         stop.held = True
         stage._overwrite = overwrite
         try:
             with storing(home, "opening the stage"):
-                stage._begin(job_id, inputs, resume, restart)
+                stage._begin(job_id, resume, restart)
         except BaseException:
             stage._leave()
             raise
@@ -137,10 +138,10 @@ class Stage:
         """Bytes of shards that need not be made again."""
         return sum(record.nbytes for record in self.kept.values()) + sum(one.nbytes for one in self.begun.values())
 
-    def trust(self, inputs: str) -> None:
-        """What is kept was proved to be made of `inputs` too: the next run need not prove it again."""
+    def trust(self) -> None:
+        """What is kept was proved to be made of the inputs too: the next run need not prove it again."""
         assert self._journal is not None
-        self._journal.add({"inputs": inputs})
+        self._journal.add({"inputs": self._inputs})
         self.proved = True
 
     def write(self, relpath: str, data: bytes) -> None:
@@ -202,7 +203,7 @@ class Stage:
             self._journal = None
         self._leave()
 
-    def _begin(self, job: str, inputs: str, resume: bool, restart: bool) -> None:
+    def _begin(self, job: str, resume: bool, restart: bool) -> None:
         """Find out what an earlier run left, and keep or drop it."""
         path = self.home / "journal"
         story = journal.read(path)
@@ -216,11 +217,11 @@ class Stage:
             self._check_resumable(story, job, resume)
             self._stop.resumable = True
             self._prove(story)
-            self.proved = story.inputs == inputs or not (self.kept or self.begun)
+            self.proved = story.inputs == self._inputs or not (self.kept or self.begun)
         else:
             self._clear()
             story = journal.Story()
-        self._journal = Journal(path, story, job, inputs)
+        self._journal = Journal(path, story, job, self._inputs)
         self._stop.resumable = bool(self.kept or self.begun)
         if story.moves:
             self._journal.add({"moves": None})
