@@ -330,5 +330,6 @@ class Sink:
         self.jobs += 1
         if isinstance(block.job, Rewrite) and block.ready is not None:
             self.results.append(result(block.job, self.measured, piece.words))
-            self.sources |= block.ready.stored.sources()
+            siblings = [one.source for one in block.job.siblings if one.source]
+            self.sources |= block.ready.stored.sources(siblings)
         self.measured = None

@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
 
 import torch
 
 from lora_merge.checkpoint import Checkpoint
 from lora_merge.jobs import Rewrite, Shard
 from lora_merge.spec import TensorSpec
+from lora_merge.stored_rows import buffer
 from lora_merge.tiles import KEPT
 
 TORCH_DTYPES = {
@@ -66,8 +66,3 @@ def uses_of(shards: Sequence[Shard], adapters: int) -> list[Counter[str]]:
             for effect in job.effects if isinstance(job, Rewrite) else ():
                 uses[effect.adapter].update(effect.patch.factors)
     return uses
-
-
-def buffer(data: torch.Tensor) -> memoryview:
-    """The bytes of a uint8 tensor, shared."""
-    return memoryview(cast("Any", data.numpy()))

@@ -13,9 +13,6 @@ from lora_merge.adapters.lowrank import BoundLowRank, BoundShift, LowRank, Shift
 from lora_merge.awq_scales import IN_LAYER, Scaling, recover
 from lora_merge.draft import Draft
 from lora_merge.errors import UnsupportedError, printable
-from lora_merge.formats import Plain
-from lora_merge.formats.plain import PART
-from lora_merge.jobs import Rewrite
 from lora_merge.spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -42,8 +39,8 @@ class Decoded:
         from lora_merge.stored_rows import Slot, StoredRows
 
         stored = self.draft.source(self.draft.weights[name])
-        job = Rewrite(name, stored.weight, stored, (), Plain("F32"), {PART: name})
-        rows, slot = StoredRows(self.draft.base, job, torch.device("cpu")), Slot()
+        matrix, slot = stored.weight.matrix(), Slot()
+        rows = StoredRows(self.draft.base, name, stored, matrix, stop - start, torch.device("cpu"))
         return rows.tile(start, stop, rows.read(start, stop, slot), slot).rows
 
 

@@ -18,11 +18,11 @@ from lora_merge.change import MEASURED, MEASURED_TILES, check_finite, check_reac
 from lora_merge.checkpoint import Checkpoint
 from lora_merge.coder import Coder, keeps, sample_starts, settle
 from lora_merge.device import pick_device
-from lora_merge.factors import Reader, buffer, uses_of
+from lora_merge.factors import Reader, uses_of
 from lora_merge.formats import Cut, Quantized
 from lora_merge.jobs import Rewrite, Shard
 from lora_merge.sources import Sources
-from lora_merge.stored_rows import Slot, StoredRows, Tile
+from lora_merge.stored_rows import Slot, StoredRows, Tile, buffer
 from lora_merge.tiles import tile_rows
 
 if TYPE_CHECKING:
@@ -90,7 +90,11 @@ class Rewriter:
         return Ready(opened.stored, opened.bounds, opened.whole, settle(job, target, opened.bounds, samples))
 
     def _opened(self, job: Rewrite) -> Ready:
-        stored = StoredRows(self.base, job, self.device, self._sources)
+        trained_on = job.trained_on.settled(job.weight) if job.trained_on is not None else None
+        matrix = job.weight.matrix(job.stacked)
+        stored = StoredRows(
+            self.base, job.name, job.source, matrix, tile_rows(job), self.device, self._sources, trained_on
+        )
         bounds = self._bind(job, stored)
         whole = self._whole(job, stored, bounds) if any(e.patch.needs is Needs.WHOLE for e in job.effects) else None
         return Ready(stored, bounds, whole, None)

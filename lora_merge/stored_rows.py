@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import chain
+from typing import Any, cast
 
 import torch
 
 from lora_merge.checkpoint import Checkpoint
 from lora_merge.errors import InputError, printable
-from lora_merge.factors import buffer
-from lora_merge.formats import Cut, Quantized
+from lora_merge.formats import Cut, Quantized, Stored
 from lora_merge.formats.raw import numbers
 from lora_merge.grids import Grid
-from lora_merge.jobs import Rewrite
 from lora_merge.sources import Sources
 from lora_merge.spec import PLAIN_FLOATS
-from lora_merge.tiles import tile_rows
 
 WINDOWS = 2
 """Windows of a turned part that are kept: threads at the end of one expert and at the beginning of the next."""
@@ -65,34 +62,48 @@ class StoredRows:
     """The base's rows of one weight. Parts that belong to all rows, and the lines in which turned ones lie (the whole
     part, or one expert's share of it), are read once."""
 
-    def __init__(self, base: Checkpoint, job: Rewrite, device: torch.device, sources: Sources | None = None) -> None:
-        """sources: told what is read."""
+    def __init__(
+        self,
+        base: Checkpoint,
+        name: str,
+        stored: Stored | None,
+        matrix: tuple[int, int],
+        step: int,
+        device: torch.device,
+        sources: Sources | None = None,
+        trained_on: Quantized | None = None,
+    ) -> None:
+        """name: of the weight, for errors. stored: where it lies; None: the base has nothing of it, its rows are zero.
+
+        matrix: rows and columns of its 2-D view. step: rows of a tile, a multiple of what its format codes together.
+        sources: told what is read. trained_on: the grid, settled for this weight, onto which plain rows are rounded.
+        """
         self.base = base
-        self.job = job
+        self.name = name
+        self.stored = stored
         self.device = device
+        self.height, self.columns = matrix
+        self.step = step
         self._sources = sources
-        self.columns = job.weight.matrix(job.stacked)[1]
+        self._trained_on = trained_on
         self.turned: list[str] = []
         self.shared: dict[str, torch.Tensor] = {}
         self._windows: OrderedDict[tuple[str, int, int], torch.Tensor] = OrderedDict()
         self._lock = threading.Lock()
-        if job.source is not None and job.weight.numel:
-            step = min(tile_rows(job), job.weight.matrix(job.stacked)[0])
-            cuts = self._cuts(0, step)
-            format = job.source.format
+        if stored is not None and stored.weight.numel:
+            cuts = self._cuts(0, min(step, self.height))
+            format = stored.format
             common = format.shared if isinstance(format, Quantized) else ()
             self.shared = {
-                part: self._load(part, 0, base.tensors[job.source.parts[part]].nbytes)
-                for part in cuts
-                if part in common
+                part: self._load(part, 0, base.tensors[stored.parts[part]].nbytes) for part in cuts if part in common
             }
             self._check_shared()
             self.turned = [part for part, cut in cuts.items() if cut.stride and part not in common]
 
     def _load(self, part: str, begin: int, nbytes: int) -> torch.Tensor:
-        assert self.job.source is not None
+        assert self.stored is not None
         data = torch.empty(nbytes, dtype=torch.uint8)
-        self._read_into(self.job.source.parts[part], begin, buffer(data))
+        self._read_into(self.stored.parts[part], begin, buffer(data))
         return data
 
     def _read_into(self, name: str, begin: int, out: memoryview) -> None:
@@ -100,18 +111,17 @@ class StoredRows:
         if self._sources is not None:
             self._sources.saw(name, begin, out)
 
-    def sources(self) -> dict[str, list[list[int]]]:
-        """What was read of the base for this weight, and of those that share a scale with it (`sources.Reads`)."""
-        if self._sources is None or self.job.source is None:
+    def sources(self, others: Iterable[Stored] = ()) -> dict[str, list[list[int]]]:
+        """What was read of the base for this weight, and of others that it was seen with (`sources.Reads`)."""
+        if self._sources is None or self.stored is None:
             return {}
-        family = [one.source.parts.values() for one in self.job.siblings if one.source]
-        return self._sources.of(self.job.source.parts.values(), chain(*family))
+        return self._sources.of(self.stored.parts.values(), (part for one in others for part in one.parts.values()))
 
     def _check_shared(self) -> None:
         """InputError where a part of the whole weight is not finite: some are copied, or drop out of the rows."""
-        assert self.job.source is not None
+        assert self.stored is not None
         for part, data in self.shared.items():
-            name = self.job.source.parts[part]
+            name = self.stored.parts[part]
             dtype = self.base.tensors[name].dtype
             if dtype in PLAIN_FLOATS and not bool(numbers(data, dtype, 1).isfinite().all()):
                 raise InputError(
@@ -133,12 +143,12 @@ class StoredRows:
         return found
 
     def _cuts(self, start: int, stop: int) -> dict[str, Cut]:
-        assert self.job.source is not None
-        return self.job.source.format.slices(self.job.source.weight, self.columns, start, stop)
+        assert self.stored is not None
+        return self.stored.format.slices(self.stored.weight, self.columns, start, stop)
 
     def read(self, start: int, stop: int, slot: Slot) -> Raw:
         """The stored bytes of rows `[start, stop)`; they hold until the slot is used again."""
-        source = self.job.source
+        source = self.stored
         if source is None or len(self.shared) + len(self.turned) == len(source.parts):
             return Raw(start, {})
         cuts = {part: cut for part, cut in self._cuts(start, stop).items() if self._runs(part)}
@@ -155,7 +165,7 @@ class StoredRows:
     def tile(self, start: int, stop: int, raw: Raw, slot: Slot) -> Tile:
         """Rows `[start, stop)` out of what was read; float32 in the slot, or copied to the device."""
         rows = slot.take("tile", (stop - start) * self.columns).view(stop - start, self.columns)
-        source = self.job.source
+        source = self.stored
         if source is None:
             return Tile(start, rows.zero_().to(self.device))
         block = self._cuts(raw.start, raw.start) if raw.parts else {}
@@ -171,21 +181,24 @@ class StoredRows:
         try:
             codes, grid = source.format.unpack(parts, *rows.shape)
         except InputError as error:
-            raise InputError(f"{printable(self.job.name)}: {error}") from None
+            raise InputError(f"{printable(self.name)}: {error}") from None
         return Tile(start, grid.values(codes, rows).to(self.device), codes, grid)
 
     def _rounded(self, rows: torch.Tensor, start: int) -> torch.Tensor:
         """The rows on the grid over which the adapter was trained."""
-        trained_on = self.job.trained_on
-        if trained_on is None:
+        if self._trained_on is None:
             return rows
-        grid = trained_on.settled(self.job.weight).fit(rows, start)
+        grid = self._trained_on.fit(rows, start)
         return grid.values(grid.nearest(rows), rows)
 
     def tiles(self) -> Iterator[Tile]:
         """Every tile, one at a time."""
         slot = Slot()
-        rows, step = self.job.weight.matrix(self.job.stacked)[0], tile_rows(self.job)
-        for start in range(0, rows, step):
-            stop = min(rows, start + step)
+        for start in range(0, self.height, self.step):
+            stop = min(self.height, start + self.step)
             yield self.tile(start, stop, self.read(start, stop, slot), slot)
+
+
+def buffer(data: torch.Tensor) -> memoryview:
+    """The bytes of a uint8 tensor, shared."""
+    return memoryview(cast("Any", data.numpy()))
