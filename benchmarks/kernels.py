@@ -19,13 +19,13 @@ from typing import cast
 import torch
 
 from lora_merge.adapters.lowrank import BoundLowRank
-from lora_merge.formats.compressed_tensors import CompressedTensors
-from lora_merge.formats.ct_schemes import PACK, Scheme
-from lora_merge.grids import Affine, Codebook, Float8, Grid, refined
-from lora_merge.rounding import STRATEGIES, Nearest, Rounding, Sample, Stochastic, key, made
+from lora_merge.execution.tiles import TILE, WIDE
+from lora_merge.formats.compressed_tensors.format import CompressedTensors
+from lora_merge.formats.compressed_tensors.schemes import PACK, Scheme
+from lora_merge.quantization.grids import Affine, Codebook, Float8, Grid, refined
+from lora_merge.quantization.rounding import STRATEGIES, Nearest, Rounding, Sample, Stochastic, key, made
+from lora_merge.quantization.survival import Directions, Sums
 from lora_merge.spec import TensorSpec
-from lora_merge.survival import Directions, Sums
-from lora_merge.tiles import TILE, WIDE
 
 RANK, GROUP = 16, 128
 BARS = {"nearest": 3, "adapter-aware": 12}

@@ -26,10 +26,10 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from lora_merge.adapters.lowrank import BoundLowRank
-from lora_merge.choice import choose
-from lora_merge.grids import Affine, Codebook, Grid, refined
-from lora_merge.rounding import Rounding, Sample, key, made
-from lora_merge.survival import Directions
+from lora_merge.quantization.choice import choose
+from lora_merge.quantization.grids import Affine, Codebook, Grid, refined
+from lora_merge.quantization.rounding import Rounding, Sample, key, made
+from lora_merge.quantization.survival import Directions
 
 TINY = Path(__file__).resolve().parents[1] / "fixtures" / "tiny-llama"
 WINDOW = 192

@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from lora_merge.api import Progress, inspect, merge, plan
     from lora_merge.proving import verify
     from lora_merge.results import InspectedTensor, Inspection, MergedWeight, MergeResult, PlannedWeight, PlanResult
-    from lora_merge.verification import Verification
+    from lora_merge.verification.integrity import Verification
 
 __all__ = [
     "InspectedTensor", "Inspection", "MergeResult", "MergedWeight", "PlanResult", "PlannedWeight", "Progress",
     "Verification", "__version__", "inspect", "merge", "plan", "verify",
 ]  # fmt: skip
 
-_HOMES = {"Verification": "lora_merge.verification", "verify": "lora_merge.proving"}
+_HOMES = {"Verification": "lora_merge.verification.integrity", "verify": "lora_merge.proving"}
 _HOMES |= dict.fromkeys(("Progress", "inspect", "merge", "plan"), "lora_merge.api")
 
 

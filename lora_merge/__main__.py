@@ -3,10 +3,10 @@
 import sys
 
 from lora_merge.errors import MemoryLimitError
-from lora_merge.shortage import telling_shortage
-from lora_merge.signals import Signals
-from lora_merge.stopping import Stop
-from lora_merge.streams import secure
+from lora_merge.system.shortage import telling_shortage
+from lora_merge.system.signals import Signals
+from lora_merge.system.stopping import Stop
+from lora_merge.system.streams import secure
 
 
 def main() -> None:

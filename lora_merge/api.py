@@ -9,21 +9,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from lora_merge import __version__, planning, resuming
-from lora_merge.checkpoint import Checkpoint, digest, identity, open_adapter, open_base
+from lora_merge import __version__
+from lora_merge.checkpoint.opening import Checkpoint, digest, identity, open_adapter, open_base
 from lora_merge.errors import NumericError, listed, printable
+from lora_merge.execution import resuming
 from lora_merge.inspection import inspect_path
-from lora_merge.jobs import Copy, Plan, Rewrite
-from lora_merge.output import Stage, check_out, left_something
+from lora_merge.output.location import check_free_space, check_places, standing
 from lora_merge.output.occupied import earlier
-from lora_merge.places import check_free_space, check_places, standing
+from lora_merge.output.stage import Stage, check_out, left_something
+from lora_merge.planning import plan as planning
+from lora_merge.planning.jobs import Copy, Plan, Rewrite
 from lora_merge.record import MANIFEST, sealed
 from lora_merge.request import Request
 from lora_merge.request_words import PathLike, path_of, request_of
 from lora_merge.results import Inspection, MergedWeight, MergeResult, PlannedWeight, PlanResult
-from lora_merge.shortage import COMPUTING, check_imports, telling_shortage
-from lora_merge.stopping import Stop
-from lora_merge.verification import verify_output
+from lora_merge.system.shortage import COMPUTING, check_imports, telling_shortage
+from lora_merge.system.stopping import Stop
+from lora_merge.verification.integrity import verify_output
 
 
 class Progress(Protocol):
@@ -88,8 +90,8 @@ class OpenJob:
         return [self.base, *self.adapters, *([self.original] if self.original else [])]
 
     def executor(self) -> Any:
-        from lora_merge.execute import Executor
-        from lora_merge.machine import fit
+        from lora_merge.execution.executor import Executor
+        from lora_merge.execution.memory import fit
 
         return Executor(self.base, self.adapters, fit(self.request, self.plan))
 
@@ -124,7 +126,7 @@ def plan_request(request: Request) -> PlanResult:
 
 
 def _planned(request: Request) -> PlanResult:
-    from lora_merge.machine import least_memory
+    from lora_merge.execution.memory import least_memory
 
     replaces = request.out is not None and _check_out(request)
     with opened(request) as job:
@@ -218,7 +220,7 @@ def _check_survival(job: OpenJob, lines: Sequence[Mapping[str, Any]]) -> None:
     lost = [line for line in known if line["survival"] < request.min_survival]
     if request.min_survival <= 0 or not lost:
         return
-    from lora_merge.advice import ways
+    from lora_merge.execution.advice import ways
 
     named = listed((f"{line['name']} ({line['survival']:.2f})" for line in lost), 6)
     found = [*ways(request, job.base, job.adapters, job.original, lost), "--keep REGEX for these weights alone"]

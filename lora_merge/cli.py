@@ -33,10 +33,10 @@ from lora_merge.request import (
     Request,
     parse_size,
 )
-from lora_merge.shortage import COMPUTING, check_imports, telling_shortage
-from lora_merge.signals import Signals, end, farewell
-from lora_merge.stopping import Stop, Stopped
-from lora_merge.streams import divert, printing, secure
+from lora_merge.system.shortage import COMPUTING, check_imports, telling_shortage
+from lora_merge.system.signals import Signals, end, farewell
+from lora_merge.system.stopping import Stop, Stopped
+from lora_merge.system.streams import divert, printing, secure
 
 COMMANDS = ("inspect", "verify")
 DEFAULTS = {field.name: field.default for field in fields(Request)}

@@ -6,11 +6,11 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from lora_merge.checkpoint import Checkpoint, open_adapter, open_base
-from lora_merge.draft import Draft
+from lora_merge.checkpoint.opening import Checkpoint, open_adapter, open_base
 from lora_merge.formats import KNOWN_METHODS, Quantized, unread
+from lora_merge.planning.draft import Draft
+from lora_merge.planning.output_formats import declared
 from lora_merge.results import InspectedTensor, Inspection
-from lora_merge.targets import declared
 
 FACTOR = re.compile(r"\.lora_[abAB](\.|$)")
 UNKNOWN = "codes of a quantization that is not known"

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from lora_merge.api import Progress, opened, silent
 from lora_merge.errors import UsageError, listed, printable
-from lora_merge.places import standing
+from lora_merge.output.location import standing
 from lora_merge.record import read_record
 from lora_merge.request import SAME, Request
 from lora_merge.request_words import PathLike, path_of, paths_of, request_of
-from lora_merge.shortage import telling_shortage
-from lora_merge.verification import Verification, check_there, verify_output
+from lora_merge.system.shortage import telling_shortage
+from lora_merge.verification.integrity import Verification, check_there, verify_output
 
 
 def verify(
@@ -44,7 +44,7 @@ def _verified(out: Path, again: Request | None, progress: Progress) -> Verificat
     """`verify`, with the request that made `out` where its inputs are given."""
     found = verify_output(out, progress)
     if again is not None:
-        from lora_merge.recompute import compare
+        from lora_merge.verification.recompute import compare
 
         with opened(again) as job:
             compare(job.executor(), job.plan, out, progress)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
     from lora_merge.results import Inspection, MergedWeight, MergeResult, PlannedWeight, PlanResult
-    from lora_merge.verification import Verification
+    from lora_merge.verification.integrity import Verification
 
 UNITS = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 NAME_WIDTH = 44

@@ -53,7 +53,7 @@ class MergedWeight:
     relative_change: |change| / |base|, None for a tensor that the base does not have. changed: share of its stored
     values that differ from the base's. Both are seen on some rows of a plain weight, on all of a quantized one.
     parts: its tensors in the output whose dtype says what their values are.
-    For a merge into codes also: rounding (the strategy), scales (`kept` or `fresh`), and what `lora_merge.survival`
+    For a merge into codes also: rounding (the strategy), scales (`kept` or `fresh`), and what `quantization.survival`
     says of it: survival, raw_survival, projection, noise, and change_norm, the norm of the wanted change.
     """
 
@@ -84,7 +84,7 @@ class MergedWeight:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What rounding left of the change to all weights together, as `lora_merge.survival` says it of one."""
+    """What rounding left of the change to all weights together, as `quantization.survival` says it of one."""
 
     survival: float
     raw_survival: float

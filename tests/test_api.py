@@ -137,7 +137,7 @@ def test_a_stage_of_another_job_is_not_resumed(job):
 
 
 def test_blocks_of_any_number_of_tiles_give_the_same_bytes(job, monkeypatch):
-    from lora_merge import machine
+    from lora_merge.execution import memory as machine
 
     path = job[0]
     seen = []
@@ -396,8 +396,8 @@ def test_saved_counters_that_are_no_floats_are_replaced(tmp_path):
 
 
 def test_factors_that_several_weights_share_are_read_once_and_let_go(monkeypatch):
-    from lora_merge.factors import Reader
-    from lora_merge.tiles import KEPT
+    from lora_merge.execution.factors import Reader
+    from lora_merge.execution.tiles import KEPT
 
     class Counted:
         loads = 0

@@ -1,11 +1,11 @@
-"""What README.md says is what the code does: formats, kinds, options, exit codes, files, commands, Python names."""
+"""What README.md says is what the code does: formats, kinds, options, exit codes, commands, Python names."""
 
 from __future__ import annotations
 
 import ast
 import re
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import click
@@ -129,27 +129,6 @@ def test_python_names_exist(code: str) -> None:
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "lora_merge"
     }
     assert used and used <= set(lora_merge.__all__)
-
-
-def tree() -> Iterator[tuple[str, str]]:
-    """Path and remark of every line of the file tree; a folder ends with a slash, its content is indented."""
-    folders: list[str] = []
-    for line in re.findall(r"^```\n(.*?)^```$", section("Files"), re.MULTILINE | re.DOTALL)[0].splitlines():
-        indent, name, remark = re.fullmatch(r"( *)(\S+)(?: +(.*))?", line).groups()  # type: ignore[union-attr]
-        folders = folders[: len(indent) // 2]
-        yield "".join(folders) + name, remark or ""
-        if name.endswith("/"):
-            folders.append(name)
-
-
-def test_the_file_tree_is_the_folder() -> None:
-    listed = dict(tree())
-    gone = [path for path in listed if not (ROOT / path).exists()]
-    assert not gone, f"README.md lists files that are not there: {gone}"
-    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "lora_merge").rglob("*.py")}
-    assert not sources - set(listed), f"README.md lacks a line for {sorted(sources - set(listed))}"
-    bare = [path for path, remark in listed.items() if not remark]
-    assert not bare, f"a line each says what a file is for: {bare}"
 
 
 def test_links_lead_somewhere() -> None:

@@ -11,12 +11,12 @@ from lora_merge.formats import unread
 from lora_merge.formats.auto_round import METHODS, AutoRound
 from lora_merge.formats.awq import AWQ, AWQGemv, AWQGemvFast
 from lora_merge.formats.base import Cut, Format, Parts, Quantized, Stored, Wanted
-from lora_merge.formats.bitsandbytes import Bitsandbytes
+from lora_merge.formats.bitsandbytes.format import Bitsandbytes
 from lora_merge.formats.chatglm import ChatGLM
-from lora_merge.formats.compressed_tensors import CompressedTensors
-from lora_merge.formats.fbgemm_fp8 import FbgemmFP8
-from lora_merge.formats.fp8 import FP8, FP8Experts
-from lora_merge.formats.gptq import GPTQ
+from lora_merge.formats.compressed_tensors.format import CompressedTensors
+from lora_merge.formats.fp8.fbgemm import FbgemmFP8
+from lora_merge.formats.fp8.fine_grained import FP8, FP8Experts
+from lora_merge.formats.gptq.format import GPTQ
 from lora_merge.formats.modelopt import ModelOpt
 from lora_merge.formats.mxfp4 import MXFP4
 from lora_merge.formats.plain import PART, Plain

@@ -16,19 +16,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lora_merge.config_values import OBJECT, WHOLE, value
 from lora_merge.errors import UnsupportedError
 from lora_merge.formats.awq import AWQ
 from lora_merge.formats.base import SECTION, ConfigPath, Cut, Parts, Quantized, ReadPart, Wanted
-from lora_merge.formats.gptq import GPTQ
-from lora_merge.formats.gptq_config import WHERE, Said, beside, section
+from lora_merge.formats.gptq.config import WHERE, Said, beside, section
+from lora_merge.formats.gptq.format import GPTQ
+from lora_merge.models.config_values import OBJECT, WHOLE, value
 from lora_merge.patterns import compiled
 from lora_merge.spec import TensorSpec
 
 if TYPE_CHECKING:
     import torch
 
-    from lora_merge.grids import Grid
+    from lora_merge.quantization.grids import Grid
 
 METHODS = ("auto-round", "intel/auto-round")
 """The second in files of early versions."""

@@ -27,18 +27,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lora_merge import bits as codec
 from lora_merge.errors import InputError, UnsupportedError
 from lora_merge.formats.base import SECTION, ConfigPath, Cut, Loader, Parts, Quantized, ReadPart, Wanted, sections
 from lora_merge.formats.plain import LIMITS
 from lora_merge.formats.raw import fill, numbers, torch_dtype
+from lora_merge.quantization import bits as codec
 from lora_merge.spec import BITS, TensorSpec
 
 if TYPE_CHECKING:
     import torch
     from typing_extensions import Self
 
-    from lora_merge.grids import Affine, Grid
+    from lora_merge.quantization.grids import Affine, Grid
 
 METHOD = "awq"
 VERSIONS = ("gemm", "gemv", "gemv_fast")
@@ -121,7 +121,7 @@ class Layout(Quantized):
 
     def _grid(self, scale: torch.Tensor, zero: torch.Tensor, columns: int) -> Affine:
         """`scale`, of the dtype in which it is stored, and `zero`: `[rows, groups]`."""
-        from lora_merge.grids import Affine
+        from lora_merge.quantization.grids import Affine
 
         return Affine(low=0, high=TOP, scale=scale, zero=zero.float(), group=columns // scale.shape[1])
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from typing_extensions import Self
 
-    from lora_merge.grids import Grid
+    from lora_merge.quantization.grids import Grid
 
 Parts = Mapping[str, TensorSpec]
 ReadPart = Callable[[str], bytes]
@@ -268,7 +268,7 @@ class Quantized(ABC):
     def refinable(self, grid: Grid) -> bool:
         """Whether each scale of a grid that `fit` gave may be replaced by another: none is shared between rows, and all
         are stored as plain numbers."""
-        from lora_merge.grids import Affine
+        from lora_merge.quantization.grids import Affine
 
         return type(grid) is Affine
 

@@ -20,17 +20,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lora_merge import bits as codec
 from lora_merge.errors import InputError, UnsupportedError, listed
 from lora_merge.formats.base import ConfigPath, Cut, Parts, Quantized, ReadPart, Wanted
 from lora_merge.formats.plain import LIMITS
 from lora_merge.formats.raw import fill, numbers, torch_dtype
+from lora_merge.quantization import bits as codec
 from lora_merge.spec import BITS, TensorSpec
 
 if TYPE_CHECKING:
     import torch
 
-    from lora_merge.grids import Affine, Grid
+    from lora_merge.quantization.grids import Affine, Grid
 
 WIDTHS = (4, 8)
 SCALES = ("F16", "BF16", "F32")
@@ -180,7 +180,7 @@ class ChatGLM(Quantized):
     def _grid(self, scale: torch.Tensor, low: int, columns: int) -> Affine:
         """scale: `[rows, 1]`, in its stored dtype or float32. Fresh scales leave code -8 (-128) unused, as do the
         official ones; files whose codes turned over have it, and keep it."""
-        from lora_merge.grids import Affine
+        from lora_merge.quantization.grids import Affine
 
         coding = None if self.coding == "F32" else torch_dtype(self.coding)
         dtype = torch_dtype(self.scale) if self.bits == 8 else None

@@ -24,12 +24,21 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from lora_merge.errors import InputError, UnsupportedError
-from lora_merge.formats import ct_codes as layout
-from lora_merge.formats import fp8_scales as scales
 from lora_merge.formats.base import ConfigPath, Cut, Loader, Parts, ReadPart, Wanted, shown
-from lora_merge.formats.ct_scales import E2M1, LARGEST_E4M3, Fp4, fp4, largest
-from lora_merge.formats.ct_schemes import NVFP4, Scheme
-from lora_merge.formats.fp8 import FP8, MICRO, ROW, SECTION, WHOLE, model_dtype, quantization, still_skipped
+from lora_merge.formats.compressed_tensors import codes as layout
+from lora_merge.formats.compressed_tensors.scales import E2M1, LARGEST_E4M3, Fp4, fp4, largest
+from lora_merge.formats.compressed_tensors.schemes import NVFP4, Scheme
+from lora_merge.formats.fp8 import scales as scales
+from lora_merge.formats.fp8.fine_grained import (
+    FP8,
+    MICRO,
+    ROW,
+    SECTION,
+    WHOLE,
+    model_dtype,
+    quantization,
+    still_skipped,
+)
 from lora_merge.formats.plain import LIMITS
 from lora_merge.formats.raw import fill, numbers, torch_dtype
 from lora_merge.spec import TensorSpec
@@ -38,7 +47,7 @@ if TYPE_CHECKING:
     import torch
     from typing_extensions import Self
 
-    from lora_merge.grids import Grid
+    from lora_merge.quantization.grids import Grid
 
 NIBBLES = Scheme(NVFP4, 4, "float")
 PRODUCER = {"name": "modelopt", "version": "0.47.0"}

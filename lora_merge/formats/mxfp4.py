@@ -22,17 +22,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_merge.errors import InputError, UnsupportedError, listed
-from lora_merge.formats import ct_codes as layout
-from lora_merge.formats import ct_scales as scales
-from lora_merge.formats import ct_schemes as schemes
 from lora_merge.formats.base import ConfigPath, Cut, Parts, Quantized, ReadPart, Wanted
+from lora_merge.formats.compressed_tensors import codes as layout
+from lora_merge.formats.compressed_tensors import scales as scales
+from lora_merge.formats.compressed_tensors import schemes as schemes
 from lora_merge.formats.raw import fill
 from lora_merge.spec import TensorSpec
 
 if TYPE_CHECKING:
     import torch
 
-    from lora_merge.grids import Grid
+    from lora_merge.quantization.grids import Grid
 
 BLOCK = 32
 CODES = schemes.Scheme(schemes.MXFP4, 4, "float", group_size=BLOCK)

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_merge.places import storage_error, storing
+from lora_merge.output.location import storage_error, storing
 
 if TYPE_CHECKING:
     from hashlib import _Hash as Hash

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_merge.output.files import sync, sync_folder
-from lora_merge.places import storing
+from lora_merge.output.location import storing
 
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 

@@ -13,10 +13,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from lora_merge.checkpoint import digest
+from lora_merge.checkpoint.opening import digest
+from lora_merge.checkpoint.weight_files import model_in
 from lora_merge.errors import LoraMergeError, OutputExistsError, UsageError, VerificationError, listed, printable
 from lora_merge.record import MANIFEST, read_record
-from lora_merge.weight_files import model_in
 
 SYSTEM = frozenset({"lost+found"})
 """Belongs to the file system; stays where it is."""

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lora_merge.errors import OutputExistsError, StorageError, printable
-from lora_merge.places import storing
+from lora_merge.output.location import storing
 
 NAME = "owner"
 _FLAGS = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC

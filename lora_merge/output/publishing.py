@@ -11,8 +11,8 @@ from pathlib import Path
 
 from lora_merge.errors import OutputExistsError, printable
 from lora_merge.output.files import sync_folder
+from lora_merge.output.location import not_a_folder, real_path
 from lora_merge.output.occupied import check_replaceable, content
-from lora_merge.places import not_a_folder, real_path
 
 LAST = ("config.json", "lora_merge.json", "model.safetensors.index.json")
 """Files without which no loader takes a folder for a checkpoint: moved last, in this order."""

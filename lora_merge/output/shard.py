@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lora_merge.errors import StorageError
 from lora_merge.output.files import FileWriter, longest_prefix, sync_folder
 from lora_merge.output.journal import Prefix, ShardRecord
-from lora_merge.places import storing
+from lora_merge.output.location import storing
 
 if TYPE_CHECKING:
     from hashlib import _Hash as Hash

@@ -17,7 +17,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from safetensors.torch import load_file, save_file
 
-from lora_merge.checkpoint import TORCH_DTYPES, open_base
+from lora_merge.checkpoint.opening import TORCH_DTYPES, open_base
 from lora_merge.containers.safetensors import SafetensorsFile, layout, open_safetensors
 from lora_merge.errors import InputError, StorageError
 from lora_merge.spec import TensorSpec

@@ -14,7 +14,7 @@ import torch
 from hostile_pickles import K, Q, archive, number, numbers, program, storage, tensor
 from hypothesis import HealthCheck, given, settings
 
-from lora_merge.checkpoint import TORCH_DTYPES
+from lora_merge.checkpoint.opening import TORCH_DTYPES
 from lora_merge.containers import strided
 from lora_merge.containers.regular_file import RegularFile
 from lora_merge.containers.torch_bin import TorchBinFile, open_torch_bin

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from staging import Start
 
-STAGING = Path(__file__).with_name("staging.py")
+STAGING = Path(__file__).parents[1] / "support" / "staging.py"
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import staging
 from staging import Start
 
 from lora_merge.errors import StorageError
-from lora_merge.places import check_free_space
+from lora_merge.output.location import check_free_space
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -13,7 +13,7 @@ from lora_merge.errors import UnsupportedError
 from lora_merge.formats.auto_round import AutoRound
 from lora_merge.formats.awq import AWQ
 from lora_merge.formats.base import Wanted
-from lora_merge.formats.gptq import GPTQ
+from lora_merge.formats.gptq.format import GPTQ
 from lora_merge.spec import TensorSpec
 
 FIXTURE = Path(__file__).parents[2] / "fixtures" / "autoround_w4g32"

@@ -16,8 +16,8 @@ from lora_merge.errors import InputError, UnsupportedError
 from lora_merge.formats import weights as stored_weights
 from lora_merge.formats.awq import AWQ, AWQGemv, AWQGemvFast
 from lora_merge.formats.base import GONE, Wanted
-from lora_merge.formats.gptq import GPTQ
-from lora_merge.grids import refined
+from lora_merge.formats.gptq.format import GPTQ
+from lora_merge.quantization.grids import refined
 from lora_merge.spec import TensorSpec
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"

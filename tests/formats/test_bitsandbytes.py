@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_merge.formats.base import Wanted
-from lora_merge.formats.bitsandbytes import Bitsandbytes, FourBit, LLMInt8
-from lora_merge.formats.bnb_state import LEVELS, dynamic_map
+from lora_merge.formats.bitsandbytes.format import Bitsandbytes, FourBit, LLMInt8
+from lora_merge.formats.bitsandbytes.state import LEVELS, dynamic_map
 from lora_merge.formats.raw import torch_dtype
-from lora_merge.rounding import AdapterAware, Stochastic
+from lora_merge.quantization.rounding import AdapterAware, Stochastic
+from lora_merge.quantization.survival import Directions
 from lora_merge.spec import TensorSpec
-from lora_merge.survival import Directions
 
 ONE_127TH = np.float32(7.874015718698502e-3)
 Update = namedtuple("Update", "left right first")

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from lora_merge.errors import InputError, UnsupportedError
 from lora_merge.formats.base import Wanted, same_grid
-from lora_merge.formats.bitsandbytes import Bitsandbytes, LLMInt8
-from lora_merge.formats.bnb_state import QuantState
+from lora_merge.formats.bitsandbytes.format import Bitsandbytes, LLMInt8
+from lora_merge.formats.bitsandbytes.state import QuantState
 from lora_merge.formats.raw import torch_dtype
 from lora_merge.spec import TensorSpec
 

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from lora_merge.errors import InputError, UnsupportedError
-from lora_merge.formats.compressed_tensors import CompressedTensors
-from lora_merge.formats.ct_schemes import FLOAT, INT, MXFP8, NVFP4, PACK, Scheme, preset
-from lora_merge.linears import fused_set
+from lora_merge.formats.compressed_tensors.format import CompressedTensors
+from lora_merge.formats.compressed_tensors.schemes import FLOAT, INT, MXFP8, NVFP4, PACK, Scheme, preset
+from lora_merge.models.linears import fused_set
 from lora_merge.spec import TensorSpec
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"

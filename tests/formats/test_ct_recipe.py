@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from lora_merge.errors import InputError, UnsupportedError
-from lora_merge.formats.ct_recipe import Recipe, quantization_config
-from lora_merge.formats.ct_schemes import FLOAT, INT, NAIVE, PACK, Scheme, preset, uniform_group_size
+from lora_merge.formats.compressed_tensors.recipe import Recipe, quantization_config
+from lora_merge.formats.compressed_tensors.schemes import FLOAT, INT, NAIVE, PACK, Scheme, preset, uniform_group_size
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 CHECKPOINTS = sorted(path.name for path in FIXTURES.glob("ct_*") if (path / "config.json").exists())

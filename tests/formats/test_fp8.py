@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from lora_merge.errors import InputError, UnsupportedError
-from lora_merge.formats import fp8_scales as scales
 from lora_merge.formats.base import Wanted
-from lora_merge.formats.fbgemm_fp8 import FbgemmFP8
-from lora_merge.formats.fp8 import BLOCK, FP8, INVERSE, ROW, WHOLE, FP8Experts
+from lora_merge.formats.fp8 import scales as scales
+from lora_merge.formats.fp8.fbgemm import FbgemmFP8
+from lora_merge.formats.fp8.fine_grained import BLOCK, FP8, INVERSE, ROW, WHOLE, FP8Experts
 from lora_merge.formats.plain import LIMITS
 from lora_merge.spec import TensorSpec
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from lora_merge.errors import InputError, UnsupportedError
 from lora_merge.formats.base import Wanted
-from lora_merge.formats.gptq import GPTQ
-from lora_merge.grids import refined
+from lora_merge.formats.gptq.format import GPTQ
+from lora_merge.quantization.grids import refined
 from lora_merge.spec import TensorSpec
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"

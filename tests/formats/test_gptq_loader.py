@@ -9,7 +9,7 @@ import stored_parts as sp
 import torch
 from safetensors.torch import save_file
 
-from lora_merge.formats.gptq import GPTQ
+from lora_merge.formats.gptq.format import GPTQ
 from lora_merge.spec import TensorSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore")

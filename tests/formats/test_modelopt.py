@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from lora_merge.errors import InputError, UnsupportedError
 from lora_merge.formats.base import Wanted
-from lora_merge.formats.fp8 import FP8, ROW
+from lora_merge.formats.fp8.fine_grained import FP8, ROW
 from lora_merge.formats.modelopt import ModelOpt, ModelOptFP4
 from lora_merge.formats.plain import LIMITS
 from lora_merge.spec import TensorSpec

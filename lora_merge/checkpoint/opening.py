@@ -1,0 +1,210 @@
+"""A base or an adapter on disk, opened: its config, the specs of its tensors, and reads on demand."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import TYPE_CHECKING, Any
+
+from lora_merge.checkpoint.weight_files import Found, find_adapter, find_base
+from lora_merge.containers import TensorFile
+from lora_merge.containers.json_file import read_json
+from lora_merge.containers.regular_file import RegularFile
+from lora_merge.containers.safetensors import open_safetensors
+from lora_merge.containers.torch_bin import TorchBinFile, open_torch_bin
+from lora_merge.errors import InputError, UnsupportedError, listed, printable
+from lora_merge.spec import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+TORCH_DTYPES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
+    "U64": "uint64", "I64": "int64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
+    "C64": "complex64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Open weight files of one folder, as one set of tensors; a context manager that closes them.
+
+    path: the folder of the weight files.
+    config: config.json of a base, adapter_config.json of an adapter; None where there is none (a loralib adapter).
+    files: in order of their names; tensors: of all files, in the order of the bytes.
+    side_files: what else belongs to a base, relative to `path`, links and sub-folders followed.
+    aliases: names of a .bin that are another name of the same bytes -> the first such name (tied weights).
+    notes: what the person who merges should know, one sentence each.
+    """
+
+    path: Path
+    config: dict[str, Any] | None
+    files: tuple[TensorFile, ...]
+    tensors: Mapping[str, TensorSpec]
+    side_files: tuple[Path, ...]
+    aliases: Mapping[str, str]
+    notes: tuple[str, ...]
+    _homes: Mapping[str, TensorFile]
+    """The file of each tensor; empty where there is only one."""
+
+    def file_of(self, name: str) -> TensorFile:
+        """The file that holds a tensor."""
+        return self._homes[name] if self._homes else self.files[0]
+
+    def read_into(self, name: str, start: int, out: memoryview) -> None:
+        """Fill `out` with bytes `[start, start + len(out))` of a tensor; see `TensorFile.read_into`."""
+        self.file_of(name).read_into(name, start, out)
+
+    def load(self, name: str) -> torch.Tensor:
+        """A whole tensor in its stored dtype and shape, on the CPU, in memory of its own."""
+        import torch
+
+        spec = self.tensors[name]
+        dtype = getattr(torch, TORCH_DTYPES.get(spec.dtype, ""), None)
+        if dtype is None:
+            raise UnsupportedError(
+                f"{printable(self.file_of(name).path)}: tensor {printable(name)} has dtype {spec.dtype}, which "
+                f"torch {torch.__version__} cannot hold; it can be copied, not changed"
+            )
+        if not spec.nbytes:
+            return torch.empty(spec.shape, dtype=dtype)
+        data = bytearray(spec.nbytes)
+        self.read_into(name, 0, memoryview(data))
+        return torch.frombuffer(data, dtype=dtype).reshape(spec.shape)
+
+    def check_unchanged(self) -> None:
+        """InputError where a weight file was changed since it was opened."""
+        for file in self.files:
+            file.check_unchanged()
+
+    def close(self) -> None:
+        for file in self.files:
+            file.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_base(path: Path) -> Checkpoint:
+    """Open a folder of weights with its config, or one weight file. InputError names the file and the tensor."""
+    return _open(find_base(Path(path)))
+
+
+def open_adapter(path: Path) -> Checkpoint:
+    """Open an adapter's folder (or the one sub-folder of a named adapter), or one file of factors."""
+    return _open(find_adapter(Path(path)))
+
+
+def digest(path: Path) -> str:
+    """sha256 of a file, in hex."""
+    sha256 = hashlib.sha256()
+    file = RegularFile(path)
+    try:
+        for offset in range(0, file.size, 2**20):
+            sha256.update(file.read(offset, min(2**20, file.size - offset), "content"))
+    finally:
+        file.close()
+    return sha256.hexdigest()
+
+
+def identity(file: TensorFile) -> dict[str, Any]:
+    """What a manifest says of a weight file without reading its weights."""
+    nbytes = sum(spec.nbytes for spec in file.tensors.values())
+    return {
+        "size": file.size,
+        "header_sha256": file.header_sha256,
+        "tensors": len(file.tensors),
+        "tensor_bytes": nbytes,
+    }
+
+
+def _open(found: Found) -> Checkpoint:
+    config = read_json(found.config) if found.config else None
+    files: list[TensorFile] = []
+    try:
+        for path in found.weights:
+            files.append(open_safetensors(path) if path.suffix == ".safetensors" else open_torch_bin(path))
+        homes = _homes(found, files)
+    except BaseException:
+        for file in files:
+            file.close()
+        raise
+    bins = [file for file in files if isinstance(file, TorchBinFile)]
+    return Checkpoint(
+        path=found.folder,
+        config=config,
+        files=tuple(files),
+        tensors=MappingProxyType({name: file.tensors[name] for name, file in homes.items()})
+        if homes
+        else files[0].tensors,
+        side_files=found.side_files,
+        aliases=MappingProxyType({name: first for file in bins for name, first in file.aliases.items()}),
+        notes=(*found.notes, *_remarks(found, files, bins)),
+        _homes=MappingProxyType(homes),
+    )
+
+
+def _homes(found: Found, files: list[TensorFile]) -> dict[str, TensorFile]:
+    """The file of each tensor, empty where there is only one; InputError, with all offenders, where files and index do
+    not agree."""
+    if len(files) == 1 and found.index is None and files[0].tensors:
+        return {}
+    homes: dict[str, TensorFile] = {}
+    twice: list[str] = []
+    for file in files:
+        for name in file.tensors:
+            if name in homes:
+                twice.append(f"{name} in {homes[name].path.name} and {file.path.name}")
+            homes[name] = file
+    faults = []
+    if twice:
+        faults.append(f"tensors that are in two files: {listed(twice)}")
+    if found.index is not None:
+        faults += _index_faults(found.index.weight_map, files)
+    if faults:
+        where = found.index.path if found.index else found.weights[0]
+        raise InputError(
+            f"{printable(where)}: {'; '.join(faults)}; the download is probably incomplete, fetch it again"
+        )
+    if not homes:
+        raise InputError(f"{printable(found.weights[0])}: holds no tensors; fetch it again")
+    return homes
+
+
+def _index_faults(weight_map: Mapping[str, str], files: list[TensorFile]) -> list[str]:
+    faults = []
+    expected: dict[str, set[str]] = {file.path.name: set() for file in files}
+    for name, shard in weight_map.items():
+        expected[shard].add(name)
+    for file in files:
+        shard, held = printable(file.path.name), file.tensors.keys()
+        if absent := sorted(expected[file.path.name] - held):
+            faults.append(f"tensors that are in the index but not in {shard}: {listed(absent)}")
+        if unlisted := sorted(held - expected[file.path.name]):
+            faults.append(f"tensors of {shard} that are not in the index for it: {listed(unlisted)}")
+    return faults
+
+
+def _remarks(found: Found, files: list[TensorFile], bins: list[TorchBinFile]) -> list[str]:
+    remarks = [
+        f"{file.path.name}: entries that are no tensors are left out: {listed(file.extras)}"
+        for file in bins
+        if file.extras
+    ]
+    total = found.index.total_size if found.index else None
+    every = sum(spec.nbytes for file in files for spec in file.tensors.values())
+    shared = sum(file.tensors[name].nbytes for file in bins for name in file.aliases)
+    if total is not None and total not in (every, every - shared):
+        remarks.append(
+            f"{found.index.path.name if found.index else ''}: total_size is {total}, the tensors have {every}"
+        )
+    return remarks

@@ -1,0 +1,258 @@
+"""Which files of a folder are the weights, the config and the rest; names only, nothing is opened but the index."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from lora_merge.containers.json_file import MAX_INDEX, read_json
+from lora_merge.errors import InputError, listed, printable
+from lora_merge.record import MANIFEST
+
+BASE_WEIGHTS = (
+    "model.safetensors",
+    "diffusion_pytorch_model.safetensors",
+    "pytorch_model.bin",
+    "diffusion_pytorch_model.bin",
+)
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors", "adapter_model.bin")
+ADAPTER_CONFIG = "adapter_config.json"
+
+_OTHER_WEIGHTS = (
+    "*.safetensors", "*.safetensors.index.json", "*.bin.index.json", "pytorch_model*.bin", "adapter_model*.bin",
+    "diffusion_pytorch_model*.bin",
+)  # fmt: skip
+"""Weights at the top of a folder. In sub-folders they are parts of their own (`2_Dense/model.safetensors`)."""
+_FOREIGN_WEIGHTS = (
+    "*.gguf", "*.ggml", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.onnx.data", "*.ckpt", "*.ot", "*.tflite",
+    "*.mlmodel", "consolidated*.pth", "consolidated*.safetensors", "openvino_model*.bin",
+)  # fmt: skip
+"""The same weights again for other programs, wherever they lie; they would be stale beside merged ones."""
+_FOREIGN_FOLDERS = ("original", "checkpoint-*", "global_step*")
+_TRAINER_STATE = ("optimizer*", "scheduler*", "rng_state*", "training_args*", "scaler*", "trainer_state*")
+
+_ADAPTER_MARKS = (
+    ADAPTER_CONFIG, "adapter_model*", "adapters.*", "*lora*.safetensors", "*lora*.bin", "*lora*.pt",
+)  # fmt: skip
+_WEIGHT_MARKS = (
+    "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.ggml", "*.npz", "*.h5", "*.msgpack", "*.onnx",
+)  # fmt: skip
+_CHECKPOINT_MARKS = ("config.json", "model_index.json", "*.safetensors.index.json", "*.bin.index.json", *_WEIGHT_MARKS)
+"""Names by which anybody would take a folder for an adapter or a model, also such as are not read here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """`*.index.json`: the file of each tensor."""
+
+    path: Path
+    weight_map: Mapping[str, str]
+    total_size: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The files of a base or an adapter. weights: in order of their names; side_files: relative to `folder`."""
+
+    folder: Path
+    weights: tuple[Path, ...]
+    index: Index | None = None
+    config: Path | None = None
+    side_files: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def find_base(path: Path) -> Found:
+    """The files of a base. InputError where there are none, or it is not clear which."""
+    if os.path.isfile(path):
+        config = _config(path.parent, "config.json") if path.name in BASE_WEIGHTS else None
+        return Found(path.parent, (path,), config=config, side_files=(Path("config.json"),) if config else ())
+    names = _listing(path)
+    found = _standard(path, names, BASE_WEIGHTS)
+    if found is None and ADAPTER_CONFIG in names:
+        raise InputError(f"{printable(path)}: is an adapter ({ADAPTER_CONFIG}), expected a base; the base comes first")
+    found = found or _single(path, names, "*.safetensors", "pytorch_model*.bin")
+    if found is None:
+        raise InputError(
+            f"{printable(path)}: holds no weights; expected model.safetensors, pytorch_model.bin or one of them with "
+            f"an index; found {listed(names) or 'nothing'}"
+        )
+    used = {weight.name for weight in found.weights}
+    side, left_out = _side_files(path, used)
+    notes = list(found.notes)
+    if left_out:
+        notes.append(
+            f"not copied, because they hold the weights again or are not part of the model: {listed(left_out)}"
+        )
+    return replace(found, config=_config(path, "config.json"), side_files=tuple(side), notes=tuple(notes))
+
+
+def find_adapter(path: Path) -> Found:
+    """The files of an adapter. InputError where there are none, or it is not clear which."""
+    if os.path.isfile(path):
+        named = path.name in ADAPTER_WEIGHTS
+        return Found(path.parent, (path,), config=_config(path.parent, ADAPTER_CONFIG) if named else None)
+    names = _listing(path)
+    found = _standard(path, names, ADAPTER_WEIGHTS)
+    if found is not None:
+        return replace(found, config=_config(path, ADAPTER_CONFIG))
+    if ADAPTER_CONFIG in names:
+        raise InputError(
+            f"{printable(path)}: holds {ADAPTER_CONFIG} and no weights; "
+            f"expected {' or '.join(ADAPTER_WEIGHTS)} beside it"
+        )
+    inner = [name for name in names if os.path.isfile(path / name / ADAPTER_CONFIG)]
+    if len(inner) > 1:
+        raise InputError(
+            f"{printable(path)}: holds {len(inner)} adapters ({listed(inner, counted=False)}); name the folder of one"
+        )
+    if inner:
+        found = find_adapter(path / inner[0])
+        return replace(found, notes=(f"the adapter is read from the sub-folder {inner[0]}", *found.notes))
+    weights = [n for n in names if not any(fnmatchcase(n, state) for state in _TRAINER_STATE)]
+    found = _single(path, weights, "*.safetensors", "*.bin", "*.pt", "*.pth")
+    if found is None:
+        raise InputError(
+            f"{printable(path)}: holds no adapter; expected {ADAPTER_CONFIG} with {' or '.join(ADAPTER_WEIGHTS)}, "
+            f"or one .safetensors, .bin or .pt file; found {listed(names) or 'nothing'}"
+        )
+    return found
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file of this name holds weights, of whatever program."""
+    return any(fnmatchcase(name.lower(), pattern) for pattern in _WEIGHT_MARKS)
+
+
+def model_in(folder: Path) -> str | None:
+    """`an adapter (...)` or `a checkpoint (...)` with the names that say so; None for any other folder.
+
+    The sub-folders are looked into as well: named adapters and the states of a training lie there.
+    """
+    names = _listing(folder)
+    inner = [f"{name}/{mark}" for name in names for mark in (ADAPTER_CONFIG, "config.json")]
+    names += [path for path in inner if os.path.isfile(folder / path)]
+    for what, patterns in (("an adapter", _ADAPTER_MARKS), ("a checkpoint", _CHECKPOINT_MARKS)):
+        marks = [n for n in names if any(fnmatchcase(n.rpartition("/")[2].lower(), p) for p in patterns)]
+        if marks:
+            return f"{what} ({listed(marks)})"
+    return None
+
+
+def _listing(path: Path) -> list[str]:
+    """Names in a folder, sorted."""
+    try:
+        return sorted(os.listdir(path))
+    except FileNotFoundError:
+        hint = "the link leads nowhere" if path.is_symlink() else "no such file or folder"
+        raise InputError(f"{printable(path)}: {hint}; give the path of a folder on this machine") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise InputError(f"{printable(path)}: cannot be opened as a folder or a regular file: {reason}") from error
+
+
+def _config(folder: Path, name: str) -> Path | None:
+    path = folder / name
+    return path if os.path.lexists(path) else None
+
+
+def _standard(folder: Path, names: Iterable[str], stems: Iterable[str]) -> Found | None:
+    """The first weights with a standard name; what lies there as well is noted."""
+    present = [name for stem in stems for name in (stem, f"{stem}.index.json") if name in names]
+    if not present:
+        return None
+    first, others = present[0], present[1:]
+    notes = (f"{first} is read, and not {listed(others)} beside it",) if others else ()
+    if not first.endswith(".index.json"):
+        return Found(folder, (folder / first,), notes=notes)
+    index = read_index(folder / first)
+    shards = sorted(set(index.weight_map.values()))
+    missing = [shard for shard in shards if not os.path.lexists(folder / shard)]
+    if missing:
+        raise InputError(
+            f"{printable(index.path)}: {len(missing)} of {len(shards)} shards are missing "
+            f"({listed(missing, counted=False)}); the download is probably incomplete, fetch them"
+        )
+    return Found(folder, tuple(folder / shard for shard in shards), index, notes=notes)
+
+
+def _single(folder: Path, names: Iterable[str], *patterns: str) -> Found | None:
+    """The one file that fits the first pattern that any file fits."""
+    for pattern in patterns:
+        fits = [name for name in names if fnmatchcase(name, pattern)]
+        if len(fits) > 1:
+            raise InputError(
+                f"{printable(folder)}: holds {len(fits)} weight files ({listed(fits, counted=False)}) and no index "
+                "that says which tensor is where; fetch the *.index.json, or name one file"
+            )
+        if fits:
+            return Found(folder, (folder / fits[0],))
+    return None
+
+
+def read_index(path: Path) -> Index:
+    """Read an index whose shards all lie beside it. InputError lists the names that do not."""
+    body = read_json(path, MAX_INDEX)
+    weight_map = body.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{printable(path)}: has no weight_map from tensors to files; fetch it again")
+    wrong = [f"{name} -> {shard!r}" for name, shard in weight_map.items() if not _is_basename(shard, path)]
+    if wrong:
+        raise InputError(
+            f"{printable(path)}: weight_map names files that are not plain names of files beside it: {listed(wrong)}; "
+            "the index is broken or hostile, fetch it again from its source"
+        )
+    metadata = body.get("metadata")
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    return Index(path, weight_map, int(total) if isinstance(total, (int, float)) else None)
+
+
+def _is_basename(shard: Any, index: Path) -> bool:
+    """A file name that means the same on every system, of the kind that the index is of."""
+    suffix = ".safetensors" if index.name.endswith(".safetensors.index.json") else ".bin"
+    return (
+        isinstance(shard, str) and shard.endswith(suffix) and re.fullmatch(r"[^/\\:\x00-\x1f\x7f]+", shard) is not None
+    )
+
+
+def _side_files(folder: Path, used: set[str]) -> tuple[list[Path], list[str]]:
+    """What belongs to a base beside its weights, and what is left out."""
+    side: list[Path] = []
+    left_out: list[str] = []
+    dangling: list[Path] = []
+    for path in _walk(folder, folder, left_out):
+        name, top = path.name, len(path.parts) == 1
+        if top and (name in used or name == MANIFEST or name.endswith((".safetensors.index.json", ".bin.index.json"))):
+            continue
+        patterns = (*_FOREIGN_WEIGHTS, *_OTHER_WEIGHTS) if top else _FOREIGN_WEIGHTS
+        if any(fnmatchcase(name, pattern) for pattern in patterns):
+            left_out.append(str(path))
+        elif os.path.isfile(folder / path):
+            side.append(path)
+        elif os.path.islink(folder / path) and not os.path.exists(folder / path):
+            dangling.append(path)
+        else:
+            left_out.append(str(path))
+    if dangling:
+        raise InputError(
+            f"{printable(folder)}: {listed(dangling)} are links to files that do not exist; the download is probably "
+            "incomplete, fetch it again or remove the links"
+        )
+    return side, left_out
+
+
+def _walk(folder: Path, root: Path, left_out: list[str]) -> Iterator[Path]:
+    """Everything below a folder that is no folder, in order of names; caches and training leftovers are not entered."""
+    for name in _listing(folder):
+        path = (folder / name).relative_to(root)
+        if os.path.islink(folder / name) or not os.path.isdir(folder / name):
+            yield path
+        elif any(fnmatchcase(name, pattern) for pattern in _FOREIGN_FOLDERS):
+            left_out.append(f"{path}/")
+        elif not name.startswith(".") and name != "__pycache__":
+            yield from _walk(folder / name, root, left_out)

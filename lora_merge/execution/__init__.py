@@ -1,0 +1,1 @@
+"""The plan carried out, a block of rows at a time."""

@@ -1,0 +1,68 @@
+"""Adapter tensors as the execution reads them: on the device of the work, kept while several weights share them."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from lora_merge.checkpoint.opening import Checkpoint
+from lora_merge.checkpoint.rows import buffer
+from lora_merge.execution.tiles import KEPT
+from lora_merge.planning.jobs import Rewrite, Shard
+from lora_merge.spec import TensorSpec
+
+TORCH_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
+    "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+}  # fmt: skip
+
+
+class Reader:
+    """Adapter tensors on the device of the work, whole or by indices of the first dimension.
+
+    uses: how often each tensor will be asked for. One that several weights share (experts apart on disk, whose factors
+    are stacked in one tensor) is kept until its last use, but never more than `KEPT` of them.
+    """
+
+    def __init__(self, adapter: Checkpoint, device: torch.device, uses: Mapping[str, int]) -> None:
+        self.adapter = adapter
+        self.device = device
+        self.left = dict(uses)
+        self.kept: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self.lock = threading.Lock()
+
+    def __call__(self, name: str) -> torch.Tensor:
+        with self.lock:
+            self.left[name] = self.left.get(name, 1) - 1
+            last = self.left[name] <= 0
+            found = self.kept.pop(name, None)
+            if found is not None and not last:
+                self.kept[name] = found
+        if found is None:
+            found = self.adapter.load(name).to(self.device)
+            if not last:
+                with self.lock:
+                    self.kept[name] = found
+                    while len(self.kept) > KEPT:
+                        self.kept.popitem(last=False)
+        return found
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        spec = self.adapter.tensors[name]
+        piece = TensorSpec(spec.dtype, (stop - start, *spec.shape[1:]))
+        data = torch.empty(piece.nbytes, dtype=torch.uint8)
+        self.adapter.read_into(name, piece.nbytes // max(1, stop - start) * start, buffer(data))
+        return data.view(TORCH_DTYPES[spec.dtype]).view(piece.shape).to(self.device)
+
+
+def uses_of(shards: Sequence[Shard], adapters: int) -> list[Counter[str]]:
+    """How often each tensor of each adapter will be read."""
+    uses: list[Counter[str]] = [Counter() for _ in range(adapters)]
+    for shard in shards:
+        for job in shard.jobs:
+            for effect in job.effects if isinstance(job, Rewrite) else ():
+                uses[effect.adapter].update(effect.patch.factors)
+    return uses

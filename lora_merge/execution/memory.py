@@ -1,0 +1,117 @@
+"""How a plan is cut to fit this machine: device, threads, block size, within the memory allowed."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+
+from lora_merge.adapters.base import Needs
+from lora_merge.errors import MemoryLimitError, printable
+from lora_merge.execution.executor import COPIED, Machine, slots_of
+from lora_merge.execution.tiles import KEPT, TILE, tile_rows
+from lora_merge.formats import Quantized
+from lora_merge.planning.jobs import Plan, Rewrite
+from lora_merge.request import Request
+
+BLOCK_TILES = 1
+DIRECTIONS = 4
+"""Times the factors: their orthonormal bases in float64, and float32 copies."""
+MOST_THREADS = 8
+PLAIN_TILES, CODED_TILES = 3, 14
+"""Tiles of float32 that work on one of them holds at once: decoded, merged, written, their differences."""
+INTERPRETER = 200 * 10**6
+"""Anonymous memory of Python with torch, where the system does not tell."""
+
+
+def fit(request: Request, plan: Plan) -> Machine:
+    """The fastest cut that stays within `max_memory`. Raises MemoryLimitError that names the largest weight."""
+    if request.device not in ("auto", "cpu"):
+        from lora_merge.execution.device import (
+            pick_device,  # imports torch: a device that is not there is refused at once
+        )
+
+        pick_device(request.device)
+    threads = request.threads or min(MOST_THREADS, os.cpu_count() or 1)
+    if request.max_memory is None:
+        return Machine(threads, BLOCK_TILES, request.device)
+    taken = anonymous_memory()
+    for count, tiles in _cuts(threads):
+        machine = Machine(count, tiles, request.device)
+        if taken + working_set(plan, machine) <= request.max_memory:
+            return machine
+    name, nbytes = _heaviest(plan)
+    raise MemoryLimitError(
+        f"--max-memory {request.max_memory}: this merge needs at least {least_memory(plan)} bytes "
+        f"({taken} for Python and torch; {printable(name)} alone works on {nbytes}); allow that much"
+    )
+
+
+def _cuts(threads: int) -> Iterator[tuple[int, int]]:
+    """Threads and tiles of a block, from the fastest to the least memory."""
+    count = threads
+    while count > 1:
+        yield from ((count, tiles) for tiles in sorted({BLOCK_TILES, 1}, reverse=True))
+        count //= 2
+    yield from ((1, tiles) for tiles in sorted({BLOCK_TILES, 1}, reverse=True))
+
+
+def working_set(plan: Plan, machine: Machine) -> int:
+    """Bytes that a run holds beyond Python and torch: buffers in flight, factors, weights seen whole, headers."""
+    rewritten = [job for job in plan.rewrites if job.weight.numel]
+    widest = max((tile_rows(job) * job.weight.matrix(job.stacked)[1] for job in rewritten), default=TILE)
+    tile = max(widest, 1) * 4
+    coded = any(job.coding for job in plan.rewrites)
+    slot = 2 * machine.block_tiles * max(tile, TILE * 4) // 2 + (CODED_TILES if coded else PLAIN_TILES) * tile + COPIED
+    lanes = min(machine.threads, len(plan.shards))
+    slots = slots_of(machine.threads) if lanes <= 1 else lanes
+    weights = 2 if lanes <= 1 < machine.threads else lanes
+    headers = max((len(shard.header) for shard in plan.shards), default=0)
+    return slots * slot + weights * _heaviest(plan)[1] + _shared(plan) + lanes * headers
+
+
+def least_memory(plan: Plan) -> int:
+    """Bytes of anonymous memory with which this plan still runs."""
+    return anonymous_memory() + working_set(plan, Machine(1, 1, "cpu"))
+
+
+def _heaviest(plan: Plan) -> tuple[str, int]:
+    """The weight that holds most beside its tiles, and how many bytes."""
+    return max(((job.name, _held(job)) for job in plan.rewrites), key=lambda pair: pair[1], default=("nothing", 0))
+
+
+def _shared(plan: Plan) -> int:
+    """Bytes of the factors that several weights share, as many as are kept at once."""
+    seen: Counter[tuple[int, str]] = Counter()
+    sizes: dict[tuple[int, str], int] = {}
+    for job in plan.rewrites:
+        for effect in job.effects:
+            for name in effect.patch.factors:
+                seen[effect.adapter, name] += 1
+                sizes[effect.adapter, name] = effect.patch.workspace(job.weight)
+    return sum(sorted((sizes[key] for key, count in seen.items() if count > 1), reverse=True)[:KEPT])
+
+
+def _held(job: Rewrite) -> int:
+    factors = sum(effect.patch.workspace(job.weight) for effect in job.effects)
+    whole = any(effect.patch.needs is Needs.WHOLE for effect in job.effects)
+    return (DIRECTIONS if job.coding else 1) * factors + (4 * job.weight.numel if whole else 0) + _packed(job)
+
+
+def _packed(job: Rewrite) -> int:
+    """The packed parts of a weight, where they cannot be read or written as they come."""
+    held = [(job.target, job.weight)] + ([(job.source.format, job.source.weight)] if job.source else [])
+    coded = [format.describe(weight) for format, weight in held if isinstance(format, Quantized)]
+    return sum(spec.nbytes for parts in coded for spec in parts.values())
+
+
+def anonymous_memory() -> int:
+    """Bytes of anonymous memory that this process holds with torch imported and nothing begun."""
+    import_module("torch")
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return INTERPRETER
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), INTERPRETER)

@@ -1,0 +1,1 @@
+"""What vLLM and llm-compressor write: packed integers and small floats, after schemes in config.json."""

@@ -1,0 +1,1 @@
+"""8-bit floats with scales of blocks or rows: fine-grained, and FBGEMM."""

@@ -1,0 +1,391 @@
+"""8-bit floats with float scales: DeepSeek's fine-grained FP8, and FP8 with one scale per weight or per row.
+
+    part              dtype                 shape                        meaning
+    weight            F8_E4M3 F8_E5M2       [out, in]                    the codes
+    weight_scale_inv  F32 BF16 F8_E8M0 U8   [ceil(out/bm), ceil(in/bn)]  blocks of `weight_block_size` bm, bn; short
+                                                                         ones at the edges
+                                            [], [1] or [1, 1]            one for the weight (weight_block_size null)
+                                            [out] or [out, 1]            one a row
+    experts.gate_up_proj, experts.down_proj and the same with _scale_inv: stacks [experts, out, in] of the above
+
+w = code * weight_scale_inv in float32, and rounded to no narrower dtype: kernels multiply the two so, and loaders give
+that product bit for bit to a float32 model. Despite its name the scale multiplies. Its other
+names: `weight_scale` (AutoFP8, vLLM), `scale` (DeepSeek-V4), `qscale_weight` (Mistral). Scales are powers of two where
+config.json says `scale_fmt: ue8m0`, stored as floats or as exponents. Loaders without a GPU take the block from
+the shapes and go wrong where the last one is short, so such weights are read and merged, not made.
+https://github.com/huggingface/transformers/blob/main/src/transformers/integrations/finegrained_fp8.py
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+from lora_merge.errors import InputError, UnsupportedError, quoted
+from lora_merge.formats.base import ConfigPath, Cut, Loader, Parts, Quantized, ReadPart, Wanted, shown
+from lora_merge.formats.compressed_tensors.scales import largest
+from lora_merge.formats.fp8 import scales as scales
+from lora_merge.formats.plain import LIMITS
+from lora_merge.formats.raw import fill, torch_dtype
+from lora_merge.models.config_paths import at, text_parts
+from lora_merge.models.config_values import NAMES
+from lora_merge.spec import BITS, TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+    from typing_extensions import Self
+
+    from lora_merge.quantization.grids import Grid
+
+CODES = {"F8_E4M3": 448.0, "F8_E5M2": 57344.0}
+"""dtypes of codes, and the largest number of each."""
+INVERSE = "weight_scale_inv"
+"""The name of scales that is fp8's alone."""
+SKIPPED = ("modules_to_not_convert", "ignored_layers")
+"""What transformers, and what vLLM calls the linears that stay plain."""
+SECTION = ("quantization_config",)
+STACK_SCALES = "_scale_inv"
+BLOCK = (128, 128)
+MICRO = (1, 32)
+WHOLE, ROW = (0, 0), (1, 0)
+LONGEST = 1 << 16
+"""No side of a block is longer."""
+MODEL_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+@dataclass(frozen=True, slots=True)
+class FP8(Quantized):
+    """Float8 codes with scales.
+
+    part:    name of the part that holds the scales; `scale` its dtype, `rank` its number of dimensions.
+    block:   rows and columns that share a scale; 0: all of them.
+    power:   whether scales are powers of two.
+    dtype:   of the model, in which loaders hold the weight without its codes.
+    coding:  dtype of the weight that is being converted; only the bytes of ModelOpt depend on it.
+    peak:    largest magnitude of the weight, where it has but one scale.
+    whole_blocks: whether weights that leave short blocks at their edges are refused.
+    """
+
+    codes: str = "F8_E4M3"
+    part: str = INVERSE
+    scale: str = "F32"
+    rank: int = 2
+    block: tuple[int, int] = BLOCK
+    power: bool = False
+    dtype: str = "BF16"
+    coding: str = "F32"
+    peak: float | None = None
+    whole_blocks: bool = False
+
+    name: ClassVar[str] = "fp8"
+    codes_part: ClassVar[str] = "weight"
+    marks: ClassVar[tuple[str, ...]] = (INVERSE, "weight_scale", "scale", "qscale_weight")
+    part_names: ClassVar[tuple[str, ...]] = (codes_part, *marks)
+    beside: ClassVar[tuple[str, ...]] = ("input_scale", "activation_scale", "qscale_act")
+    """Measured scales of what goes into the linear. A merge leaves them as they are, though it moves what they were
+    measured on."""
+    loader: ClassVar[Loader | None] = Loader(
+        derived=False, by_end=True, renames=True, experts="merged", own_experts=True, cuts=False
+    )
+    methods: ClassVar[tuple[str, ...]] = ("fp8", "mxfp8")
+    """What `quant_method` calls it."""
+
+    @classmethod
+    def detect(cls, parts: Parts, config: Mapping[str, Any], module: str, read: ReadPart) -> Self | None:
+        """The format of these parts, or None. Parts called `weight_scale` are also those of other formats, which
+        `config` then names.
+
+        Raises InputError where the scales fit no block, UnsupportedError for the 8-bit floats of other machines.
+        """
+        marks = [part for part in cls.marks if part in parts]
+        codes = parts.get(cls.codes_part)
+        if not marks or not codes or not codes.dtype.startswith("F8_"):
+            return None
+        body = quantization(config)[1]
+        if body.get("quant_method", cls.name) not in cls.methods and marks[0] != INVERSE:
+            return None
+        if codes.dtype not in CODES or parts[marks[0]].dtype not in scales.SCALES or len(marks) > 1:
+            raise UnsupportedError(
+                f"{module}: its parts are {shown(parts)}; {cls.name} is read with codes in {' or '.join(CODES)} and "
+                f"one part of scales in {', '.join(scales.SCALES)}. Dequantize it with the tool that made it"
+            )
+        return cls._of(codes, parts[marks[0]], marks[0], config, body, module)
+
+    @classmethod
+    def _of(
+        cls,
+        codes: TensorSpec,
+        scale: TensorSpec,
+        part: str,
+        config: Mapping[str, Any],
+        body: Mapping[str, Any],
+        module: str,
+    ) -> Self:
+        """The format of codes and scales of these specs; the block is what config.json says, unless it does not fit."""
+        power = body.get("scale_fmt") == "ue8m0" or scale.dtype in scales.POWERS
+        own = cls(codes.dtype, part, scale.dtype, len(scale.shape), power=power, dtype=model_dtype(config))
+        whole = len(codes.shape) == 2 + cls.stacked and all(codes.shape)
+        for block in own._blocks(codes.shape, scale.shape, body) if whole else ():
+            if own._marks(codes.shape, block) == scale.shape:
+                return replace(own, block=block)
+        said = body.get("weight_block_size")
+        raise InputError(
+            f"{module}: scales {scale} do not fit codes {codes} in blocks of {said if said else 'any size'} "
+            "(weight_block_size in config.json); fetch the checkpoint and its config.json again"
+        )
+
+    def _blocks(self, codes: tuple[int, ...], marks: tuple[int, ...], body: Mapping[str, Any]) -> list[tuple[int, int]]:
+        """Blocks that these shapes may have, most likely first."""
+        said = self._said(body)
+        found = [*([said] if said else []), WHOLE, ROW, BLOCK, MICRO]
+        sides = marks[::2] if self.rank == 4 else marks[-2:]
+        if len(sides) == 2 and all(sides) and not codes[-2] % sides[0] and not codes[-1] % sides[1]:
+            found.append((codes[-2] // sides[0], codes[-1] // sides[1]))
+        return found
+
+    @classmethod
+    def preset(cls, wanted: Wanted, weights: Mapping[str, TensorSpec]) -> Self:
+        if wanted.bits != 8 or wanted.quant_type not in (None, "fp8") or wanted.double_quant:
+            kind = f" {wanted.quant_type}" if wanted.quant_type else ""
+            raise UnsupportedError(f"fp8 has 8-bit floats, not {wanted.bits} bits{kind}; leave out --quant-type")
+        if wanted.group_size not in (None, BLOCK[0]):
+            raise UnsupportedError("fp8 is written with blocks of 128 x 128; leave out --group-size")
+        return cls(dtype=wanted.dtype, whole_blocks=True)
+
+    @classmethod
+    def config_changes(
+        cls, written: Mapping[str, Self], kept: Sequence[str], config: Mapping[str, Any]
+    ) -> dict[ConfigPath, Any]:
+        path, old = quantization(config)
+        own = old.get("quant_method") in cls.methods and cls._said(old) in (None, *(f.block for f in written.values()))
+        path, body = (path, dict(old)) if own else (SECTION, cls._new_section(written))
+        told = next((body[key] for key in SKIPPED if body.get(key)), ())
+        skipped = still_skipped(told, written, kept)
+        if not own or skipped != list(told):
+            body |= dict.fromkeys(SKIPPED, skipped)
+        return {path: body} if body != old else {}
+
+    @staticmethod
+    def _said(body: Mapping[str, Any]) -> tuple[int, int] | None:
+        """`weight_block_size` where it is one."""
+        said = body.get("weight_block_size")
+        sized = (
+            isinstance(said, Sequence)
+            and len(said) == 2
+            and all(type(side) is int and 0 < side <= LONGEST for side in said)
+        )
+        return (said[0], said[1]) if sized and said else None
+
+    @classmethod
+    def _new_section(cls, written: Mapping[str, Self]) -> dict[str, Any]:
+        format = next(iter(written.values()))
+        body: dict[str, Any] = {"quant_method": cls.name, "activation_scheme": "dynamic"}
+        body["weight_block_size"] = list(format.block) if all(format.block) else None
+        return body | ({"scale_fmt": "ue8m0"} if format.power else {})
+
+    @property
+    def bits(self) -> int:
+        return BITS[self.codes]
+
+    @property
+    def limit(self) -> float:
+        return LIMITS[self.dtype] * (1 - 2.0**-4)  # rounding to a code may add so much
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        return (self.part,) if self._single else ()
+
+    @property
+    def needs_survey(self) -> bool:
+        return self._single and self.peak is None
+
+    def survey(self, rows: torch.Tensor) -> torch.Tensor:
+        """The largest magnitude."""
+        return rows.abs().amax().view(1)
+
+    def settled(self, weight: TensorSpec, coding: str = "F32", seen: torch.Tensor | None = None) -> Self:
+        peak = None if seen is None else seen.max().item()
+        return replace(self, coding=coding, peak=peak, whole_blocks=False)
+
+    def describe(self, weight: TensorSpec) -> dict[str, TensorSpec]:
+        return {
+            self.codes_part: TensorSpec(self.codes, weight.shape),
+            self.part: TensorSpec(self.scale, self._marks(weight.shape, self.block)),
+        }
+
+    def measure(self, parts: Parts) -> TensorSpec:
+        return TensorSpec(self.dtype, parts[self.codes_part].shape)
+
+    def refusal(self, weight: TensorSpec) -> str | None:
+        if len(weight.shape) != 2:
+            return f"{self.name} holds matrices, this weight is {list(weight.shape)}"
+        if self.dtype not in LIMITS:
+            return f"{self.dtype} is read but not written; choose a --dtype"
+        sides = zip(weight.shape, self.block, strict=True)
+        if self.whole_blocks and any(side % step for side, step in sides if step):
+            return f"{list(weight.shape)} does not divide into blocks of {self.block[0]} x {self.block[1]}"
+        return None
+
+    def rows_at_once(self, weight: TensorSpec) -> int:
+        return self._tall
+
+    def slices(self, weight: TensorSpec, columns: int, start: int, stop: int) -> dict[str, Cut]:
+        tall, wide = self._tall, self._wide(columns)
+        mark = -(-columns // wide) * BITS[self.scale] // 8
+        marks = Cut(0, mark) if self._single else Cut(-(-start // tall) * mark, -(-stop // tall) * mark)
+        return {self.codes_part: Cut(start * columns, stop * columns), self.part: marks}
+
+    def fit(self, rows: torch.Tensor, start: int = 0) -> Grid:
+        assert not self.needs_survey, "a scale of the whole weight is asked for, and its peak was not told"
+        if self._single:
+            most = rows.new_full((len(rows), 1), cast(float, self.peak))
+        else:
+            most = largest(rows, self._wide(rows.shape[1]), self._tall)
+        return self._grid(*self._fresh(most), rows.shape[1])
+
+    def _fresh(self, most: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Scales for groups of this largest magnitude, and what to multiply by; None: divide by the scale."""
+        scale, inverse = scales.reciprocal(most, CODES[self.codes], self.power)
+        if self.scale == "F32" or self.power:
+            return scale, inverse
+        return scales.stored(scale, self.scale).float(), None
+
+    def unpack(self, parts: Mapping[str, torch.Tensor], rows: int, columns: int) -> tuple[torch.Tensor, Grid]:
+        groups = -(-columns // self._wide(columns))
+        scale = self._per_row(scales.loaded(parts[self.part], self.scale, groups), rows)
+        return parts[self.codes_part].view(rows, columns), self._grid(scale, None, columns)
+
+    def pack(self, codes: torch.Tensor, grid: Grid, out: Mapping[str, torch.Tensor]) -> None:
+        fill(out[self.codes_part], codes)
+        fill(out[self.part], scales.stored(self._per_mark(grid.scale), self.scale))
+
+    def __str__(self) -> str:
+        kind = self.codes.removeprefix("F8_").lower()
+        return f"{self.name} {kind} {_named(self.block)}"
+
+    @property
+    def _single(self) -> bool:
+        """Whether the whole weight has one scale."""
+        return self.block == WHOLE
+
+    @property
+    def _tall(self) -> int:
+        """Rows that share a scale; all rows, where they all do, count as one."""
+        return self.block[0] or 1
+
+    def _wide(self, columns: int) -> int:
+        return self.block[1] or max(1, columns)
+
+    def _marks(self, shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
+        """Shape of the scales of a weight of this shape."""
+        if block == WHOLE:
+            return (1,) * self.rank
+        rows, columns = -(-shape[-2] // block[0]), -(-shape[-1] // (block[1] or max(1, shape[-1])))
+        if block == ROW:
+            return (rows, *(1,) * (self.rank - 1))
+        return (rows, 1, columns, 1) if self.rank == 4 else (rows, columns)  # 4 as ModelOpt has it
+
+    def _per_row(self, marks: torch.Tensor, rows: int) -> torch.Tensor:
+        """Numbers that several rows share, told for each row."""
+        if self._single:
+            return marks.expand(rows, 1)
+        return marks if self._tall == 1 else marks.repeat_interleave(self._tall, 0)[:rows]
+
+    def _per_mark(self, rows: torch.Tensor) -> torch.Tensor:
+        """Undo `_per_row`."""
+        return rows[:1] if self._single else rows[:: self._tall]
+
+    def _grid(self, scale: torch.Tensor, inverse: torch.Tensor | None, columns: int) -> Grid:
+        """The grid of scales `[rows, groups]`."""
+        return scales.Scaled8(kind=torch_dtype(self.codes), scale=scale, inverse=inverse, group=self._wide(columns))
+
+
+@dataclass(frozen=True, slots=True)
+class FP8Experts(FP8):
+    """The same for experts that lie stacked in one tensor, each by itself in blocks."""
+
+    part: str = STACK_SCALES
+    rank: int = 3
+
+    name: ClassVar[str] = FP8.name
+    codes_part: ClassVar[str] = ""
+    marks: ClassVar[tuple[str, ...]] = (STACK_SCALES,)
+    part_names: ClassVar[tuple[str, ...]] = ("", STACK_SCALES)
+    beside: ClassVar[tuple[str, ...]] = ("_activation_scale",)
+    joint: ClassVar[str] = ""
+    logical: ClassVar[str] = ""
+    stacked: ClassVar[bool] = True
+
+    @classmethod
+    def detect(cls, parts: Parts, config: Mapping[str, Any], module: str, read: ReadPart) -> Self | None:
+        codes, scale = parts.get(cls.codes_part), parts.get(STACK_SCALES)
+        if not codes or not scale or len(codes.shape) != 3 or codes.dtype not in CODES:
+            return None
+        if scale.dtype not in scales.SCALES or len(scale.shape) != 3 or scale.shape[0] != codes.shape[0]:
+            raise InputError(f"{module}: codes {codes} and scales {scale} do not belong together; fetch the file again")
+        own = cls._of(codes, scale, STACK_SCALES, config, quantization(config)[1], module)
+        if codes.shape[1] % own.block[0]:
+            raise UnsupportedError(
+                f"{module}: experts of {codes.shape[1]} rows in blocks of {own.block[0]} rows are not read; save the "
+                "model with its experts as separate linears"
+            )
+        return own
+
+    def refusal(self, weight: TensorSpec) -> str | None:
+        if len(weight.shape) != 3:
+            return f"{self.name} holds stacks of experts, this weight is {list(weight.shape)}"
+        return FP8.refusal(self, TensorSpec(weight.dtype, weight.shape[1:]))
+
+    def _blocks(self, codes: tuple[int, ...], marks: tuple[int, ...], body: Mapping[str, Any]) -> list[tuple[int, int]]:
+        """As above; a scale for a whole expert is a block of its size."""
+        found = FP8._blocks(self, codes, marks, body)
+        return [(codes[1], codes[2]) if block == WHOLE else block for block in found]
+
+    def _marks(self, shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
+        rows, columns = -(-shape[1] // block[0]), -(-shape[2] // (block[1] or max(1, shape[2])))
+        return (shape[0], rows, columns)
+
+
+def quantization(config: Mapping[str, Any]) -> tuple[ConfigPath, Mapping[str, Any]]:
+    """`quantization_config` in config.json, or in the text model's part of it, and where it lies; empty where not."""
+    for place in ((), *text_parts(config)):
+        path = (*place, *SECTION)
+        if isinstance(body := at(config, path), Mapping):
+            return path, body
+    return SECTION, {}
+
+
+def model_dtype(config: Mapping[str, Any]) -> str:
+    """The dtype (safetensors name) to which loaders dequantize: that of the model, bfloat16 where it is not told."""
+    for place in ((), *text_parts(config)):
+        for key in ("dtype", "torch_dtype"):
+            said = at(config, (*place, key))
+            if isinstance(said, str) and (named := said.removeprefix("torch.")) in MODEL_DTYPES:
+                return MODEL_DTYPES[named]
+    return "BF16"
+
+
+def still_skipped(entries: Any, written: Collection[str], kept: Sequence[str]) -> list[str]:
+    """The linears that stay plain: entries of the base's list that name none of the written modules, then in full
+    those of the kept modules that no such entry names. Raises InputError where the base's list is none."""
+    if entries and not NAMES.fits(entries):
+        raise InputError(
+            "config.json: quantization_config: what says which linears stay plain is "
+            f"{quoted(entries)}, expected {NAMES.words}; fetch the file again"
+        )
+    still = [entry for entry in entries or () if not any(names(entry, module) for module in written)]
+    return still + [module for module in kept if not any(names(entry, module) for entry in still)]
+
+
+def names(entry: str, module: str) -> bool:
+    """Whether an entry of such a list, a name, the beginning or end of one, or one with wildcards, names a module."""
+    if module == entry or module.startswith(f"{entry}.") or module.endswith(f".{entry}"):
+        return True
+    return "*" in entry and fnmatch.fnmatchcase(module, entry)
+
+
+def _named(block: tuple[int, int]) -> str:
+    words = {WHOLE: "per tensor", ROW: "per row"}
+    return words.get(block, f"{block[0]}x{block[1]}")

@@ -1,0 +1,1 @@
+"""The words of GPTQ, as AutoGPTQ and GPTQModel write them."""

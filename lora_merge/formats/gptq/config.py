@@ -1,0 +1,213 @@
+"""`quantization_config` of GPTQ: what it says of a module; and the one that an output needs.
+
+The file is the same for transformers, gptqmodel and vLLM. Overrides of single modules (`dynamic`) are gptqmodel's and
+vLLM's; transformers knows one width and group size a model, and leaves linears of a block plain only where
+`modules_in_block_to_quantize` lists the others: a linear whose name ends like an entry is quantized in every block.
+https://github.com/huggingface/optimum/blob/main/optimum/gptq/quantizer.py
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lora_merge import __version__
+from lora_merge.errors import InputError, UnsupportedError, listed, quoted
+from lora_merge.formats.base import sections
+from lora_merge.models.config_values import FLAG, NAME_OR_NAMES, NAMES_OR_LISTS, OBJECT, WHOLE, Kind, value
+from lora_merge.patterns import compiled
+
+METHOD = "gptq"
+WHERE = "config.json: quantization_config"
+VERSIONS = {"gptq": 1, "gptq_v2": 2}
+WORD = 32
+CARRIES = "gptqmodel"
+"""The writer that lowers version 1's zero points a word at a time, and keeps 5 to 7 bits in planes."""
+SKIP, OVERRIDE = "-:", "+:"
+IN_BLOCK = re.compile(r"(.+?)\.\d+\.(.+)")
+BLOCKS = (
+    "transformer.h", "model.decoder.layers", "gpt_neox.layers", "model.layers", "model.language_model.layers",
+    "h", "decoder.layers", "layers",
+)  # fmt: skip
+"""Where optimum looks for the blocks of a model by itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What a config says of one module. desc_act: columns name their group; gptqmodel: it wrote the file."""
+
+    bits: int | None = None
+    group_size: int | None = None
+    sym: bool = True
+    version: int = 1
+    desc_act: bool = False
+    gptqmodel: bool = False
+
+    @classmethod
+    def of(cls, body: Mapping[str, Any], module: str) -> Said:
+        """Raises UnsupportedError for layouts that are not read, InputError for patterns and values that are none."""
+        layout = str(body.get("checkpoint_format") or body.get("format") or METHOD).lower()
+        if layout not in VERSIONS:
+            raise UnsupportedError(
+                f"{module}: checkpoint_format {layout} is not read ({', '.join(VERSIONS)} are); "
+                "take the checkpoint that it was made from"
+            )
+        if body.get("rotation") or _meta(body).get("rotation"):
+            raise UnsupportedError(
+                f"{module}: the config says that the weights were rotated before they were quantized; no adapter fits "
+                "them. Merge onto the checkpoint that it was made from"
+            )
+        own = _override(body, module) or {}
+
+        def said(key: str, kind: Kind, default: Any = None) -> Any:
+            return value(own if key in own else body, key, kind, WHERE, default)
+
+        return cls(
+            said("bits", WHOLE),
+            said("group_size", WHOLE),
+            said("sym", FLAG, True),
+            VERSIONS[layout],
+            said("desc_act", FLAG, False),
+            any(name.partition(":")[0].lower() == CARRIES for name in _quantizers(body)),
+        )
+
+    def fitting_group_size(self, columns: int, groups: int) -> int | None:
+        """The group size, -1 for whole rows, that makes so many groups of so many columns; None: there is none."""
+        if self.group_size and -(-columns // self.group_size) == groups:
+            return self.group_size
+        if groups == 1:
+            return -1
+        return columns // groups if groups and columns % groups == 0 and columns > groups else None
+
+    def carries(self, bits: int) -> bool:
+        """Whether version 1's zero points of this width were lowered a word at a time."""
+        return self.version == 1 and self.gptqmodel and WORD % bits == 0
+
+    def agrees(self, other: Said) -> bool:
+        """Whether a loader that is told the one decodes the other."""
+        return (self.bits, self.group_size, self.version) == (other.bits, other.group_size, other.version)
+
+    def __str__(self) -> str:
+        return f"{self.bits} bits in groups of {self.group_size}"
+
+
+def section(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What config.json, or the text model in it, says of quantization; empty where it says nothing."""
+    return next((body for _, body in sections(config) if isinstance(body, Mapping)), {})
+
+
+def changed_section(written: Mapping[str, Said], kept: Sequence[str], config: Mapping[str, Any]) -> dict[str, Any]:
+    """`quantization_config` for these modules: that of the base where it holds for them, else a new one.
+
+    Raises UnsupportedError for what transformers' loader cannot be told.
+    """
+    body = section(config)
+    if str(body.get("quant_method", METHOD)).lower() != METHOD:
+        body = {}
+    if body and all(_quantizes(body, name) and Said.of(body, name).agrees(said) for name, said in written.items()):
+        told = not any(_quantizes(body, name) for name in beside(written, kept))
+        return {**body, "quant_method": METHOD, **({} if told else _blocks(list(written), kept))}
+    said = _only(written)
+    # Zero points that were kept are read as their writer meant them only while it is named.
+    quantizers = _quantizers(body) if said.gptqmodel else []
+    layout = next(name for name, version in VERSIONS.items() if version == said.version)
+    return {
+        "bits": said.bits,
+        "checkpoint_format": layout,
+        "desc_act": any(one.desc_act for one in written.values()),
+        "format": layout,
+        "group_size": said.group_size,
+        "lm_head": False,
+        "meta": {"quantizer": [*quantizers, f"lora-merge:{__version__}"]},
+        **_blocks(list(written), kept),
+        "pack_dtype": "int32",
+        "quant_method": METHOD,
+        "sym": all(one.sym for one in written.values()),
+    }
+
+
+def _only(written: Mapping[str, Said]) -> Said:
+    """What is the same for all modules."""
+    found: dict[tuple[Any, ...], tuple[str, Said]] = {}
+    for module, said in written.items():
+        found.setdefault((said.bits, said.group_size, said.version), (module, said))
+    if len(found) > 1:
+        kinds = [f"{module} has {said}, version {said.version}" for module, said in found.values()]
+        raise UnsupportedError(
+            f"transformers loads GPTQ of one width and group size a model, and here {listed(kinds)}; "
+            "write them all anew with --bits, --group-size and --scales fresh"
+        )
+    return next((said for _, said in found.values()))
+
+
+def _blocks(written: Sequence[str], kept: Sequence[str]) -> dict[str, Any]:
+    """The keys that tell optimum which linears are quantized: all of the blocks' where there are none."""
+    outside = [module for module in written if not IN_BLOCK.fullmatch(module)]
+    if outside:
+        raise UnsupportedError(
+            f"transformers' GPTQ loader quantizes linears of the model's blocks alone, not {listed(outside)}; "
+            "leave these plain, or choose another --format"
+        )
+    stacks = _stacks(written)
+    if len(stacks) > 1:
+        raise UnsupportedError(
+            f"transformers' GPTQ loader knows one stack of blocks, and quantized linears are in {listed(stacks)}; "
+            "leave the others plain, or choose another --format"
+        )
+    names = tuple(dict.fromkeys(IN_BLOCK.sub(r"\2", module) for module in written))
+    plain = beside(written, kept)
+    mixed = [module for module in plain if module.endswith(names)]
+    if mixed:
+        raise UnsupportedError(
+            "transformers' GPTQ loader quantizes a linear in every block or in none, and these would stay plain while "
+            f"others that end like them are quantized: {listed(mixed)}; treat them alike, or choose another --format"
+        )
+    keys: dict[str, Any] = {"modules_in_block_to_quantize": [list(names)]} if plain else {}
+    return keys if stacks[0] in BLOCKS else {"block_name_to_quantize": stacks[0], **keys}
+
+
+def _stacks(modules: Iterable[str]) -> list[str]:
+    """`model.layers` of `model.layers.0.mlp.up_proj`."""
+    return list(dict.fromkeys(found[1] for module in modules if (found := IN_BLOCK.fullmatch(module))))
+
+
+def beside(written: Iterable[str], kept: Sequence[str]) -> list[str]:
+    """Plain linears of the blocks that have quantized ones."""
+    stacks = set(_stacks(written))
+    return [module for module in kept if stacks & set(_stacks([module]))]
+
+
+def _quantizes(body: Mapping[str, Any], module: str) -> bool:
+    """Whether a config that has GPTQ on has it for this module."""
+    lists = value(body, "modules_in_block_to_quantize", NAMES_OR_LISTS, WHERE)
+    if lists is not None:
+        named = [name for entry in lists for name in ([entry] if isinstance(entry, str) else entry)]
+        if not module.endswith(tuple(named)):
+            return False
+    return _override(body, module) is not None
+
+
+def _override(body: Mapping[str, Any], module: str) -> Mapping[str, Any] | None:
+    """What `dynamic` says of this module; None where it skips it. The first pattern that fits decides."""
+    patterns = body.get("dynamic")
+    for pattern, values in patterns.items() if isinstance(patterns, Mapping) else ():
+        try:
+            fits = compiled(pattern.removeprefix(SKIP).removeprefix(OVERRIDE)).match(module)
+        except ValueError as error:
+            raise InputError(f"{WHERE}: the key {quoted(pattern)} of dynamic {error}; fetch the file again") from None
+        if fits:
+            return None if pattern.startswith(SKIP) else values if isinstance(values, Mapping) else {}
+    return {}
+
+
+def _meta(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = value(body, "meta", OBJECT, WHERE, default={})
+    return found
+
+
+def _quantizers(body: Mapping[str, Any]) -> list[str]:
+    """Programs that wrote the file, each `name:version`."""
+    found = value(_meta(body), "quantizer", NAME_OR_NAMES, f"{WHERE}.meta", default=[])
+    return [found] if isinstance(found, str) else list(found)

@@ -1,0 +1,1 @@
+"""What is known of model classes, from config.json and names alone."""

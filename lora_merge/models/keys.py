@@ -1,0 +1,361 @@
+"""From a module path of an adapter to the tensors of the base that hold it.
+
+Adapters name modules of the library version they were trained with; files name tensors of the version that saved
+them. The rules, cheapest first: the same name; a base-model prefix more or less (`transformer.`, `model.`); our own
+spellings of expert and vision-language families; transformers' conversion mapping, through a skeleton that is built
+only when something is left over; the one tensor whose path ends alike. A shape that cannot fit is never a match.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cached_property, lru_cache
+from itertools import pairwise
+from typing import Any, Literal
+
+from lora_merge.errors import listed
+from lora_merge.models.skeleton import NoSkeleton, Skeleton
+from lora_merge.spec import Target, TensorSpec
+
+How = Literal["name", "prefix", "rename", "transformers", "suffix"]
+
+BASE_PREFIXES = frozenset({
+    "model", "transformer", "bert", "roberta", "gpt_neox", "backbone", "electra", "distilbert", "deberta", "albert",
+    "mpnet", "longformer", "led", "ernie", "nomic_bert", "gte", "biogpt", "rwkv", "funnel", "convbert", "mobilebert",
+    "esm", "luke", "tapas", "layoutlm", "vit", "deit", "swin", "resnet", "convnext", "clip", "wav2vec2", "hubert",
+})  # fmt: skip
+"""`base_model_prefix` of transformers classes: what a headless checkpoint lacks and a headed one has."""
+
+VOCABULARY = re.compile(
+    r"(^|\.)(embed_tokens|lm_head|wte|word_embeddings|shared|embed_in|embed_out|output_layer|tok_embeddings|decoder)"
+    r"(\.token_adapter)?\.weight$"
+)
+"""Tensors whose rows are tokens: an adapter may bring more or fewer of them."""
+
+SPELLINGS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        # llava family: before transformers 4.52 / as files keep it <-> as the modules are called since
+        (r"^language_model\.model\.", "model.language_model."),
+        (r"^model\.language_model\.", "language_model.model."),
+        (r"^language_model\.lm_head\.", "lm_head."),
+        (r"^lm_head\.", "language_model.lm_head."),
+        (r"^(vision_tower|multi_modal_projector|visual)\.", r"model.\1."),
+        (r"^model\.(vision_tower|multi_modal_projector|visual)\.", r"\1."),
+        (r"(^|\.)vision_tower\.vision_model\.", r"\1vision_tower."),
+        (r"(^|\.)vision_tower\.(?!vision_model\.)", r"\1vision_tower.vision_model."),
+        # qwen2-vl family
+        (r"^model\.language_model\.", "model."),
+        (r"^model\.(?=layers\.|embed_tokens\.|norm\.)", "model.language_model."),
+        # mixtral: modules say mlp since transformers 5, files say block_sparse_moe
+        (r"\.block_sparse_moe\.", ".mlp."),
+        (r"\.mlp\.(?=gate\.|experts\b)", ".block_sparse_moe."),
+        (r"(\.experts\.\d+)\.w1\.", r"\1.gate_proj."),
+        (r"(\.experts\.\d+)\.w3\.", r"\1.up_proj."),
+        (r"(\.experts\.\d+)\.w2\.", r"\1.down_proj."),
+        (r"(\.experts\.\d+)\.gate_proj\.", r"\1.w1."),
+        (r"(\.experts\.\d+)\.up_proj\.", r"\1.w3."),
+        (r"(\.experts\.\d+)\.down_proj\.", r"\1.w2."),
+        # the first BERT writers
+        (r"\.LayerNorm\.weight$", ".LayerNorm.gamma"),
+        (r"\.LayerNorm\.bias$", ".LayerNorm.beta"),
+    )
+)
+"""Both directions of each renaming; they are chained, so one adapter may mix old and new segments."""
+
+EXPERT_PARTS = {
+    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
+    "gate_proj": (("gate_proj",), ("w1",)),
+    "up_proj": (("up_proj",), ("w3",)),
+    "down_proj": (("down_proj",), ("w2",)),
+}
+"""Fused expert parameter -> the per-expert linears that hold its rows, in order, by naming family."""
+
+ONE_EXPERT = re.compile(r"^(?P<stack>.*experts)\.(?P<expert>\d+)\.(?P<part>gate_proj|up_proj|down_proj)\.weight$")
+IN_OUT_EXPERTS = frozenset({"gpt_oss", "aria", "aria_text", "openai_privacy_filter", "llama4", "llama4_text", "dbrx"})
+"""Model types that store stacked experts `[experts, in, out]`, whose rows are no rows of the module."""
+
+TOWER = re.compile(r"vis|vit\b|audio|speech|image|clip|mtp|talker|draft")
+SPLIT = {
+    "q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "query": "qkv", "key": "qkv", "value": "qkv",
+    "gate_proj": "gate_up", "up_proj": "gate_up",
+}  # fmt: skip
+FUSED = {
+    "qkv": ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "W_pack", "qkv", "in_proj"),
+    "gate_up": ("gate_up_proj", "dense_h_to_4h", "gate_and_up_proj"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Resolution:
+    """Where a parameter lies. No targets: nowhere, and `note` says what was seen instead."""
+
+    targets: tuple[Target, ...]
+    how: How
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class Resolver:
+    """Answers `resolve` for one base.
+
+    tensors: weights of the base by name, with the shape of the weight itself (a packed one as `[out, in]`).
+    config: the base's config.json, or None.
+    skeleton: builds the model's skeleton; called at most once, and only for a key that no rule of ours explains. May
+        return None or raise NoSkeleton.
+    """
+
+    tensors: Mapping[str, TensorSpec]
+    config: Mapping[str, Any] | None = None
+    skeleton: Callable[[], Skeleton | None] | None = None
+
+    def resolve(self, module: str, parameter: str, shape: tuple[int, ...] | None = None) -> Resolution:
+        """Base tensors of `module.parameter`; `shape` is what the adapter's factors say of it, either way round."""
+        name = f"{module}.{parameter}" if module else parameter
+        misfits: list[str] = []
+        for how, targets in self._by_name(name, shape, misfits):
+            return Resolution(targets, how)
+        if misfits:
+            return Resolution((), "name", self._misfit(misfits, shape))
+        if placed := self._by_skeleton(name, shape, misfits):
+            return Resolution(placed, "transformers")
+        if misfits:
+            return Resolution((), "transformers", self._misfit(misfits, shape))
+        return self._by_suffix(name, shape)
+
+    def suggest(self, module: str, limit: int = 3) -> list[str]:
+        """Names of the base that look like `module`, with their shapes: for the text of an error."""
+        near = self._near_by_path(module, limit)
+        if not near:
+            shapes: dict[str, str] = {}
+            for name in self.tensors:
+                shapes.setdefault(re.sub(r"\d+", "0", name), name)
+            found = get_close_matches(re.sub(r"\d+", "0", module) + ".weight", shapes, n=limit, cutoff=0.5)
+            near = [shapes[name] for name in found]
+        return [f"{name} {list(self.tensors[name].shape)}" for name in near]
+
+    @property
+    def model_type(self) -> str:
+        config = self.config or {}
+        text = config.get("text_config")
+        inner = text.get("model_type") if isinstance(text, Mapping) else None
+        return str(config.get("model_type") or inner or "")
+
+    # by name: the same, with another prefix, or spelled in another way
+
+    def _by_name(
+        self, name: str, shape: tuple[int, ...] | None, misfits: list[str]
+    ) -> Iterator[tuple[How, tuple[Target, ...]]]:
+        """Every match by the rules of this file, surest first; names that exist with another shape go to `misfits`."""
+        if name in self.tensors:
+            if self._fits(name, shape):
+                yield "name", (Target(name),)
+            else:
+                misfits.append(name)
+            return
+        rungs: tuple[tuple[How, Iterable[str]], ...] = (("prefix", (name,)), ("rename", spellings(name)))
+        for how, names in rungs:
+            found = dict.fromkeys(other for spelt in names for other in self._prefixed(spelt))
+            fitting = [other for other in found if self._fits(other, shape)]
+            misfits.extend(other for other in found if other not in fitting)
+            if len(fitting) == 1:
+                yield how, (Target(fitting[0]),)
+        yield from (("rename", targets) for targets in self._experts(name, shape, misfits))
+
+    def _prefixed(self, name: str) -> Iterator[str]:
+        """The stored names among `name` itself, without its base-model prefix, and with each that the files have."""
+        first, _, rest = name.partition(".")
+        tries = [name] + ([rest] if first in BASE_PREFIXES else [])
+        tries += [f"{prefix}.{name}" for prefix in self._prefixes if prefix != first]
+        return (other for other in tries if other in self.tensors)
+
+    @cached_property
+    def _prefixes(self) -> tuple[str, ...]:
+        return tuple(sorted(BASE_PREFIXES & {name.partition(".")[0] for name in self.tensors}))
+
+    def _fits(self, name: str, shape: tuple[int, ...] | None) -> bool:
+        return fits(self.tensors[name].shape, shape, any_rows=bool(VOCABULARY.search(name)))
+
+    def _misfit(self, names: list[str], shape: tuple[int, ...] | None) -> str:
+        found = listed(f"{name} {list(self.tensors[name].shape)}" for name in names)
+        return f"the base has {found}, the adapter's factors are made for {list(shape or ())}"
+
+    # experts: fused in the module and apart on disk, or the other way round
+
+    def _experts(self, name: str, shape: tuple[int, ...] | None, misfits: list[str]) -> Iterator[tuple[Target, ...]]:
+        for spelt in (name, *spellings(name)):
+            stack, _, parameter = spelt.rpartition(".")
+            if stack.endswith("experts") and parameter in EXPERT_PARTS:
+                for prefixed in (stack, *self._prefixable(stack)):
+                    yield from self._apart(prefixed, parameter, shape, misfits)
+            elif shape is not None and (one := ONE_EXPERT.match(spelt)) and self.model_type not in IN_OUT_EXPERTS:
+                for prefixed in (one["stack"], *self._prefixable(one["stack"])):
+                    yield from self._within(prefixed, int(one["expert"]), one["part"], shape)
+
+    def _prefixable(self, stack: str) -> list[str]:
+        first, _, rest = stack.partition(".")
+        return ([rest] if first in BASE_PREFIXES else []) + [f"{p}.{stack}" for p in self._prefixes if p != first]
+
+    def _apart(
+        self, stack: str, parameter: str, shape: tuple[int, ...] | None, misfits: list[str]
+    ) -> Iterator[tuple[Target, ...]]:
+        """A fused `[experts, out, in]` parameter as the per-expert tensors of `stack.<n>.<part>.weight`."""
+        for parts in EXPERT_PARTS[parameter]:
+            targets: list[Target] = []
+            count = 0
+            while all(f"{stack}.{count}.{part}.weight" in self.tensors for part in parts):
+                names = [f"{stack}.{count}.{part}.weight" for part in parts]
+                ends = [0]
+                for name in names:
+                    ends.append(ends[-1] + self.tensors[name].shape[0])
+                spans = list(pairwise(ends)) if len(parts) > 1 else [None]
+                targets += [Target(name, expert=count, rows=span) for name, span in zip(names, spans, strict=True)]
+                count += 1
+            if not targets:
+                continue
+            columns = self.tensors[targets[0].tensor].shape[-1]
+            rows = sum(self.tensors[target.tensor].shape[0] for target in targets[: len(parts)])
+            if shape is None or fits((count, rows, columns), shape):
+                yield tuple(targets)
+            else:
+                misfits.append(targets[0].tensor)
+
+    def _within(self, stack: str, expert: int, part: str, shape: tuple[int, ...]) -> Iterator[tuple[Target, ...]]:
+        """One expert's linear inside a stacked tensor `[experts, out, in]`: a span of its `experts * out` rows."""
+        for fused, pieces in (("gate_up_proj", ("gate_proj", "up_proj")), (part, (part,))):
+            name = f"{stack}.{fused}"
+            if name not in self.tensors or part not in pieces or len(self.tensors[name].shape) != 3:
+                continue
+            experts, rows, columns = self.tensors[name].shape
+            if expert < experts and shape == (rows // len(pieces), columns) and rows % len(pieces) == 0:
+                start = expert * rows + pieces.index(part) * shape[0]
+                yield (Target(name, within=(start, start + shape[0])),)
+
+    # by transformers' own mapping
+
+    @cached_property
+    def _built(self) -> tuple[Skeleton | None, str | None]:
+        try:
+            return (self.skeleton() if self.skeleton else None), None
+        except NoSkeleton as error:
+            return None, str(error)
+
+    def _by_skeleton(self, name: str, shape: tuple[int, ...] | None, misfits: list[str]) -> tuple[Target, ...]:
+        skeleton = self._built[0]
+        if skeleton is None:
+            return ()
+        prefix = skeleton.base_model_prefix
+        bare = name.removeprefix(f"{prefix}.")
+        for spelt in dict.fromkeys((name, f"{prefix}.{name}", bare, *spellings(name))):
+            targets = skeleton.disk_tensors(spelt)
+            if not targets:
+                continue
+            whole = skeleton.parameters[spelt]
+            if fits(whole, shape, any_rows=bool(VOCABULARY.search(spelt))):
+                return targets
+            misfits.append(targets[0].tensor)
+        return ()
+
+    # by the end of the path
+
+    @cached_property
+    def _backwards(self) -> list[tuple[str, ...]]:
+        return sorted(tuple(reversed(name.split("."))) for name in self.tensors)
+
+    def _ending(self, tail: tuple[str, ...]) -> list[str]:
+        """Stored names that end with the segments `tail` (given last segment first)."""
+        found = self._backwards[
+            bisect_left(self._backwards, tail) : bisect_right(self._backwards, (*tail, chr(0x10FFFF)))
+        ]
+        return [".".join(reversed(parts)) for parts in found]
+
+    def _by_suffix(self, name: str, shape: tuple[int, ...] | None) -> Resolution:
+        segments = name.split(".")
+        numbered = [place for place, segment in enumerate(segments) if segment.isdigit()]
+        # All numbers and the word before the first stay: `layers.3` must not match `layers.4` nor `blocks.3`.
+        last_drop = max(0, numbered[0] - 1) if numbered else max(0, len(segments) - 2)
+        for dropped in range(last_drop + 1):
+            found = self._ending(tuple(reversed(segments[dropped:])))
+            if not found:
+                continue
+            lead = ".".join(segments[:dropped])
+            tail = len(".".join(segments[dropped:])) + 1
+            alike = [other for other in found if self._same_side(lead, other[:-tail])]
+            fitting = [other for other in alike if self._fits(other, shape)]
+            if len(fitting) == 1:
+                taken = f"{lead or 'nothing'} in the adapter is taken for {fitting[0][:-tail] or 'nothing'} in the base"
+                return Resolution((Target(fitting[0]),), "suffix", f"{taken}: only the ends of the names agree")
+            why = self._misfit(alike, shape) if alike and not fitting else f"its path ends like {listed(found)}"
+            return Resolution((), "suffix", why)
+        return Resolution((), "suffix", self._fusion(name, shape) or self._refusal(name))
+
+    @staticmethod
+    def _same_side(lead: str, other: str) -> bool:
+        """Never match a layer of the language model with one of a tower, and no numbered sub-model with another."""
+        return bool(TOWER.search(lead)) == bool(TOWER.search(other)) and not re.search(r"(^|\.)\d+(\.|$)", other)
+
+    def _refusal(self, name: str) -> str | None:
+        skeleton, reason = self._built
+        return skeleton.refusals.get(name) if skeleton else reason
+
+    def _fusion(self, name: str, shape: tuple[int, ...] | None) -> str | None:
+        """A sentence where the base keeps this projection inside a fused one, or the pieces of this fused one."""
+        parent, _, leaf = name.removesuffix(".weight").rpartition(".")
+        for fused in FUSED.get(SPLIT.get(leaf, ""), ()):
+            stored = f"{parent}.{fused}.weight"
+            if stored in self.tensors:
+                return (
+                    f"the base stores {leaf} inside {stored} {list(self.tensors[stored].shape)} and the adapter was "
+                    f"trained on it alone {list(shape or ())}; which rows are its own is not known for this model"
+                )
+        family = next((key for key, names in FUSED.items() if leaf in names), None)
+        pieces = [f"{parent}.{piece}.weight" for piece, key in SPLIT.items() if key == family]
+        if stored_pieces := [piece for piece in pieces if piece in self.tensors]:
+            shapes = listed(f"{piece} {list(self.tensors[piece].shape)}" for piece in stored_pieces)
+            return f"the adapter was trained on a fused {leaf} {list(shape or ())}, the base stores {shapes}"
+        return None
+
+    def _near_by_path(self, module: str, limit: int) -> list[str]:
+        segments = [*module.split("."), "weight"]
+        for dropped in range(len(segments) - 1):
+            if found := self._ending(tuple(reversed(segments[dropped:]))):
+                return found[:limit]
+        return []
+
+
+@lru_cache(maxsize=8)
+def spellings(name: str) -> tuple[str, ...]:
+    """The other names of one tensor or module path: every chain of up to three renamings of `SPELLINGS`.
+
+    Several rules ask for those of one name in turn, hence the cache.
+    """
+    seen = {name: None}
+    front = [name]
+    for _ in range(3):
+        others = [pattern.sub(new, old, count=1) for old in front for pattern, new in SPELLINGS]
+        front = [other for other in dict.fromkeys(others) if other not in seen]
+        seen.update(dict.fromkeys(front))
+    return tuple(seen)[1:]
+
+
+def fits(stored: tuple[int, ...], shape: tuple[int, ...] | None, any_rows: bool = False) -> bool:
+    """Whether a tensor of shape `stored` can be the parameter that an adapter knows as `shape`.
+
+    Conv1D weights lie transposed, kernels of convolutions may be flattened, stacked experts may have their last two
+    dimensions the other way round. `any_rows`: a vocabulary, which the adapter may have resized.
+    """
+    if shape is None or stored == shape:
+        return True
+    if len(stored) == len(shape) == 2:
+        either = (shape, shape[::-1])
+        return stored in either or (any_rows and any(stored[1] == one[1] for one in either))
+    if len(stored) == len(shape) == 3 and stored[0] == shape[0]:
+        return sorted(stored[1:]) == sorted(shape[1:])
+    if len(stored) < 2 or len(shape) < 2:
+        return False
+    return stored[0] == shape[0] and math.prod(stored) == math.prod(shape)

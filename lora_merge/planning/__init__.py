@@ -1,0 +1,1 @@
+"""Names and shapes in, the output to the byte out."""

@@ -1,0 +1,226 @@
+"""The output as it takes shape, between the adapters' wishes and the finished plan."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from lora_merge.adapters.base import Patch
+from lora_merge.adapters.layers import is_conv1d
+from lora_merge.checkpoint.opening import Checkpoint
+from lora_merge.containers.json_file import read_json
+from lora_merge.errors import printable
+from lora_merge.formats import QUANTIZED, Plain, Stored
+from lora_merge.formats import weights as gathered
+from lora_merge.formats.base import SECTION, ConfigPath
+from lora_merge.models import config_values
+from lora_merge.models.ties import Extra, Tie, Touch, tied, untie
+from lora_merge.planning.claims import Wish, Wishes, patches
+from lora_merge.spec import TensorSpec
+
+COPIED = "embeddings"
+"""Kind of the patch that brings the copy of an embedding or head which PEFT saves beside a delta or a resize."""
+CHUNK = 1 << 22
+
+
+@dataclass(slots=True)
+class Draft:
+    """Where each output tensor comes from, what the weights are, what changes in the config, what to tell.
+
+    sources: output tensor -> base tensor. config: of the base, with what another file says of its quantization.
+    weights: by the name without quantization; parts are output tensors. changes: config values by path. read: digests
+    of the small tensors that say how others are to be read, by name.
+    """
+
+    base: Checkpoint
+    sources: dict[str, str]
+    config: dict[str, Any]
+    weights: dict[str, Stored] = field(default_factory=dict)
+    changes: dict[ConfigPath, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    read: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, base: Checkpoint) -> Draft:
+        """Everything as it is in the base."""
+        return cls(base, {name: name for name in base.tensors}, _config(base), notes=list(base.notes))
+
+    def gather(self, turned: bool = False) -> None:
+        """Find the weights among the tensors, once it is known which layers there are.
+
+        turned: plain ones of a Conv1D, stored `[in, out]`, count as `[out, in]`.
+        """
+        self.weights = gathered(self._tensors, self.config, self._read)
+        for name, stored in self.weights.items() if turned else ():
+            if isinstance(stored.format, Plain) and self.is_conv1d(name) and len(stored.weight.shape) == 2:
+                weight = TensorSpec(stored.weight.dtype, stored.weight.shape[::-1])
+                self.weights[name] = replace(stored, format=replace(stored.format, turned=True), weight=weight)
+
+    def is_conv1d(self, name: str) -> bool:
+        """Whether the model class has this weight `[in, out]`."""
+        return name.endswith(".weight") and is_conv1d(name.removesuffix(".weight"), self.config.get("model_type"))
+
+    def straightened(self, wishes: Wishes) -> Wishes:
+        """Tell those who change a Conv1D that it lies `[out, in]` here: codes do, and plain weights that `gather`
+        turned."""
+        by_tensor = dict(wishes.by_tensor)
+        for name, stored in self.weights.items():
+            if name in by_tensor and (not isinstance(stored.format, Plain) or stored.format.turned):
+                by_tensor[name] = tuple(
+                    replace(wish, target=replace(wish.target, straight=True)) for wish in by_tensor[name]
+                )
+        return replace(wishes, by_tensor=by_tensor)
+
+    @property
+    def _tensors(self) -> dict[str, TensorSpec]:
+        return {name: self.base.tensors[source] for name, source in self.sources.items()}
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        """What an adapter can name: every weight without quantization, and the tensors that are no weights."""
+        homes = {part: name for name, stored in self.weights.items() for part in stored.parts.values()}
+        named = {homes.get(tensor, tensor): tensor for tensor in self.sources}
+        return {
+            name: self.weights[name].weight if name in self.weights else self.base.tensors[self.sources[tensor]]
+            for name, tensor in named.items()
+        }
+
+    def source(self, stored: Stored) -> Stored:
+        """The same weight with its parts as the base names them."""
+        return replace(stored, parts={part: self.sources[name] for part, name in stored.parts.items()})
+
+    def _read(self, name: str) -> bytes:
+        """The bytes of a small tensor."""
+        data = bytearray(self.base.tensors[self.sources[name]].nbytes)
+        self.base.read_into(self.sources[name], 0, memoryview(data))
+        self.read[self.sources[name]] = hashlib.sha256(data).hexdigest()
+        return bytes(data)
+
+    def tie(self) -> Tie | None:
+        """The tied embedding and head of the base, if it has them."""
+        return tied(self.config, self.specs) if self.config else None
+
+    def part_ties(self, tie: Tie, wishes: Wishes, adapters: Sequence[Checkpoint], ties_embeddings: bool) -> Wishes:
+        """Untie where the adapters change one side, or repeat the change on every copy where they change both.
+
+        Adds the tensors to be written to `sources` and the flags to `changes`. Returns the wishes as they then apply.
+        """
+        by_tensor = dict(wishes.by_tensor)
+        if not (by_tensor.get(tie.embedding) or by_tensor.get(tie.head)) or not self._one_matrix(tie):
+            return wishes
+        spec = tie.with_both(self.specs)[tie.embedding]
+        _share_copies(tie, by_tensor, spec)
+        sides = [by_tensor.get(name, ()) for name in (tie.embedding, tie.head)]
+        built = [patches(spec, side) for side in sides]
+        action = untie(
+            tie,
+            *map(_touch, built),
+            rows=spec.shape[0],
+            ties_embeddings=ties_embeddings,
+            saved_alike=_saved_alike(built, adapters),
+        )
+        if action.spare:
+            by_tensor.pop(action.spare, None)
+            if action.spare == tie.embedding or not sides[0]:
+                by_tensor[tie.embedding] = _moved(sides[1], tie.embedding)
+        leading = by_tensor.get(tie.embedding if tie.embedding_on_disk else tie.head, ())
+        for name in action.mirror:
+            if self._same(name, tie.embedding):
+                by_tensor[name] = _moved(leading, name)
+        for extra in action.write:
+            by_tensor[extra.name] = self._extra(extra, by_tensor)
+        self.changes |= action.config
+        if action.note:
+            self.notes.append(action.note)
+        return replace(wishes, by_tensor={name: side for name, side in by_tensor.items() if side})
+
+    def _extra(self, extra: Extra, by_tensor: Mapping[str, tuple[Wish, ...]]) -> tuple[Wish, ...]:
+        """Start a weight that the base does not store from another; the wishes that it takes."""
+        stored = self.weights[extra.source]
+        old, new = (name.removesuffix(".weight") for name in (extra.source, extra.name))
+        parts = {part: new + name.removeprefix(old) for part, name in stored.parts.items()}
+        self.sources |= {parts[part]: self.sources[name] for part, name in stored.parts.items()}
+        self.weights[extra.name] = replace(stored, parts=parts)
+        spec = stored.weight
+        inherited = [
+            wish
+            for wish, patch in patches(spec, by_tensor.get(extra.source, ()))
+            if extra.follow == "everything" or (extra.follow == "copies" and patch.kind == COPIED)
+        ]
+        return (*_moved(inherited, extra.name), *by_tensor.get(extra.name, ()))
+
+    def _one_matrix(self, tie: Tie) -> bool:
+        """False where both sides are stored and differ: then loaders keep them apart whatever the flag says."""
+        if not (tie.embedding_on_disk and tie.head_on_disk):
+            return True
+        return self._same(tie.embedding, tie.head)
+
+    def _same(self, one: str, other: str) -> bool:
+        """Whether two weights hold the same bytes."""
+        first, second = self.source(self.weights[one]), self.source(self.weights[other])
+        return first.parts.keys() == second.parts.keys() and all(
+            self._same_bytes(first.parts[part], second.parts[part]) for part in first.parts
+        )
+
+    def _same_bytes(self, one: str, other: str) -> bool:
+        specs = self.base.tensors
+        if specs[one] != specs[other]:
+            return False
+        first, second = (memoryview(bytearray(min(CHUNK, specs[one].nbytes))) for _ in range(2))
+        for start in range(0, specs[one].nbytes, CHUNK):
+            size = min(CHUNK, specs[one].nbytes - start)
+            self.base.read_into(one, start, first[:size])
+            self.base.read_into(other, start, second[:size])
+            if first[:size] != second[:size]:
+                return False
+        return True
+
+
+def _config(base: Checkpoint) -> dict[str, Any]:
+    """config.json; what it does not say of the quantization is taken from the file in which some loaders keep it."""
+    config = base.config or {}
+    config_values.check(config, f"{printable(base.path)}/config.json")
+    if config.get(SECTION):
+        return config
+    for kind in QUANTIZED.values():
+        if kind.own_file and Path(kind.own_file) in base.side_files:
+            body = read_json(base.path / kind.own_file)
+            return config | {SECTION: {"quant_method": kind.name} | kind.section(body)}
+    return config
+
+
+def _share_copies(tie: Tie, by_tensor: dict[str, tuple[Wish, ...]], spec: TensorSpec) -> None:
+    """A saved copy of one side stands for both, which were one matrix in training, unless the other has its own."""
+    built = {name: patches(spec, by_tensor.get(name, ())) for name in (tie.embedding, tie.head)}
+    for name, other in ((tie.embedding, tie.head), (tie.head, tie.embedding)):
+        copies = [wish for wish, patch in built[name] if patch.kind == COPIED]
+        if copies and not any(patch.replaces for _, patch in built[other]):
+            by_tensor[other] = (*_moved(copies, other), *by_tensor.get(other, ()))
+
+
+def _touch(built: Sequence[tuple[Wish, Patch]]) -> Touch:
+    sizes = [patch.replaces.shape[0] for _, patch in built if patch.replaces is not None]
+    replacing = [patch.kind for _, patch in built if patch.replaces is not None]
+    return Touch(
+        rows=any(wish.claim.keeps_tie for wish, _ in built),
+        delta=any(patch.replaces is None and not wish.claim.keeps_tie for wish, patch in built),
+        saved=any(kind != COPIED for kind in replacing),
+        copied=COPIED in replacing,
+        size=sizes[-1] if sizes else None,
+    )
+
+
+def _saved_alike(sides: Sequence[Sequence[tuple[Wish, Patch]]], adapters: Sequence[Checkpoint]) -> bool:
+    """Both sides are replaced, by equal values of the same adapter."""
+    saved = [(wish.adapter, patch.factors[0]) for side in sides for wish, patch in side if patch.replaces is not None]
+    if len(saved) != 2 or not all(sides):
+        return False
+    one, other = (adapters[adapter].load(name) for adapter, name in saved)
+    return one.shape == other.shape and one.dtype == other.dtype and bool((one == other).all())
+
+
+def _moved(wishes: Sequence[Wish], name: str) -> tuple[Wish, ...]:
+    return tuple(replace(wish, target=replace(wish.target, tensor=name)) for wish in wishes)

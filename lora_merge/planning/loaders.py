@@ -1,0 +1,183 @@
+"""What transformers' loader of a format makes of a model class: which modules it quantizes, and by which names it is
+told to leave one as it is.
+
+A loader that takes a module for quantized whose weight is plain, or the other way round, fills it with nothing or with
+raw codes, and says so only in a report of keys. So modules that a loader would not take stay plain.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from lora_merge.errors import UnsupportedError, listed
+from lora_merge.formats.base import Loader, Quantized
+from lora_merge.models.linears import linears, of_class
+from lora_merge.models.skeleton import Skeleton
+from lora_merge.spec import Target, TensorSpec
+
+EXPERTS = re.compile(r"(.*\.experts)\..*")
+"""A tensor of experts, one's or all's, and the module of all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """written: modules to quantize, by stored name. kept: those that config.json must name as plain, by their path in
+    the model. reasons: why modules that were to be written stay plain."""
+
+    written: tuple[str, ...]
+    kept: tuple[str, ...]
+    reasons: Mapping[str, str]
+
+
+def fitted(
+    loader: Loader | None,
+    skeleton: Skeleton | None,
+    tensors: Iterable[str],
+    written: Sequence[str],
+    kept: Sequence[str],
+) -> Fitted:
+    """Divide modules so that the loader takes exactly those for quantized that are written so.
+
+    loader: None for a format that transformers does not load. tensors: every stored name, for a model without a
+    skeleton. written: by stored name; kept: by stored name or path.
+    Raises UnsupportedError where no list of names would do.
+    """
+    paths = {stored: path for path, stored in of_class(skeleton).items()} if skeleton else {}
+    named = tuple(dict.fromkeys(paths.get(module, module) for module in kept))
+    if loader is None:
+        return Fitted(tuple(written), named, {})
+    _refuse_split_experts(loader, skeleton, written)
+    reasons = {module: why for module in written if (why := _unfit(loader, skeleton, paths.get(module, module)))}
+    modules = skeleton.experts if skeleton else [found[1] for name in tensors if (found := EXPERTS.fullmatch(name))]
+    experts = _experts(
+        loader, skeleton, dict.fromkeys(modules), [module for module in written if module not in reasons]
+    )
+    for inside in experts.values():
+        reasons |= dict.fromkeys(inside, "the loader has all experts of a layer as one")
+    named = tuple(dict.fromkeys([*named, *(paths.get(module, module) for module in reasons), *experts]))
+    while loader.by_end and (more := _overlooked(written, reasons, named, paths)):
+        reasons |= more
+        named = (*named, *(paths.get(module, module) for module in more))
+    patterns = skeleton.patterns if skeleton and loader.renames else {}
+    named = (*named, *(patterns[name] for name in named if name in patterns))
+    return Fitted(tuple(module for module in written if module not in reasons), named, reasons)
+
+
+def still_plain(
+    kind: type[Quantized],
+    skeleton: Skeleton | None,
+    tensors: Mapping[str, TensorSpec],
+    before: Sequence[str],
+    written: Collection[str],
+) -> list[str]:
+    """What config.json must name as plain where of a base's modules, `before`, only `written` stay quantized.
+
+    Raises UnsupportedError where the loader could not tell the two apart.
+    """
+    every = linears(tensors, skeleton, experts=kind.expert_linears)
+    kept = [module for module in (*every.chosen, *every.kept) if module not in written]
+    was = fitted(kind.loader, skeleton, tensors, before, [module for module in kept if module not in before])
+    fit = fitted(kind.loader, skeleton, tensors, list(written), kept)
+    if mixed := [module for module in fit.reasons if module not in was.reasons]:
+        raise UnsupportedError(
+            f"--keep: {listed(mixed)} cannot stay quantized then ({fit.reasons[mixed[0]]}); keep them as well"
+        )
+    return [*kept, *(module for module in fit.kept if module not in (*was.kept, *kept))]
+
+
+def _unfit(loader: Loader, skeleton: Skeleton | None, path: str) -> str | None:
+    """Why a loader leaves a linear of the model as it is."""
+    if skeleton is None:
+        return None
+    if path in skeleton.derived and not loader.derived:
+        return f"{skeleton.derived[path]} is derived from Linear, and the loader quantizes Linear itself alone"
+    if path in skeleton.strays:
+        return "it is stored under another name, and the loader finds its way from there for plain weights alone"
+    if skeleton.keeps_float32(path):
+        return f"{skeleton.class_name} keeps it in float32"
+    return None
+
+
+def lost(
+    loader: Loader | None, skeleton: Skeleton | None, parts: Collection[str], written: Collection[str]
+) -> list[str]:
+    """Parameters that the loader cannot fill: some lose plain weights that the class puts together from several, or
+    cannot cut a stored weight into several.
+
+    parts: those of the format's weights. written: modules, by stored name.
+    """
+    if loader is None or skeleton is None:
+        return []
+    drops = bool(set(parts) & set(loader.loses_plain))
+    found = []
+    for name, targets in skeleton.places.items():
+        cut = any(one.within is not None for one in targets)
+        joined = not cut and any(one != Target(one.tensor) for one in targets)
+        plain = any(one.tensor.removesuffix(".weight") not in written for one in targets)
+        named = all(one.tensor.endswith(".weight") for one in targets)
+        if named and ((cut and not loader.cuts) or (joined and plain and drops)):
+            found.append(name)
+    return found
+
+
+def _experts(
+    loader: Loader, skeleton: Skeleton | None, modules: Iterable[str], written: Sequence[str]
+) -> dict[str, list[str]]:
+    """Modules of experts that must stay plain, each with those of its linears that were to be written.
+
+    Where the class stacks experts, or the loader has a module of its own for them, linears that are stored one by one
+    go into the stack: all of them, by a loader that can merge them, or none.
+    """
+    if loader.experts == "linears":
+        return {}
+    stored = _stored_experts(skeleton) if skeleton else {}
+    homes = {one: path for path, names in stored.items() for one in names}
+    inside: dict[str, list[str]] = {path: [] for path in modules}
+    for one in written:
+        home = homes.get(one) or ((match := EXPERTS.fullmatch(one)) and match[1])
+        if home in inside:
+            inside[home].append(one)
+    merged = {
+        path
+        for path, names in stored.items()
+        if loader.experts == "merged" and names and names <= set(inside.get(path, ()))
+    }
+    return {path: ones for path, ones in inside.items() if path not in merged and (ones or loader.own_experts)}
+
+
+def _stored_experts(skeleton: Skeleton) -> dict[str, set[str]]:
+    """The stored matrices of each module of experts, by module."""
+    found: dict[str, set[str]] = {path: set() for path in skeleton.experts}
+    for name in skeleton.parameters:
+        if (match := EXPERTS.fullmatch(name)) and match[1] in found:
+            found[match[1]].update(one.tensor.removesuffix(".weight") for one in skeleton.disk_tensors(name))
+    return found
+
+
+def _overlooked(
+    written: Iterable[str], reasons: Mapping[str, str], named: Sequence[str], paths: Mapping[str, str]
+) -> dict[str, str]:
+    """Modules that the loader would take for one that stays plain: names go by their beginning up to a dot, and by
+    their end."""
+    entries = set(named)
+    shortest = min(map(len, entries), default=0)
+    found = {}
+    for module in written:
+        path = paths.get(module, module)
+        beginnings = (path[: match.start()] for match in re.finditer(r"\.", path))
+        ends = (path[start:] for start in range(len(path) - shortest + 1))
+        if module not in reasons and (entry := next((e for e in (*beginnings, *ends) if e in entries), None)):
+            found[module] = f"the loader takes it for {entry}, which stays plain"
+    return found
+
+
+def _refuse_split_experts(loader: Loader, skeleton: Skeleton | None, written: Sequence[str]) -> None:
+    """UnsupportedError where the loader expects experts one by one that are stored as a stack."""
+    stacks = [path for path, name in (skeleton.experts if skeleton else {}).items() if name in loader.split_experts]
+    if skeleton and written and any(skeleton.disk_tensors(f"{path}.gate_up_proj") for path in stacks):
+        raise UnsupportedError(
+            f"{listed(stacks, 2)}: the loader of this format wants the experts of {skeleton.class_name} one by one, "
+            "and they are stored as a stack; choose another --format"
+        )

@@ -1,0 +1,171 @@
+"""Names and shapes in, the whole output to the byte out. Reads headers and configs only, and writes nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from lora_merge import __version__
+from lora_merge.adapters.base import Options, Reading
+from lora_merge.checkpoint.opening import Checkpoint, identity
+from lora_merge.checkpoint.opening import digest as file_digest
+from lora_merge.errors import AdapterError, UnsupportedError, listed
+from lora_merge.formats import Quantized
+from lora_merge.models.config_paths import at, vocab_paths
+from lora_merge.models.keys import Resolver
+from lora_merge.models.replication import replicate
+from lora_merge.models.skeleton import build
+from lora_merge.models.ties import is_vocabulary
+from lora_merge.planning import claims as effects
+from lora_merge.planning import shards
+from lora_merge.planning.claims import Wishes
+from lora_merge.planning.draft import Draft
+from lora_merge.planning.job_list import job_list
+from lora_merge.planning.jobs import Copy, Job, Plan, Rewrite
+from lora_merge.planning.output_formats import Targets, check_read, decide, declared, quantization
+from lora_merge.request import Request
+
+CONFIG = "config.json"
+INDEX = "{}.safetensors.index.json"
+RECORDED = (
+    "bits", "format", "dtype", "quant_type", "double_quant", "group_size", "scales", "rounding", "seed", "keep",
+    "trained_on", "adapter_base", "weight", "alpha", "base_is_residual", "allow_unused", "max_shard_size",
+)  # fmt: skip
+"""Words of a request that decide the bytes of the output."""
+
+
+def make(
+    request: Request, base: Checkpoint, adapters: Sequence[Checkpoint], original: Checkpoint | None = None
+) -> Plan:
+    """The plan of a request whose inputs are open. original: what `--adapter-base` names.
+
+    Raises AdapterError where an adapter does not fit, UnsupportedError where a weight cannot be merged or written.
+    """
+    draft = Draft.of(base)
+    asked = Options(request.alpha, request.base_is_residual, draft.config.get("model_type"))
+    readings = [effects.read(adapter, asked, request.allow_unused) for adapter in adapters]
+    draft.notes += [note for adapter in adapters for note in adapter.notes]
+    draft.notes += [note for reading in readings for note in reading.notes]
+    _replicate(draft, readings)
+    draft.gather(turned=request.quantizes)
+    check_read(draft.weights, draft.config, draft.specs)
+    wishes = _resolve(draft, adapters, readings, request.allow_unused)
+    targets = decide(request, draft.weights, draft.config, draft.specs)
+    draft.changes |= targets.changes
+    draft.notes += targets.notes
+    jobs = job_list(draft, wishes, request, targets, original)
+    return _assembled(draft, jobs, targets, request, adapters, original)
+
+
+def options(request: Request) -> dict[str, Any]:
+    """The words of a request that decide the bytes of the output, where they differ from the default."""
+    defaults = {field.name: field.default for field in fields(request)}
+    words = {name: getattr(request, name) for name in RECORDED}
+    if request.original:
+        words["adapter_base"] = request.original.resolve().name  # what it holds is in the digest
+    return {name: value for name, value in words.items() if value != defaults[name]}
+
+
+def digest(*parts: Any) -> str:
+    """SHA-256 over JSON-able values; the name of a job."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _replicate(draft: Draft, readings: Sequence[Reading]) -> None:
+    """Repeat layers as `layer_replication` says, before any key is looked up."""
+    asked = {reading.layer_replication for reading in readings if reading.layer_replication}
+    if not asked:
+        return
+    if len(asked) > 1:
+        raise AdapterError(f"the adapters repeat layers differently ({listed(asked)}); merge them one by one")
+    draft.sources, changes = replicate(list(draft.base.tensors), asked.pop(), draft.config)
+    draft.changes |= changes
+
+
+def _resolve(
+    draft: Draft, adapters: Sequence[Checkpoint], readings: Sequence[Reading], allow_unused: str | None
+) -> Wishes:
+    """Every claim's place in the base; tied weights untied where the adapter touches one side."""
+    tie = draft.tie()
+    specs = tie.with_both(draft.specs) if tie else draft.specs
+    replicated = any(reading.layer_replication for reading in readings)  # the class would lay out the old layers
+    resolver = Resolver(specs, draft.config, None if replicated else lambda: build(draft.config, specs))
+    try:
+        wishes = effects.agreed(effects.resolve(adapters, readings, resolver, allow_unused), adapters)
+    except AdapterError as error:
+        coded = any(isinstance(stored.format, Quantized) for stored in draft.weights.values())
+        if coded or not declared(draft.config):
+            raise
+        raise UnsupportedError(f"{error}. Note that {quantization(draft.config)}") from None
+    draft.notes += wishes.notes
+    wishes = draft.straightened(wishes)
+    if tie is None:
+        return wishes
+    return draft.part_ties(tie, wishes, adapters, any(reading.ties_embeddings for reading in readings))
+
+
+def _assembled(
+    draft: Draft,
+    jobs: list[tuple[str, Job]],
+    targets: Targets,
+    request: Request,
+    adapters: Sequence[Checkpoint],
+    original: Checkpoint | None,
+) -> Plan:
+    """Shards to the byte, index, config, digest."""
+    base = draft.base
+    _follow_vocabulary(draft, [job for _, job in jobs])
+    if request.dtype:
+        keys = [key for key in ("dtype", "torch_dtype") if key in draft.config] or ["torch_dtype"]
+        draft.changes |= {(key,): request.dtype for key in keys if draft.config.get(key) != request.dtype}
+    metadata = {key: value for file in base.files for key, value in file.metadata.items()}
+    stem = shards.shard_stem([file.path.name for file in base.files])
+    laid = shards.lay_out(shards.grouped(jobs, request.max_shard_size), stem, {"format": "pt"} | metadata)
+    files = {}
+    if len(laid) > 1:
+        files[INDEX.format(stem)] = shards.index(laid)
+    changes = {path: value for path, value in draft.changes.items() if base.config is not None}
+    if changes:
+        files[CONFIG] = shards.changed_config(base.config or {}, changes)
+    files |= {file: shards.as_file(body) for file, body in targets.own_files.items() if body is not None}
+    dropped = {*files, *targets.own_files}
+    side = tuple(str(path) for path in base.side_files if str(path) not in dropped)
+    digests = tuple({file.path.name: file_digest(file.path) for file in adapter.files} for adapter in adapters)
+    configs = [adapter.config for adapter in adapters]
+    inputs = [[identity(file) for file in base.files], digests, configs, draft.read]
+    inputs += [[identity(file) for file in original.files]] if original else []
+    settings = [(shard.file, hashlib.sha256(shard.header).hexdigest()) for shard in laid]
+    name = digest(__version__, options(request), inputs, settings, {".".join(k): v for k, v in changes.items()})
+    return Plan(laid, files, side, changes, tuple(dict.fromkeys(draft.notes)), name, digests)
+
+
+def _follow_vocabulary(draft: Draft, jobs: Sequence[Job]) -> None:
+    """Where embeddings got another number of rows, the config says it.
+
+    Raises AdapterError where only one of embedding and head did: no model has two vocabularies.
+    """
+    specs = draft.specs
+    after = {name: spec.shape for name, spec in specs.items()}
+    after |= {job.name: job.weight.shape for job in jobs if isinstance(job, Rewrite)}
+    after |= {job.name: job.spec.shape for job in jobs if isinstance(job, Copy) and job.adapter is not None}
+    paths = vocab_paths(draft.config)
+    tokens = {at(draft.config, path) for path in paths}
+    resized = []
+    for name in [name for name, shape in after.items() if name in specs and shape != specs[name].shape]:
+        old, new = specs[name].shape[0], after[name][0]
+        if not (is_vocabulary(name) or old in tokens):  # a classifier with other labels
+            draft.notes.append(f"{name} has {new} rows instead of {old}; config.json must name as many labels")
+            continue
+        resized.append(name)
+        draft.notes.append(f"{name} has {new} rows instead of {old}; take the tokenizer of the adapter")
+        draft.changes |= dict.fromkeys(paths, new)
+    rows = {name: shape[0] for name, shape in after.items() if name in resized or is_vocabulary(name)}
+    if resized and len(set(rows.values())) > 1:
+        told = listed(f"{name} {count}" for name, count in rows.items())
+        raise AdapterError(
+            f"the adapter resizes only a part of the vocabulary; rows after the merge: {told}. Save the adapter again "
+            "with save_embedding_layers=True, so that it brings embedding and head alike"
+        )

@@ -1,0 +1,1 @@
+"""An output proved against its own record, or against its inputs."""

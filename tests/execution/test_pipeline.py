@@ -1,0 +1,154 @@
+"""Order, bounds and errors of the bounded pipeline."""
+
+import _thread
+import threading
+import time
+
+import pytest
+
+from lora_merge.execution import pipeline
+from lora_merge.system.stopping import Stop, Stopped
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_results_arrive_in_order_whatever_the_threads(threads):
+    seen = []
+
+    def work(item, slot):
+        time.sleep(0.002 * (item % 3))
+        return item * item
+
+    pipeline.run(
+        range(40),
+        work,
+        lambda item, result: seen.append((item, result)),
+        slots=[object() for _ in range(5)],
+        threads=threads,
+    )
+    assert seen == [(n, n * n) for n in range(40)]
+
+
+def test_no_more_items_are_in_flight_than_there_are_slots():
+    lock, flying, most = threading.Lock(), set(), [0]
+
+    def items():
+        for number in range(30):
+            with lock:
+                flying.add(number)
+                most[0] = max(most[0], len(flying))
+            yield number
+
+    def sink(item, result):
+        with lock:
+            flying.discard(item)
+
+    pipeline.run(items(), lambda item, slot: time.sleep(0.001), sink, slots=[1, 2, 3], threads=3)
+    assert most[0] <= 4  # three in flight, and the one that waits for a slot
+
+
+def test_a_slot_is_never_shared():
+    busy = set()
+
+    def work(item, slot):
+        assert slot not in busy
+        busy.add(slot)
+        time.sleep(0.001)
+        return slot
+
+    pipeline.run(range(50), work, lambda item, slot: busy.discard(slot), slots=["a", "b", "c"], threads=2)
+    assert busy == set()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("where", ["items", "work", "sink"])
+def test_the_first_error_ends_the_run(threads, where):
+    landed = []
+
+    def items():
+        for number in range(100):
+            if where == "items" and number == 7:
+                raise KeyError("items")
+            yield number
+
+    def work(item, slot):
+        if where == "work" and item == 7:
+            raise KeyError("work")
+        return item
+
+    def sink(item, result):
+        if where == "sink" and item == 7:
+            raise KeyError("sink")
+        landed.append(item)
+
+    with pytest.raises(KeyError, match=where):
+        pipeline.run(items(), work, sink, slots=[1, 2, 3, 4], threads=threads)
+    assert landed == list(range(len(landed))) and len(landed) <= 7
+
+
+def test_lanes_do_every_item_once():
+    seen = []
+    pipeline.each(range(30), seen.append, 3)
+    assert sorted(seen) == list(range(30))
+
+
+def test_an_error_in_one_lane_stops_the_others_before_their_next_item():
+    begun, landed, stop = threading.Event(), [], Stop()
+
+    def lane(item):
+        if item == 0:
+            begun.wait(5)
+            raise KeyError("first")
+        pipeline.run(range(10_000), lambda n, slot: time.sleep(0.001), lambda n, _: (landed.append(n), begun.set()),
+                     slots=[1], threads=1, stop=stop)  # fmt: skip
+
+    with pytest.raises(KeyError, match="first"):
+        pipeline.each([0, 1], lane, 2, stop)
+    assert 1 <= len(landed) < 5_000
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_pipeline_ends_before_the_item_at_which_it_is_asked_to_stop(threads):
+    stop, landed = Stop(), []
+
+    def sink(item, result):
+        landed.append(item)
+        if item == 5:
+            stop.ask()
+
+    with pytest.raises(Stopped):
+        pipeline.run(range(10_000), lambda n, slot: n, sink, slots=[1, 2, 3], threads=threads, stop=stop)
+    assert landed == list(range(6))
+
+
+def test_lanes_that_are_asked_to_stop_begin_nothing_new():
+    stop, seen = Stop(), []
+
+    def work(item):
+        seen.append(item)
+        if item == 3:
+            stop.ask()
+
+    with pytest.raises(Stopped):
+        pipeline.each(range(1000), work, 2, stop)
+    assert len(seen) <= 6
+
+
+@pytest.mark.usefixtures("hears_signals")
+def test_interrupts_end_every_lane_before_the_caller_goes_on():
+    running, stop = [], Stop()
+
+    def work(item):
+        running.append(item)
+        while not stop.asked:
+            time.sleep(0.001)
+        time.sleep(0.3)  # a block in hand
+        running.remove(item)
+
+    timers = [threading.Timer(0.05 * number, _thread.interrupt_main) for number in (2, 3, 4)]
+    with pytest.raises(KeyboardInterrupt):
+        for timer in timers:
+            timer.start()
+        pipeline.each(range(10), work, 3, stop)
+    assert running == []
+    for timer in timers:
+        timer.join()

@@ -1,0 +1,200 @@
+"""What every format promises, over the table of formats: a new row is tested by existing."""
+
+import pytest
+import stored_parts as sp
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_merge.formats import FORMATS, QUANTIZED, Wanted, weights
+from lora_merge.formats.auto_round import AutoRound
+from lora_merge.formats.gptq.format import GPTQ
+from lora_merge.formats.plain import LIMITS, PART, WRITABLE, Plain
+from lora_merge.spec import TensorSpec
+
+TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+WRITERS = [Plain(dtype) for dtype in WRITABLE]
+READERS = [Plain(dtype) for dtype in TORCH]
+
+shapes = st.one_of(
+    st.tuples(st.integers(1, 40)),
+    st.tuples(st.integers(1, 9), st.integers(1, 70)),
+    st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 9)),
+)
+
+
+def encoded(format, weight, rows):
+    """Parts of all rows, as one block."""
+    columns = rows.shape[1]
+    cuts = format.slices(weight, columns, 0, len(rows))
+    parts = {part: torch.zeros(cut.nbytes, dtype=torch.uint8) for part, cut in cuts.items()}
+    format.encode(rows, parts)
+    return parts
+
+
+STACK = TensorSpec("BF16", (2, 64, 96))
+CODED = {
+    "chatglm": [Wanted(4), Wanted(8)],
+    "compressed-tensors": [
+        *(Wanted(bits) for bits in range(2, 9)), Wanted(4, group_size=-1), Wanted(8, quant_type="fp8"),
+        Wanted(4, quant_type="nvfp4"), Wanted(4, quant_type="mxfp4"), Wanted(8, quant_type="mxfp8"),
+    ],
+    "bitsandbytes": [Wanted(4), Wanted(4, quant_type="fp4"), Wanted(4, double_quant=True), Wanted(8)],
+    "gptq": [Wanted(2), Wanted(3), Wanted(4), Wanted(8)],
+    "awq": [Wanted(4)],
+    "auto-round": [],
+    "fp8": [Wanted(8)],
+    "fbgemm_fp8": [Wanted(8)],
+    "modelopt": [Wanted(4), Wanted(8)],
+    "mxfp4": [Wanted(4)],
+}  # fmt: skip
+"""Every kind of output that each format writes. AutoRound's is only kept: it is tested with GPTQ's packing."""
+MODULES = {"mxfp4": "model.layers.0.mlp.experts.down_proj", "chatglm": "transformer.layers.0.mlp.dense_h_to_4h"}
+MODEL_TYPES = {"mxfp4": "gpt_oss", "chatglm": "chatglm"}
+
+
+def coded():
+    """Format, module and weight of each kind of output."""
+    for name, kinds in CODED.items():
+        module = MODULES.get(name, "model.layers.0.self_attn.q_proj")
+        weight = STACK if name == "mxfp4" else TensorSpec("BF16", (128, 256))
+        for wanted in kinds:
+            format = QUANTIZED[name].preset(wanted, {module: weight})
+            yield pytest.param(format, module, weight, id=f"{name}-{format}".replace(" ", "-"))
+    packing = AutoRound(GPTQ(4, named=False))
+    yield pytest.param(packing, "model.layers.0.self_attn.q_proj", TensorSpec("F16", (128, 256)), id="auto-round")
+
+
+def rows_of(weight, stacked):
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(weight.matrix(stacked), generator=generator).mul_(0.05)
+    rows[3] = 0.0
+    return rows.bfloat16().float()
+
+
+def settled(format, weight, rows):
+    ready = format.settled(weight)
+    return format.settled(weight, seen=ready.survey(rows)) if ready.needs_survey else ready
+
+
+def test_every_coded_format_is_in_the_contract():
+    assert CODED.keys() == QUANTIZED.keys()
+
+
+@pytest.mark.parametrize(("format", "module", "weight"), list(coded()))
+def test_codes_are_the_same_by_tiles_and_come_back_byte_for_byte(format, module, weight):
+    rows = rows_of(weight, format.stacked)
+    format = settled(format, weight, rows)
+    step = format.rows_at_once(weight)
+    within = format.rows_within(weight) or len(rows)
+    assert within % step == 0
+    parts = format.describe(weight)
+    assert format.measure(parts).shape == weight.shape
+    assert set(parts) <= set(format.part_names)
+    assert set(parts) & set(format.marks)
+
+    whole = sp.by_tiles(format, weight, rows, within, encode_with(format))
+    assert whole == sp.by_tiles(format, weight, rows, step, encode_with(format))
+    data = {part: torch.frombuffer(bytearray(value), dtype=torch.uint8) for part, value in whole.items()}
+
+    def again(tile, start, stop, out):
+        cuts = format.slices(weight, tile.shape[1], start, stop)
+        stored = {part: sp.gathered(data[part], cut) for part, cut in cuts.items()}
+        codes, grid = format.unpack(stored, *tile.shape)
+        near = grid.values(codes)
+        assert (near - tile).norm() <= 0.7 * tile.norm()
+        assert torch.equal(grid.values(grid.nearest(near)), near)
+        format.pack(codes, grid, out)
+
+    assert whole == sp.by_tiles(format, weight, rows, step, again)
+
+
+@pytest.mark.parametrize(("format", "module", "weight"), list(coded()))
+def test_a_checkpoint_of_codes_is_found_in_its_own_format(format, module, weight):
+    rows = rows_of(weight, format.stacked)
+    ready = settled(format, weight, rows)
+    whole = sp.by_tiles(ready, weight, rows, ready.rows_within(weight) or len(rows), encode_with(ready))
+    config = {"model_type": MODEL_TYPES.get(format.name, "llama"), "torch_dtype": "bfloat16", "hidden_size": 256}
+    if isinstance(format, AutoRound):
+        body = {"quant_method": "auto-round", "bits": 4, "group_size": 128, "packing_format": "auto_round:auto_gptq"}
+        config["quantization_config"] = body
+    else:
+        config |= {path[0]: value for path, value in format.config_changes({module: format}, [], config).items()}
+    tensors = {module + format.joint + part: spec for part, spec in ready.describe(weight).items()}
+    found = weights(tensors, config, lambda name: whole[name.removeprefix(module + format.joint)])
+    assert list(found) == [module + format.logical]
+    stored = found[module + format.logical]
+    assert (stored.format.name, stored.format.bits, stored.weight.shape) == (format.name, format.bits, weight.shape)
+    assert set(stored.parts.values()) == set(tensors)
+
+
+def encode_with(format):
+    def fresh(tile, start, stop, out):
+        grid = format.fit(tile, start)
+        format.pack(grid.nearest(tile), grid, out)
+
+    return fresh
+
+
+def test_the_table_is_keyed_by_the_formats_own_names():
+    assert {name: kind.name for name, kind in FORMATS.items()} == {name: name for name in FORMATS}
+
+
+@pytest.mark.parametrize("format", READERS, ids=str)
+@given(shape=shapes)
+def test_measure_undoes_describe_and_detect_finds_itself(format, shape):
+    parts = format.describe(TensorSpec(format.dtype, shape))
+    assert format.measure(parts) == TensorSpec(format.dtype, shape)
+    assert weights(parts, {}, bytes)[PART].format == format
+
+
+@pytest.mark.parametrize("format", WRITERS, ids=str)
+@given(shape=shapes, stacked=st.booleans())
+def test_describe_predicts_the_bytes_of_encode(format, shape, stacked):
+    weight = TensorSpec(format.dtype, shape)
+    rows, columns = weight.matrix(stacked)
+    parts = encoded(format, weight, torch.randn(rows, columns))
+    assert {part: data.numel() for part, data in parts.items()} == {
+        part: spec.nbytes for part, spec in format.describe(weight).items()
+    }
+
+
+@pytest.mark.parametrize("format", WRITERS, ids=str)
+@given(shape=shapes, cut=st.integers(1, 7))
+def test_rows_by_slices_equal_the_whole_and_stored_bytes_come_back(format, shape, cut):
+    weight = TensorSpec(format.dtype, shape)
+    rows, columns = weight.matrix()
+    whole = encoded(format, weight, torch.randn(rows, columns))
+    back = torch.empty(rows, columns)
+    format.decode(whole, back)
+    again = encoded(format, weight, back)
+    assert all(torch.equal(whole[part], again[part]) for part in whole)
+    step = cut * format.rows_at_once(weight)
+    for start in range(0, rows, step):
+        stop = min(rows, start + step)
+        piece = torch.empty(stop - start, columns)
+        slices = format.slices(weight, columns, start, stop)
+        format.decode({part: whole[part][cut.begin : cut.end] for part, cut in slices.items()}, piece)
+        assert torch.equal(piece, back[start:stop])
+
+
+@pytest.mark.parametrize("dtype", list(TORCH))
+def test_plain_decodes_what_torch_stores(dtype):
+    values = torch.randn(5, 7, dtype=torch.float64).to(TORCH[dtype])
+    out = torch.empty(5, 7)
+    Plain(dtype).decode({PART: values.reshape(-1).view(torch.uint8)}, out)
+    assert torch.equal(out, values.float())
+
+
+@pytest.mark.parametrize("dtype", WRITABLE)
+def test_the_limit_is_the_last_float32_that_stays_finite(dtype):
+    limit = torch.tensor(LIMITS[dtype], dtype=torch.float64)
+    below = limit.float() if limit.float() <= limit else torch.nextafter(limit.float(), torch.tensor(0.0))
+    above = torch.nextafter(below, torch.tensor(float("inf")))
+    assert torch.isfinite(below.to(TORCH[dtype]))
+    assert not torch.isfinite(above.to(TORCH[dtype]))
+
+
+def test_float64_is_read_and_not_written():
+    assert "--dtype" in Plain("F64").refusal(TensorSpec("F64", (2, 2)))
+    assert Plain("F32").refusal(TensorSpec("F32", (2, 2))) is None
