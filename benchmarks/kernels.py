@@ -46,7 +46,7 @@ class Weight:
     def made(cls, size: int) -> Weight:
         torch.manual_seed(0)
         spec = TensorSpec("BF16", (size, size))
-        format = CompressedTensors(Scheme(PACK, 4, group_size=GROUP)).settled(spec)
+        format = CompressedTensors(Scheme(PACK, 4, group_size=GROUP)).for_weight(spec)
         parts = {
             part: torch.empty(cut.nbytes, dtype=torch.uint8) for part, cut in format.slices(spec, size, 0, size).items()
         }

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lora_merge import __version__
-from lora_merge.checkpoint.opening import Checkpoint, digest, identity, open_adapter, open_base
+from lora_merge.checkpoint.opening import Checkpoint, file_sha256, identity, open_adapter, open_base
 from lora_merge.errors import NumericError, listed, printable
 from lora_merge.execution import resuming
 from lora_merge.inspection import inspect_path
@@ -284,7 +284,9 @@ def _input(role: str, checkpoint: Checkpoint, digests: Mapping[str, str]) -> dic
     for name, sha256 in digests.items():
         files[name]["sha256"] = sha256
     configs = ("adapter_config.json", "config.json")
-    small = {name: {"sha256": digest(checkpoint.path / name)} for name in configs if (checkpoint.path / name).is_file()}
+    small = {
+        name: {"sha256": file_sha256(checkpoint.path / name)} for name in configs if (checkpoint.path / name).is_file()
+    }
     return {"role": role, "name": checkpoint.path.resolve().name, "files": files | small}
 
 

@@ -145,7 +145,7 @@ def chosen(word: str, known: tuple[str, ...], text: str) -> Callable[[Any], Any]
 @click.option("--double-quant", is_flag=True, help="Quantize the scales too (bitsandbytes).")
 @click.option("--group-size", type=int, help="Weights of a row that share a scale; -1: all of them.")
 @click.option("--keep", metavar="REGEX", multiple=True, help="Modules that stay, or become, plain; repeatable.")
-@click.option("--max-shard-size", type=Size(), help="Cut shards at this size. Default: as the base is cut.")
+@click.option("--max-shard-size", type=Size(), help="ByteRange shards at this size. Default: as the base is cut.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT where it is an earlier output; nothing else ever is.")
 @click.option("--verify/--no-verify", default=False, help="Read OUT again before it is published.")
 @chosen("--rounding", ROUNDINGS, "How merged weights become codes; auto chooses for each by measuring.")

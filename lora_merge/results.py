@@ -83,7 +83,7 @@ class MergedWeight:
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class TotalSurvival:
     """What rounding left of the change to all weights together, as `quantization.survival` says it of one."""
 
     survival: float
@@ -92,7 +92,7 @@ class Kept:
     noise: float
 
     @classmethod
-    def of(cls, weights: Iterable[MergedWeight]) -> Kept | None:
+    def of(cls, weights: Iterable[MergedWeight]) -> TotalSurvival | None:
         """Summed up, each weight by the size of its change; None where no change went through rounding to codes."""
         found = [
             (w.change_norm**2, w.survival, w.raw_survival, w.projection, w.noise)
@@ -133,9 +133,9 @@ class MergeResult:
     resumed_bytes: int = 0
 
     @property
-    def kept(self) -> Kept | None:
+    def kept(self) -> TotalSurvival | None:
         """What rounding left of the adapters; None for a plain output."""
-        return Kept.of(self.weights)
+        return TotalSurvival.of(self.weights)
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self) | {"kept": asdict(self.kept) if self.kept else None}

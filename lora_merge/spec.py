@@ -47,7 +47,7 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class Location:
     """The base tensor that holds a module's parameter, or the piece of the parameter that it holds.
 
     A parameter may be spread over several tensors (fused experts kept apart on disk) or be only
@@ -59,11 +59,11 @@ class Target:
             expert is given); None: all of them.
     within: the parameter is rows `[start, stop)` of the tensor's first dimension (of `matrix(stacked=True)` where the
             tensor is a 3-D stack of experts and the parameter one expert's); None: it is the whole tensor.
-    straight: a linear's weight is `[out, in]` here, even where its class has it `[in, out]` (Conv1D).
+    as_linear: a linear's weight is `[out, in]` here, even where its class has it `[in, out]` (Conv1D).
     """
 
     tensor: str
     expert: int | None = None
     rows: tuple[int, int] | None = None
     within: tuple[int, int] | None = None
-    straight: bool = False
+    as_linear: bool = False

@@ -396,7 +396,7 @@ def test_saved_counters_that_are_no_floats_are_replaced(tmp_path):
 
 
 def test_factors_that_several_weights_share_are_read_once_and_let_go(monkeypatch):
-    from lora_merge.execution.factors import Reader
+    from lora_merge.execution.factors import FactorReader
     from lora_merge.execution.tiles import KEPT
 
     class Counted:
@@ -406,11 +406,11 @@ def test_factors_that_several_weights_share_are_read_once_and_let_go(monkeypatch
             Counted.loads += 1
             return torch.ones(2)
 
-    reader = Reader(Counted(), torch.device("cpu"), {"shared": 3, "alone": 1})
+    reader = FactorReader(Counted(), torch.device("cpu"), {"shared": 3, "alone": 1})
     for name in ("shared", "alone", "shared", "shared"):
         assert reader(name).sum() == 2
     assert Counted.loads == 2 and not reader.kept
-    many = Reader(Counted(), torch.device("cpu"), {str(n): 2 for n in range(20)})
+    many = FactorReader(Counted(), torch.device("cpu"), {str(n): 2 for n in range(20)})
     for n in range(20):
         many(str(n))
     assert len(many.kept) == KEPT

@@ -1,7 +1,7 @@
 """The contract of an adapter kind.
 
 An adapter is read in two steps. From config and tensor names alone, its kind states *claims*: this module's parameter
-is to be changed, by these factors. `plan` resolves each claim to base tensors (`Target`) and asks the claim for a
+is to be changed, by these factors. `plan` resolves each claim to base tensors (`Location`) and asks the claim for a
 *patch* per tensor: a frozen, checked description of one effect on one weight. Only `execute` binds a patch to values.
 
 A weight is worked on as float32 rows of `TensorSpec.matrix(stacked)`: `[n, columns]`, a block of rows at a time.
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from lora_merge.spec import Target, TensorSpec
+from lora_merge.spec import Location, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -113,7 +113,7 @@ class Claim:
     module: str
     parameter: str
     factors: tuple[str, ...]
-    build: Callable[[Target, TensorSpec], Patch]
+    build: Callable[[Location, TensorSpec], Patch]
     order: int = 1
     shape: tuple[int, ...] | None = None
     """What is known of the parameter's shape from the factors: `[out, in]` for a linear LoRA (stored either way round

@@ -22,7 +22,7 @@ from lora_merge.adapters.base import Claim, Patch
 from lora_merge.adapters.layers import Pair
 from lora_merge.adapters.lowrank import Factor, LowRank
 from lora_merge.errors import AdapterError, listed, printable
-from lora_merge.spec import Target, TensorSpec
+from lora_merge.spec import Location, TensorSpec
 
 DECLARED = (
     "weight", "w1", "v1", "gate_proj", "up_proj", "gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias",
@@ -57,37 +57,37 @@ class Stack:
     def claim(self, parameter: str) -> Claim:
         """The claim on the whole stack, on pieces of it, or on experts stored one by one."""
 
-        def build(target: Target, weight: TensorSpec) -> Patch:
-            if target.within is None and target.expert is None and len(weight.shape) == 3:
-                return self._stacked(target, weight)
-            if target.within is None and target.expert is not None and len(weight.shape) == 2:
-                return self._single(target, weight, target.expert)
+        def build(location: Location, weight: TensorSpec) -> Patch:
+            if location.within is None and location.expert is None and len(weight.shape) == 3:
+                return self._stacked(location, weight)
+            if location.within is None and location.expert is not None and len(weight.shape) == 2:
+                return self._single(location, weight, location.expert)
             if self.experts == 1:
-                return layers.linear(self.pair, parameter).build(target, weight)
-            raise self._misfit(target, weight)
+                return layers.linear(self.pair, parameter).build(location, weight)
+            raise self._misfit(location, weight)
 
         shape = (self.experts, self.q, self.p) if self.experts > 1 else None
         return Claim(self.pair.module, parameter, self.pair.factors, build, shape=shape)
 
-    def _stacked(self, target: Target, weight: TensorSpec) -> LowRank:
+    def _stacked(self, location: Location, weight: TensorSpec) -> LowRank:
         experts, d1, d2 = weight.shape
-        cut_columns = self.input_first and target.rows is not None
-        straight = self._fits((self.q, d1), (self.p, d2), target.rows, cut_columns)
-        turned = self._fits((self.p, d1), (self.q, d2), target.rows, cut_columns)
-        if experts != self.experts or not (straight or turned):
-            raise self._misfit(target, weight)
-        turn = turned and (not straight or self.input_first or self.old)
-        return self._update(turn, None, target.rows, cut_columns)
+        cut_columns = self.input_first and location.rows is not None
+        as_is = self._fits((self.q, d1), (self.p, d2), location.rows, cut_columns)
+        transposed = self._fits((self.p, d1), (self.q, d2), location.rows, cut_columns)
+        if experts != self.experts or not (as_is or transposed):
+            raise self._misfit(location, weight)
+        turn = transposed and (not as_is or self.input_first or self.old)
+        return self._update(turn, None, location.rows, cut_columns)
 
-    def _single(self, target: Target, weight: TensorSpec, expert: int) -> LowRank:
+    def _single(self, location: Location, weight: TensorSpec, expert: int) -> LowRank:
         """An expert's own tensor is a linear layer's, `[out, in]`, whatever the model makes of it."""
         d1, d2 = weight.shape
-        straight = self._fits((self.q, d1), (self.p, d2), target.rows, False)
-        turned = self._fits((self.p, d1), (self.q, d2), target.rows, False)
-        if not 0 <= expert < self.experts or not (straight or turned):
-            raise self._misfit(target, weight)
-        turn = turned and (not straight or (self.old and not self.input_first))
-        return self._update(turn, expert, target.rows, False)
+        as_is = self._fits((self.q, d1), (self.p, d2), location.rows, False)
+        transposed = self._fits((self.p, d1), (self.q, d2), location.rows, False)
+        if not 0 <= expert < self.experts or not (as_is or transposed):
+            raise self._misfit(location, weight)
+        turn = transposed and (not as_is or (self.old and not self.input_first))
+        return self._update(turn, expert, location.rows, False)
 
     def _fits(
         self, first: tuple[int, int], second: tuple[int, int], piece: tuple[int, int] | None, of_columns: bool
@@ -105,9 +105,9 @@ class Stack:
         right = replace(right, columns=piece) if of_columns else right
         return LowRank(left, right, self.pair.scale, stacked=None if expert is not None else True)
 
-    def _misfit(self, target: Target, weight: TensorSpec) -> AdapterError:
+    def _misfit(self, location: Location, weight: TensorSpec) -> AdapterError:
         sides = f"{self.experts} experts with sides {self.q} and {self.p}"
-        return self.pair.misfit(target, weight, f"{sides} (rank {self.pair.r})")
+        return self.pair.misfit(location, weight, f"{sides} (rank {self.pair.r})")
 
 
 def parameters_of(module: str, target_parameters: Sequence[str], bare: bool = False) -> list[str]:

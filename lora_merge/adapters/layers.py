@@ -19,7 +19,7 @@ from lora_merge.adapters.dora import Dora
 from lora_merge.adapters.lowrank import Factor, LowRank, Shift
 from lora_merge.adapters.residual import Residual
 from lora_merge.errors import AdapterError, UnsupportedError, printable
-from lora_merge.spec import Target, TensorSpec
+from lora_merge.spec import Location, TensorSpec
 
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 CONV1D_NAMES = ("c_attn", "q_attn", "c_proj", "c_fc")
@@ -63,33 +63,33 @@ class Pair:
     def factors(self) -> tuple[str, ...]:
         return tuple(key for key in (self.a, self.b, self.diagonal, self.magnitude) if key)
 
-    def misfit(self, target: Target, weight: TensorSpec, expected: str) -> AdapterError:
+    def misfit(self, location: Location, weight: TensorSpec, expected: str) -> AdapterError:
         a, b = list(self.a_shape), list(self.b_shape)
         return AdapterError(
             f"{printable(self.module)}: lora_A {a} and lora_B {b} are made for {expected}; "
-            f"{printable(target.tensor)} is {weight}. Is this the base that the adapter was trained on?"
+            f"{printable(location.tensor)} is {weight}. Is this the base that the adapter was trained on?"
         )
 
-    def on_linear(self, target: Target, weight: TensorSpec) -> LowRank | Dora | Residual:
+    def on_linear(self, location: Location, weight: TensorSpec) -> LowRank | Dora | Residual:
         """The patch of a linear layer's weight; a method, since it takes a quarter of a closure's memory."""
-        rows = target.rows or (0, self.outputs)
+        rows = location.rows or (0, self.outputs)
         height = rows[1] - rows[0]
-        one_expert = target.within is not None and len(weight.shape) == 3
+        one_expert = location.within is not None and len(weight.shape) == 3
         total, columns = weight.matrix(stacked=one_expert)
-        first, last = target.within or (0, total)
-        whole = target.rows is None and target.within is None
+        first, last = location.within or (0, total)
+        whole = location.rows is None and location.within is None
         fits = last - first == height and last <= total and rows[1] <= self.outputs
-        straight = fits and columns == self.inputs and (len(weight.shape) == 2 or one_expert)
-        turned = whole and weight.shape == (self.inputs, self.outputs)
-        if target.expert is not None or not (straight or turned):
-            raise self.misfit(target, weight, f"a weight {[self.outputs, self.inputs]}")
+        as_is = fits and columns == self.inputs and (len(weight.shape) == 2 or one_expert)
+        transposed = whole and weight.shape == (self.inputs, self.outputs)
+        if location.expert is not None or not (as_is or transposed):
+            raise self.misfit(location, weight, f"a weight {[self.outputs, self.inputs]}")
         a = Factor(self.a, _flat(self.a_shape), blocks=self.a_blocks)
         b = Factor(self.b, _flat(self.b_shape), blocks=self.b_blocks, diagonal=self.diagonal)
-        if turned and not (straight and (target.straight or not self.conv1d)):
+        if transposed and not (as_is and (location.as_linear or not self.conv1d)):
             update = LowRank(replace(a, transpose=True), replace(b, transpose=True), self.scale)
-            return _started(self, _magnified(self, update, columnwise=True), weight, True, target)
-        update = LowRank(replace(b, rows=target.rows), a, self.scale, first, stacked=True if one_expert else None)
-        return _started(self, _magnified(self, update, rows=target.rows), weight, False, target)
+            return _started(self, _magnified(self, update, columnwise=True), weight, True, location)
+        update = LowRank(replace(b, rows=location.rows), a, self.scale, first, stacked=True if one_expert else None)
+        return _started(self, _magnified(self, update, rows=location.rows), weight, False, location)
 
 
 def linear(pair: Pair, parameter: str = "weight") -> Claim:
@@ -107,18 +107,18 @@ def embedding(pair: Pair) -> Claim:
     """The claim of an embedding: lora_A holds its tokens, lora_B its dimensions."""
     shape = (pair.inputs, pair.outputs)
 
-    def build(target: Target, weight: TensorSpec) -> LowRank | Dora:
-        rows = target.rows or (0, pair.inputs)
-        first, last = target.within or (0, weight.shape[0] if weight.shape else 0)
+    def build(location: Location, weight: TensorSpec) -> LowRank | Dora:
+        rows = location.rows or (0, pair.inputs)
+        first, last = location.within or (0, weight.shape[0] if weight.shape else 0)
         fits = weight.shape[1:] == (pair.outputs,) and last - first == rows[1] - rows[0] and rows[1] <= pair.inputs
-        if target.expert is not None or not fits:
-            raise pair.misfit(target, weight, f"an embedding {list(shape)}")
-        if pair.magnitude and (target.rows or target.within):
+        if location.expert is not None or not fits:
+            raise pair.misfit(location, weight, f"an embedding {list(shape)}")
+        if pair.magnitude and (location.rows or location.within):
             raise UnsupportedError(
-                f"{printable(pair.module)}: DoRA of an embedding needs all of its rows; {printable(target.tensor)} "
+                f"{printable(pair.module)}: DoRA of an embedding needs all of its rows; {printable(location.tensor)} "
                 "holds only a part of them, or more"
             )
-        left = Factor(pair.a, _flat(pair.a_shape), transpose=True, rows=target.rows)
+        left = Factor(pair.a, _flat(pair.a_shape), transpose=True, rows=location.rows)
         right = Factor(pair.b, _flat(pair.b_shape), transpose=True)
         update = LowRank(left, right, pair.scale, first)
         return _magnified(pair, update, columnwise=True)
@@ -133,12 +133,12 @@ def convolution(pair: Pair) -> Claim:
     """
     shape = (pair.outputs, *pair.a_shape[1:])
 
-    def build(target: Target, weight: TensorSpec) -> LowRank | Dora:
+    def build(location: Location, weight: TensorSpec) -> LowRank | Dora:
         if weight.shape[:1] == shape[:1] and weight.shape[2:] == shape[2:] and weight.shape[1] != shape[1]:
             raise _grouped(pair)
         flattened = (shape[0], math.prod(shape[1:]))
-        if weight.shape not in (shape, flattened) or target != Target(target.tensor):
-            raise pair.misfit(target, weight, f"a convolution {list(shape)}")
+        if weight.shape not in (shape, flattened) or location != Location(location.tensor):
+            raise pair.misfit(location, weight, f"a convolution {list(shape)}")
         a, b = Factor(pair.a, _flat(pair.a_shape)), Factor(pair.b, _flat(pair.b_shape))
         return _magnified(pair, LowRank(b, a, pair.scale, stacked=False))
 
@@ -150,15 +150,15 @@ def convolution(pair: Pair) -> Claim:
 def bias(module: str, key: str, length: int, scale: float) -> Claim:
     """The claim of `lora_B.bias` on the bias of its module."""
 
-    def build(target: Target, weight: TensorSpec) -> Shift:
-        rows = target.rows or (0, length)
-        first, last = target.within or (0, weight.numel)
+    def build(location: Location, weight: TensorSpec) -> Shift:
+        rows = location.rows or (0, length)
+        first, last = location.within or (0, weight.numel)
         if len(weight.shape) != 1 or last - first != rows[1] - rows[0] or rows[1] > length:
             raise AdapterError(
                 f"{printable(key)} has {length} numbers for the bias of {printable(module)}; "
-                f"{printable(target.tensor)} is {weight}"
+                f"{printable(location.tensor)} is {weight}"
             )
-        return Shift(key, length, scale, target.rows, first)
+        return Shift(key, length, scale, location.rows, first)
 
     return Claim(module, "bias", (key,), build, shape=(length,))
 
@@ -179,26 +179,26 @@ def _magnified(
 
 
 def _started(
-    pair: Pair, update: LowRank | Dora, weight: TensorSpec, turned: bool, target: Target
+    pair: Pair, update: LowRank | Dora, weight: TensorSpec, transposed: bool, location: Location
 ) -> LowRank | Dora | Residual:
     """The update after the change of the base that its initialisation made, if it made one."""
     if pair.init is None:
         return update
     where = f"{printable(pair.module)}: {pair.init}"
-    if target.rows is not None:
+    if location.rows is not None:
         raise UnsupportedError(
-            f"{where} must factor the whole weight, and {printable(target.tensor)} holds only a part of it; merge onto "
-            "the saved residual base and say --base-is-residual"
+            f"{where} must factor the whole weight, and {printable(location.tensor)} holds only a part of it; merge "
+            "onto the saved residual base and say --base-is-residual"
         )
-    if turned and pair.init != "pissa":
+    if transposed and pair.init != "pissa":
         raise UnsupportedError(
-            f"{where} is not defined for a weight stored [in, out], as {printable(target.tensor)} is"
+            f"{where} is not defined for a weight stored [in, out], as {printable(location.tensor)} is"
         )
     if pair.init == "kasa" and pair.r >= min(pair.inputs, pair.outputs):
-        raise AdapterError(f"{where} of rank {pair.r} leaves nothing of {printable(target.tensor)}, {weight}")
+        raise AdapterError(f"{where} of rank {pair.r} leaves nothing of {printable(location.tensor)}, {weight}")
     if pair.init == "pissa" and pair.scale <= 0:
         raise AdapterError(f"{where} needs a positive scale, adapter_config.json gives {pair.scale:g}")
-    return Residual(pair.init, pair.r, pair.scale, update, target.within, turned)
+    return Residual(pair.init, pair.r, pair.scale, update, location.within, transposed)
 
 
 def _grouped(pair: Pair) -> UnsupportedError:

@@ -53,7 +53,7 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec], options: 
     copied = frozenset(claim.module for claim in saved if claim.parameter == "weight")
     trained = tokens.claims(entries, tensors, settings.token_indices)
     places = grouped(drained(entries), tensors)
-    reader = Reader(settings, options, tensors, places, attentions(places, tensors), copied)
+    reader = ClaimReader(settings, options, tensors, places, attentions(places, tensors), copied)
     remarks = reader.notes()
     claims, unused = reader.claims()
     return Reading(
@@ -133,7 +133,7 @@ def _broken(factors: Iterable[tuple[str, str]], tensors: Mapping[str, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
-class Reader:
+class ClaimReader:
     """Makes claims of places.
 
     attentions: the places of nn.MultiheadAttention.

@@ -22,7 +22,7 @@ from lora_merge.adapters.layers import Pair
 from lora_merge.adapters.lowrank import Factor, LowRank
 from lora_merge.adapters.peft_keys import Entry, strip_prefix
 from lora_merge.errors import AdapterError, UnsupportedError, UsageError, listed, printable
-from lora_merge.spec import PLAIN_FLOATS, Target, TensorSpec
+from lora_merge.spec import PLAIN_FLOATS, Location, TensorSpec
 
 ENDINGS = (".lora_A", ".lora_B", ".lora_a", ".lora_b")
 BUFFERS = ("inv_freq", "position_ids", "masked_bias", "num_batches_tracked")
@@ -104,12 +104,12 @@ def _claim(pair: Pair) -> Claim:
     """A linear claim that also fits a convolution; the base's weight tells which it is."""
     claim = layers.linear(pair)
 
-    def build(target: Target, weight: TensorSpec) -> Patch:
-        if len(weight.shape) != 4 or target != Target(target.tensor):
-            return claim.build(target, weight)
+    def build(location: Location, weight: TensorSpec) -> Patch:
+        if len(weight.shape) != 4 or location != Location(location.tensor):
+            return claim.build(location, weight)
         out, inputs, k, width = weight.shape
         if (pair.outputs, pair.inputs) != (out * k, inputs * k) or pair.r % k or k != width:
-            raise pair.misfit(target, weight, "a convolution [out, in, k, k] with lora_B [out * k, r * k]")
+            raise pair.misfit(location, weight, "a convolution [out, in, k, k] with lora_B [out * k, r * k]")
         left, right = Factor(pair.b, (out * k, pair.r)), Factor(pair.a, (pair.r, inputs * k))
         return LowRank(left, right, pair.scale * k, fold=k, stacked=False)
 

@@ -32,7 +32,7 @@ class Factor:
     expert:  take this one alone.
     blocks:  the stored rows are blocks of a block-diagonal matrix, one under the other.
     transpose: turn each matrix round.
-    rows, columns: the piece `[start, stop)` of the turned matrix to keep.
+    rows, columns: the piece `[start, stop)` of the transposed matrix to keep.
     diagonal: name of a vector that scales the columns of the stored matrix.
     """
 
@@ -121,7 +121,7 @@ class LowRank:
         return None
 
     def workspace(self, weight: TensorSpec) -> int:
-        # Both factors in float32, and while one is turned, itself as stored (in 8 bytes a number at most).
+        # Both factors in float32, and while one is transposed, itself as stored (in 8 bytes a number at most).
         stored = max(f.shape[0] * f.shape[1] * f.blocks for f in (self.left, self.right))
         return self.left.nbytes + self.right.nbytes + stored * 2 * FLOAT
 

@@ -28,8 +28,8 @@ class Residual:
     """Take the part of `method` and rank `r` out of the weight, then apply `update`.
 
     rows: the rows of the tensor that are this module's weight; None: all.
-    turned: the weight is stored `[in, out]`. Its components are the same, but only the factorisation of `[out, in]`,
-        which training saw, has the same rounding errors.
+    transposed: the weight is stored `[in, out]`. Its components are the same, but only the factorisation of `[out,
+        in]`, which training saw, has the same rounding errors.
     """
 
     method: str
@@ -37,7 +37,7 @@ class Residual:
     scale: float
     update: LowRank | Dora
     rows: tuple[int, int] | None = None
-    turned: bool = False
+    transposed: bool = False
 
     @property
     def kind(self) -> str:
@@ -65,7 +65,7 @@ class Residual:
         total, n = weight.matrix(bool(self.stacked))
         m = self.rows[1] - self.rows[0] if self.rows else total
         k = min(m, n)
-        numbers = (4 if self.turned else 3) * m * n + 2 * k * (m + n) + 8 * k * k + 64 * (m + n) + 1024
+        numbers = (4 if self.transposed else 3) * m * n + 2 * k * (m + n) + 8 * k * k + 64 * (m + n) + 1024
         return numbers * FLOAT + self.update.workspace(weight)
 
     def bind(self, read: Read, weight: TensorSpec) -> BoundResidual:
@@ -87,9 +87,9 @@ class BoundResidual:
         """rows: all rows of the tensor."""
         patch = self.patch
         weight = rows[slice(*patch.rows)] if patch.rows else rows
-        seen = weight.T.contiguous() if patch.turned else weight
+        seen = weight.T.contiguous() if patch.transposed else weight
         left = rounded(residual(seen, patch.method, patch.r, patch.scale), self.dtype)
-        weight.copy_(left.T if patch.turned else left)
+        weight.copy_(left.T if patch.transposed else left)
         self.update.observe(rows, start)
         return self.update.apply(rows, start)
 

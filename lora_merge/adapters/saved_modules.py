@@ -10,7 +10,7 @@ from lora_merge.adapters.base import Claim, Needs, RowReader
 from lora_merge.adapters.lowrank import Read
 from lora_merge.adapters.peft_keys import Entry
 from lora_merge.errors import AdapterError, listed, printable
-from lora_merge.spec import PLAIN_FLOATS, Target, TensorSpec
+from lora_merge.spec import PLAIN_FLOATS, Location, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -133,14 +133,14 @@ def _kind(entry: Entry, listed_modules: Sequence[str], bias: str) -> str | None:
 def claim(module: str, parameter: str, name: str, spec: TensorSpec, kind: str) -> Claim:
     """The claim of a saved tensor on a parameter, before any other change of it."""
 
-    def build(target: Target, weight: TensorSpec) -> Saved:
-        cut = target.rows
+    def build(location: Location, weight: TensorSpec) -> Saved:
+        cut = location.rows
         held = (spec.shape[0] if cut is None else cut[1] - cut[0], *spec.shape[1:]) if spec.shape else ()
         fits = held == weight.shape or (held[1:] == weight.shape[1:] and bool(held) and not in_stack(module))
-        if target.expert is not None or target.within is not None or not fits:
+        if location.expert is not None or location.within is not None or not fits:
             raise AdapterError(
                 f"{printable(name)} is {spec}, saved to replace {printable(module)}.{printable(parameter)}; "
-                f"the base has {weight} in {printable(target.tensor)}, which it cannot replace"
+                f"the base has {weight} in {printable(location.tensor)}, which it cannot replace"
             )
         floats = spec.dtype in PLAIN_FLOATS and weight.dtype in PLAIN_FLOATS
         return Saved(name, spec, TensorSpec(weight.dtype if floats else spec.dtype, held), cut, kind)

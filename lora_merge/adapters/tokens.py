@@ -20,7 +20,7 @@ from lora_merge.adapters.lora_config import token_indices
 from lora_merge.adapters.lowrank import FLOAT, Read
 from lora_merge.adapters.peft_keys import Entry, read_keys
 from lora_merge.errors import AdapterError, listed, printable
-from lora_merge.spec import Target, TensorSpec
+from lora_merge.spec import Location, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -121,15 +121,15 @@ def _claim(entry: Entry, spec: TensorSpec, indices: tuple[int, ...]) -> Claim:
         )
     rows, dim = spec.shape
 
-    def build(target: Target, weight: TensorSpec) -> TokenRows:
-        start, stop = target.rows or (0, max((*indices, 0)) + 1)
-        first = target.within[0] if target.within else 0
+    def build(location: Location, weight: TensorSpec) -> TokenRows:
+        start, stop = location.rows or (0, max((*indices, 0)) + 1)
+        first = location.within[0] if location.within else 0
         places = tuple((i - start + first, k) for k, i in enumerate(indices) if start <= i < stop)
-        last = target.within[1] if target.within else weight.shape[0] if weight.shape else 0
+        last = location.within[1] if location.within else weight.shape[0] if weight.shape else 0
         if len(weight.shape) != 2 or weight.shape[1] != dim or any(row >= last for row, _ in places):
             raise AdapterError(
                 f"{printable(entry.key)} sets tokens up to {max(indices)} of {dim} numbers each; "
-                f"{printable(target.tensor)} is {weight}, which has no such rows"
+                f"{printable(location.tensor)} is {weight}, which has no such rows"
             )
         return TokenRows(entry.key, places, (rows, dim))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-from lora_merge.checkpoint.weight_files import Found, find_adapter, find_base
+from lora_merge.checkpoint.weight_files import CheckpointFiles, find_adapter, find_base
 from lora_merge.containers import TensorFile
 from lora_merge.containers.json_file import read_json
 from lora_merge.containers.regular_file import RegularFile
@@ -104,7 +104,7 @@ def open_adapter(path: Path) -> Checkpoint:
     return _open(find_adapter(Path(path)))
 
 
-def digest(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     """sha256 of a file, in hex."""
     sha256 = hashlib.sha256()
     file = RegularFile(path)
@@ -127,7 +127,7 @@ def identity(file: TensorFile) -> dict[str, Any]:
     }
 
 
-def _open(found: Found) -> Checkpoint:
+def _open(found: CheckpointFiles) -> Checkpoint:
     config = read_json(found.config) if found.config else None
     files: list[TensorFile] = []
     try:
@@ -153,7 +153,7 @@ def _open(found: Found) -> Checkpoint:
     )
 
 
-def _homes(found: Found, files: list[TensorFile]) -> dict[str, TensorFile]:
+def _homes(found: CheckpointFiles, files: list[TensorFile]) -> dict[str, TensorFile]:
     """The file of each tensor, empty where there is only one; InputError, with all offenders, where files and index do
     not agree."""
     if len(files) == 1 and found.index is None and files[0].tensors:
@@ -194,7 +194,7 @@ def _index_faults(weight_map: Mapping[str, str], files: list[TensorFile]) -> lis
     return faults
 
 
-def _remarks(found: Found, files: list[TensorFile], bins: list[TorchBinFile]) -> list[str]:
+def _remarks(found: CheckpointFiles, files: list[TensorFile], bins: list[TorchBinFile]) -> list[str]:
     remarks = [
         f"{file.path.name}: entries that are no tensors are left out: {listed(file.extras)}"
         for file in bins

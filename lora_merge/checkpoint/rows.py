@@ -13,17 +13,17 @@ import torch
 from lora_merge.checkpoint.opening import Checkpoint
 from lora_merge.checkpoint.sources import Sources
 from lora_merge.errors import InputError, printable
-from lora_merge.formats import Cut, Quantized, Stored
+from lora_merge.formats import ByteRange, Quantized, StoredWeight
 from lora_merge.formats.raw import numbers
 from lora_merge.quantization.grids import Grid
 from lora_merge.spec import PLAIN_FLOATS
 
 WINDOWS = 2
-"""Windows of a turned part that are kept: threads at the end of one expert and at the beginning of the next."""
+"""Windows of a transposed part that are kept: threads at the end of one expert and at the beginning of the next."""
 
 
 @dataclass(slots=True)
-class Slot:
+class RowBuffers:
     """Reused buffers of one block in flight; they grow to the largest block met."""
 
     raw: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
@@ -51,7 +51,7 @@ class Tile:
 
 
 @dataclass(frozen=True, slots=True)
-class Raw:
+class StoredBytes:
     """The stored bytes of rows from `start` on, by part, for the parts that lie in one run."""
 
     start: int
@@ -59,14 +59,14 @@ class Raw:
 
 
 class StoredRows:
-    """The base's rows of one weight. Parts that belong to all rows, and the lines in which turned ones lie (the whole
-    part, or one expert's share of it), are read once."""
+    """The base's rows of one weight. Parts that belong to all rows, and the lines in which transposed ones lie (the
+    whole part, or one expert's share of it), are read once."""
 
     def __init__(
         self,
         base: Checkpoint,
         name: str,
-        stored: Stored | None,
+        stored: StoredWeight | None,
         matrix: tuple[int, int],
         step: int,
         device: torch.device,
@@ -86,7 +86,7 @@ class StoredRows:
         self.step = step
         self._sources = sources
         self._trained_on = trained_on
-        self.turned: list[str] = []
+        self.transposed: list[str] = []
         self.shared: dict[str, torch.Tensor] = {}
         self._windows: OrderedDict[tuple[str, int, int], torch.Tensor] = OrderedDict()
         self._lock = threading.Lock()
@@ -98,7 +98,7 @@ class StoredRows:
                 part: self._load(part, 0, base.tensors[stored.parts[part]].nbytes) for part in cuts if part in common
             }
             self._check_shared()
-            self.turned = [part for part, cut in cuts.items() if cut.stride and part not in common]
+            self.transposed = [part for part, cut in cuts.items() if cut.stride and part not in common]
 
     def _load(self, part: str, begin: int, nbytes: int) -> torch.Tensor:
         assert self.stored is not None
@@ -111,7 +111,7 @@ class StoredRows:
         if self._sources is not None:
             self._sources.saw(name, begin, out)
 
-    def sources(self, others: Iterable[Stored] = ()) -> dict[str, list[list[int]]]:
+    def sources(self, others: Iterable[StoredWeight] = ()) -> dict[str, list[list[int]]]:
         """What was read of the base for this weight, and of others that it was seen with (`sources.Reads`)."""
         if self._sources is None or self.stored is None:
             return {}
@@ -129,7 +129,7 @@ class StoredRows:
                     "fetch it again"
                 )
 
-    def _window(self, part: str, cut: Cut) -> torch.Tensor:
+    def _window(self, part: str, cut: ByteRange) -> torch.Tensor:
         """The lines of a cut, uint8 `[lines, stride]`; those last used are kept."""
         place = (part, cut.first, cut.lines)
         with self._lock:
@@ -138,31 +138,31 @@ class StoredRows:
             found = self._load(part, cut.first * cut.stride, cut.lines * cut.stride).view(cut.lines, cut.stride)
         with self._lock:
             self._windows[place] = found
-            while len(self._windows) > WINDOWS * len(self.turned):
+            while len(self._windows) > WINDOWS * len(self.transposed):
                 self._windows.popitem(last=False)
         return found
 
-    def _cuts(self, start: int, stop: int) -> dict[str, Cut]:
+    def _cuts(self, start: int, stop: int) -> dict[str, ByteRange]:
         assert self.stored is not None
         return self.stored.format.slices(self.stored.weight, self.columns, start, stop)
 
-    def read(self, start: int, stop: int, slot: Slot) -> Raw:
+    def read(self, start: int, stop: int, slot: RowBuffers) -> StoredBytes:
         """The stored bytes of rows `[start, stop)`; they hold until the slot is used again."""
         source = self.stored
-        if source is None or len(self.shared) + len(self.turned) == len(source.parts):
-            return Raw(start, {})
+        if source is None or len(self.shared) + len(self.transposed) == len(source.parts):
+            return StoredBytes(start, {})
         cuts = {part: cut for part, cut in self._cuts(start, stop).items() if self._runs(part)}
         raw = slot.take("raw", sum(cut.nbytes for cut in cuts.values()))
         parts = dict(zip(cuts, torch.split(raw, [cut.nbytes for cut in cuts.values()]), strict=True))
         for part, cut in cuts.items():
             self._read_into(source.parts[part], cut.begin, buffer(parts[part]))
-        return Raw(start, parts)
+        return StoredBytes(start, parts)
 
     def _runs(self, part: str) -> bool:
         """Whether a part lies in one run, in the order of the rows."""
-        return part not in self.shared and part not in self.turned
+        return part not in self.shared and part not in self.transposed
 
-    def tile(self, start: int, stop: int, raw: Raw, slot: Slot) -> Tile:
+    def tile(self, start: int, stop: int, raw: StoredBytes, slot: RowBuffers) -> Tile:
         """Rows `[start, stop)` out of what was read; float32 in the slot, or copied to the device."""
         rows = slot.take("tile", (stop - start) * self.columns).view(stop - start, self.columns)
         source = self.stored
@@ -171,7 +171,7 @@ class StoredRows:
         block = self._cuts(raw.start, raw.start) if raw.parts else {}
         parts = dict(self.shared)
         for part, cut in self._cuts(start, stop).items():
-            if part in self.turned:
+            if part in self.transposed:
                 parts[part] = self._window(part, cut)[:, cut.begin : cut.end].reshape(-1)
             elif part not in self.shared:
                 parts[part] = raw.parts[part][cut.begin - block[part].begin : cut.end - block[part].begin]
@@ -193,7 +193,7 @@ class StoredRows:
 
     def tiles(self) -> Iterator[Tile]:
         """Every tile, one at a time."""
-        slot = Slot()
+        slot = RowBuffers()
         for start in range(0, self.height, self.step):
             stop = min(self.height, start + self.step)
             yield self.tile(start, stop, self.read(start, stop, slot), slot)

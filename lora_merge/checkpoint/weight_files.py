@@ -56,7 +56,7 @@ class Index:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class CheckpointFiles:
     """The files of a base or an adapter. weights: in order of their names; side_files: relative to `folder`."""
 
     folder: Path
@@ -67,11 +67,11 @@ class Found:
     notes: tuple[str, ...] = ()
 
 
-def find_base(path: Path) -> Found:
+def find_base(path: Path) -> CheckpointFiles:
     """The files of a base. InputError where there are none, or it is not clear which."""
     if os.path.isfile(path):
         config = _config(path.parent, "config.json") if path.name in BASE_WEIGHTS else None
-        return Found(path.parent, (path,), config=config, side_files=(Path("config.json"),) if config else ())
+        return CheckpointFiles(path.parent, (path,), config=config, side_files=(Path("config.json"),) if config else ())
     names = _listing(path)
     found = _standard(path, names, BASE_WEIGHTS)
     if found is None and ADAPTER_CONFIG in names:
@@ -92,11 +92,11 @@ def find_base(path: Path) -> Found:
     return replace(found, config=_config(path, "config.json"), side_files=tuple(side), notes=tuple(notes))
 
 
-def find_adapter(path: Path) -> Found:
+def find_adapter(path: Path) -> CheckpointFiles:
     """The files of an adapter. InputError where there are none, or it is not clear which."""
     if os.path.isfile(path):
         named = path.name in ADAPTER_WEIGHTS
-        return Found(path.parent, (path,), config=_config(path.parent, ADAPTER_CONFIG) if named else None)
+        return CheckpointFiles(path.parent, (path,), config=_config(path.parent, ADAPTER_CONFIG) if named else None)
     names = _listing(path)
     found = _standard(path, names, ADAPTER_WEIGHTS)
     if found is not None:
@@ -161,7 +161,7 @@ def _config(folder: Path, name: str) -> Path | None:
     return path if os.path.lexists(path) else None
 
 
-def _standard(folder: Path, names: Iterable[str], stems: Iterable[str]) -> Found | None:
+def _standard(folder: Path, names: Iterable[str], stems: Iterable[str]) -> CheckpointFiles | None:
     """The first weights with a standard name; what lies there as well is noted."""
     present = [name for stem in stems for name in (stem, f"{stem}.index.json") if name in names]
     if not present:
@@ -169,7 +169,7 @@ def _standard(folder: Path, names: Iterable[str], stems: Iterable[str]) -> Found
     first, others = present[0], present[1:]
     notes = (f"{first} is read, and not {listed(others)} beside it",) if others else ()
     if not first.endswith(".index.json"):
-        return Found(folder, (folder / first,), notes=notes)
+        return CheckpointFiles(folder, (folder / first,), notes=notes)
     index = read_index(folder / first)
     shards = sorted(set(index.weight_map.values()))
     missing = [shard for shard in shards if not os.path.lexists(folder / shard)]
@@ -178,10 +178,10 @@ def _standard(folder: Path, names: Iterable[str], stems: Iterable[str]) -> Found
             f"{printable(index.path)}: {len(missing)} of {len(shards)} shards are missing "
             f"({listed(missing, counted=False)}); the download is probably incomplete, fetch them"
         )
-    return Found(folder, tuple(folder / shard for shard in shards), index, notes=notes)
+    return CheckpointFiles(folder, tuple(folder / shard for shard in shards), index, notes=notes)
 
 
-def _single(folder: Path, names: Iterable[str], *patterns: str) -> Found | None:
+def _single(folder: Path, names: Iterable[str], *patterns: str) -> CheckpointFiles | None:
     """The one file that fits the first pattern that any file fits."""
     for pattern in patterns:
         fits = [name for name in names if fnmatchcase(name, pattern)]
@@ -191,7 +191,7 @@ def _single(folder: Path, names: Iterable[str], *patterns: str) -> Found | None:
                 "that says which tensor is where; fetch the *.index.json, or name one file"
             )
         if fits:
-            return Found(folder, (folder / fits[0],))
+            return CheckpointFiles(folder, (folder / fits[0],))
     return None
 
 

@@ -278,7 +278,7 @@ def _size_fault(spec: TensorSpec, begin: int, end: int) -> str | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class FileLayout:
     """A file known to the byte before any tensor is.
 
     header: the header length and the header, padded so that the first tensor begins at a multiple of 8.
@@ -291,7 +291,7 @@ class Layout:
     nbytes: int
 
 
-def layout(tensors: Iterable[tuple[str, TensorSpec]], metadata: Mapping[str, str]) -> Layout:
+def layout(tensors: Iterable[tuple[str, TensorSpec]], metadata: Mapping[str, str]) -> FileLayout:
     """Place `tensors` one after the other in the order given.
 
     The order is the caller's, so that a file can be hashed while it is written. The reference writer sorts by falling
@@ -315,4 +315,4 @@ def layout(tensors: Iterable[tuple[str, TensorSpec]], metadata: Mapping[str, str
         )
     start = 8 + len(text)
     offsets = {name: start + begin for name, begin in begins.items()}
-    return Layout(len(text).to_bytes(8, "little") + text, MappingProxyType(offsets), start + position)
+    return FileLayout(len(text).to_bytes(8, "little") + text, MappingProxyType(offsets), start + position)

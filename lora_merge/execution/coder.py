@@ -15,7 +15,7 @@ from lora_merge.execution.measuring import Change
 from lora_merge.execution.tiles import rows_bound
 from lora_merge.formats import Quantized
 from lora_merge.formats.base import same_grid
-from lora_merge.planning.jobs import Coding, Rewrite
+from lora_merge.planning.jobs import QuantizeOptions, Rewrite
 from lora_merge.quantization.choice import AUTO, FRESH, KEPT, choose
 from lora_merge.quantization.grids import Affine, Grid, refined
 from lora_merge.quantization.rounding import Nearest, Rounding, Sample, key
@@ -102,7 +102,7 @@ def settle(
 
     target: settled. samples: some tiles of the base, each with its merged rows.
     """
-    coding = job.coding or Coding()
+    quantize = job.quantize or QuantizeOptions()
     same = job.source is not None and same_grid(job.source.format, target, job.weight)
     if not job.effects:
         return Coder(target, Nearest(), keeps(job), False, same, None)
@@ -110,18 +110,18 @@ def settle(
     offered = {}
     if keeps(job):
         offered[KEPT] = [Sample(tile.start, tile.rows, rows, tile.grid) for tile, rows in samples if tile.grid]
-    if coding.scales != "keep" and not target.needs_survey:
+    if quantize.scales != "keep" and not target.needs_observation:
         offered[FRESH] = [
             Sample(tile.start, tile.rows, rows, fresh(target, rows, tile.start)) for tile, rows in samples
         ]
-    names = AUTO if coding.rounding == "auto" else (coding.rounding,)
-    choice = choose(key(coding.seed, job.name), offered, directions, names)
+    names = AUTO if quantize.rounding == "auto" else (quantize.rounding,)
+    choice = choose(key(quantize.seed, job.name), offered, directions, names)
     return Coder(target, choice.rounding, choice.scales == KEPT, True, same, directions)
 
 
 def keeps(job: Rewrite) -> bool:
     """Whether a weight can keep the scales that it has in the base, and may."""
-    wanted = job.coding.scales if job.coding else "auto"
+    wanted = job.quantize.scales if job.quantize else "auto"
     return wanted != "fresh" and job.source is not None and same_grid(job.source.format, job.target, job.weight)
 
 

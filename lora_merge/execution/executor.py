@@ -24,14 +24,14 @@ from lora_merge.checkpoint.opening import Checkpoint
 from lora_merge.execution import pipeline
 from lora_merge.execution.measuring import result
 from lora_merge.execution.tiles import tile_rows
-from lora_merge.formats import Cut
+from lora_merge.formats import ByteRange
 from lora_merge.planning.jobs import Copy, Job, Rewrite, Shard
 from lora_merge.system.stopping import Stop
 
 if TYPE_CHECKING:
-    from lora_merge.checkpoint.rows import Slot as Workspace
+    from lora_merge.checkpoint.rows import RowBuffers
     from lora_merge.execution.measuring import Measured
-    from lora_merge.execution.rewriting import Ready, Rewriter
+    from lora_merge.execution.rewriting import OpenWeight, Rewriter
 
 COPIED = 1 << 23
 """Bytes of a copied block: large, since while torch is imported every call waits for the interpreter."""
@@ -51,7 +51,7 @@ class Machine:
     device: str
 
 
-class Stage(Protocol):
+class Destination(Protocol):
     """Where shards go; `output.Stage` writes them, `recompute.Comparison` compares them."""
 
     def shard(self, name: str, nbytes: int) -> Writer: ...
@@ -89,7 +89,7 @@ class Writer(Protocol):
         """Let go of an unfinished shard."""
 
 
-class Progress(Protocol):
+class BlockProgress(Protocol):
     def __call__(self, name: str, nbytes: int) -> None:
         """`nbytes` more bytes of the output, belonging to tensor `name`, are written."""
 
@@ -102,26 +102,26 @@ class Block:
     start: int
     stop: int
     last: bool
-    ready: Ready | None = None
+    ready: OpenWeight | None = None
 
 
 @dataclass(slots=True)
-class Slot:
+class BlockBuffers:
     """Reused buffers of one block in flight."""
 
     copied: bytearray = field(default_factory=bytearray)
-    workspace: Workspace | None = None
+    workspace: RowBuffers | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class BlockBytes:
     """The bytes of one block, by output tensor name, what was measured of its tiles, and how it was coded.
 
     cuts: where the bytes of a tensor go that do not follow those of the last block.
     """
 
     parts: Mapping[str, memoryview]
-    cuts: Mapping[str, tuple[Cut, ...]] = field(default_factory=dict)
+    cuts: Mapping[str, tuple[ByteRange, ...]] = field(default_factory=dict)
     measured: Sequence[Measured] = ()
     words: Mapping[str, str] = field(default_factory=dict)
 
@@ -150,7 +150,9 @@ class Executor:
         """Where the weights were rewritten."""
         return str(self._rewriter.device) if self._rewriter else "cpu"
 
-    def run(self, shards: Sequence[Shard], stage: Stage, progress: Progress, stop: Stop | None = None) -> None:
+    def run(
+        self, shards: Sequence[Shard], stage: Destination, progress: BlockProgress, stop: Stop | None = None
+    ) -> None:
         """Write these shards into the stage; several at once where there are several threads.
 
         stop: looked at before every block; asked where a shard fails, so that the others end soon. Raises Stopped.
@@ -206,14 +208,14 @@ class Executor:
         self._rewriter = Rewriter(self.base, self.adapters, self._shards, self.machine.device)
         return self._rewriter
 
-    def _make(self, shard: Shard, stage: Stage, progress: Progress, threads: int) -> None:
+    def _make(self, shard: Shard, stage: Destination, progress: BlockProgress, threads: int) -> None:
         """One shard from header to journal."""
         writer = stage.shard(shard.file, shard.nbytes)
         sink = Sink(writer, progress)
         try:
             if not writer.begun.nbytes:
                 writer.write(shard.header)
-            slots = [Slot() for _ in range(slots_of(threads))]
+            slots = [BlockBuffers() for _ in range(slots_of(threads))]
             blocks = self.blocks(shard, writer.begun.jobs, writer.begun.nbytes)
             pipeline.run(blocks, self.work, sink, slots=slots, threads=threads, stop=self._stop)
             self.base.check_unchanged()
@@ -247,7 +249,7 @@ class Executor:
             stop = min(rows, start + step)
             yield Block(job, start, stop, stop == rows, ready)
 
-    def work(self, block: Block, slot: Slot) -> Piece:
+    def work(self, block: Block, slot: BlockBuffers) -> BlockBytes:
         """One block from the base's bytes to the output's."""
         job = block.job
         if isinstance(job, Rewrite):
@@ -256,14 +258,14 @@ class Executor:
             found, measured = self._rewriting().rewrite(job, block.ready, block.start, block.stop, slot.workspace)
             cuts = {name: fragment.cuts for name, fragment in found.items() if fragment.cuts is not None}
             parts = {name: fragment.data for name, fragment in found.items()}
-            return Piece(parts, cuts, measured, block.ready.words)
+            return BlockBytes(parts, cuts, measured, block.ready.words)
         size = block.stop - block.start
         if len(slot.copied) < size:
             slot.copied = bytearray(size)
         data = memoryview(slot.copied)[:size]
         origin = self.base if job.adapter is None else self.adapters[job.adapter]
         origin.read_into(job.source, block.start, data)
-        return Piece({job.name: data})
+        return BlockBytes({job.name: data})
 
 
 class Sink:
@@ -274,7 +276,7 @@ class Sink:
     placed: bytes of these that are there.
     """
 
-    def __init__(self, writer: Writer, progress: Progress) -> None:
+    def __init__(self, writer: Writer, progress: BlockProgress) -> None:
         self.writer = writer
         self.progress = progress
         self.held: dict[str, bytearray] = {}
@@ -284,7 +286,7 @@ class Sink:
         self.results = list(writer.begun.results)
         self.sources = dict(writer.begun.sources)
 
-    def __call__(self, block: Block, piece: Piece) -> None:
+    def __call__(self, block: Block, piece: BlockBytes) -> None:
         leading = next(iter(piece.parts))
         for name, data in piece.parts.items():
             if name in piece.cuts:
@@ -304,8 +306,8 @@ class Sink:
         if block.last or isinstance(block.job, Copy):
             self.writer.reached(self.jobs, self.results, self.sources)
 
-    def _place(self, job: Job, name: str, piece: Piece, leading: bool) -> None:
-        """Put bytes where they belong in the lines of a turned part; of the first part, write the lines once full."""
+    def _place(self, job: Job, name: str, piece: BlockBytes, leading: bool) -> None:
+        """Put bytes where they belong in the lines of a transposed part; write those of the first part once full."""
         begin = 0
         for cut in piece.cuts[name]:
             first = 0 if leading else cut.first
@@ -323,7 +325,7 @@ class Sink:
                 self.writer.write(memoryview(self.held.pop(name)))
                 self.placed = 0
 
-    def _close(self, block: Block, piece: Piece) -> None:
+    def _close(self, block: Block, piece: BlockBytes) -> None:
         for data in self.held.values():
             self.writer.write(memoryview(data))
         self.held = {}

@@ -20,7 +20,7 @@ TORCH_DTYPES = {
 }  # fmt: skip
 
 
-class Reader:
+class FactorReader:
     """Adapter tensors on the device of the work, whole or by indices of the first dimension.
 
     uses: how often each tensor will be asked for. One that several weights share (experts apart on disk, whose factors

@@ -63,7 +63,7 @@ def working_set(plan: Plan, machine: Machine) -> int:
     rewritten = [job for job in plan.rewrites if job.weight.numel]
     widest = max((tile_rows(job) * job.weight.matrix(job.stacked)[1] for job in rewritten), default=TILE)
     tile = max(widest, 1) * 4
-    coded = any(job.coding for job in plan.rewrites)
+    coded = any(job.quantize for job in plan.rewrites)
     slot = 2 * machine.block_tiles * max(tile, TILE * 4) // 2 + (CODED_TILES if coded else PLAIN_TILES) * tile + COPIED
     lanes = min(machine.threads, len(plan.shards))
     slots = slots_of(machine.threads) if lanes <= 1 else lanes
@@ -97,7 +97,7 @@ def _shared(plan: Plan) -> int:
 def _held(job: Rewrite) -> int:
     factors = sum(effect.patch.workspace(job.weight) for effect in job.effects)
     whole = any(effect.patch.needs is Needs.WHOLE for effect in job.effects)
-    return (DIRECTIONS if job.coding else 1) * factors + (4 * job.weight.numel if whole else 0) + _packed(job)
+    return (DIRECTIONS if job.quantize else 1) * factors + (4 * job.weight.numel if whole else 0) + _packed(job)
 
 
 def _packed(job: Rewrite) -> int:

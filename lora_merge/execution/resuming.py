@@ -12,14 +12,14 @@ from lora_merge.containers.regular_file import RegularFile
 from lora_merge.errors import OutputExistsError, listed, printable
 from lora_merge.output.stage import Stage
 from lora_merge.planning.jobs import Copy, Plan, Rewrite, Shard
-from lora_merge.planning.plan import digest
+from lora_merge.planning.plan import job_digest
 
 BLOCK = 1 << 23
 
 
 def stamp(inputs: Iterable[Checkpoint]) -> str:
     """Names the files of the inputs on this machine: no write to one of them leaves it as it is."""
-    return digest([file.stamp for checkpoint in inputs for file in checkpoint.files])
+    return job_digest([file.stamp for checkpoint in inputs for file in checkpoint.files])
 
 
 def newest(inputs: Iterable[Checkpoint]) -> int:

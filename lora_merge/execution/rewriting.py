@@ -15,14 +15,14 @@ import torch
 
 from lora_merge.adapters.base import Additive, Bound, Needs
 from lora_merge.checkpoint.opening import Checkpoint
-from lora_merge.checkpoint.rows import Slot, StoredRows, Tile, buffer
+from lora_merge.checkpoint.rows import RowBuffers, StoredRows, Tile, buffer
 from lora_merge.checkpoint.sources import Sources
 from lora_merge.execution.coder import Coder, keeps, sample_starts, settle
 from lora_merge.execution.device import pick_device
-from lora_merge.execution.factors import Reader, uses_of
+from lora_merge.execution.factors import FactorReader, uses_of
 from lora_merge.execution.measuring import MEASURED, MEASURED_TILES, check_finite, check_reach, measure
 from lora_merge.execution.tiles import tile_rows
-from lora_merge.formats import Cut, Quantized
+from lora_merge.formats import ByteRange, Quantized
 from lora_merge.planning.jobs import Rewrite, Shard
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def alone() -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Ready:
+class OpenWeight:
     """A weight whose turn has come: its stored rows, its patches with their factors, all its rows if they had to be
     seen at once, and how codes are made of them."""
 
@@ -51,11 +51,11 @@ class Ready:
 
 
 @dataclass(frozen=True, slots=True)
-class Fragment:
+class PartBytes:
     """Bytes of one part for one block. cuts: where they go, piece by piece; None: right behind those of the last."""
 
     data: memoryview
-    cuts: tuple[Cut, ...] | None = None
+    cuts: tuple[ByteRange, ...] | None = None
 
 
 class Rewriter:
@@ -66,8 +66,8 @@ class Rewriter:
         self.device = pick_device(device)
         self._threads = torch.get_num_threads()
         uses = uses_of(shards, len(adapters))
-        self.readers = [Reader(adapter, self.device, use) for adapter, use in zip(adapters, uses, strict=True)]
-        self._surveys: dict[str, torch.Tensor] = {}
+        self.readers = [FactorReader(adapter, self.device, use) for adapter, use in zip(adapters, uses, strict=True)]
+        self._observed: dict[str, torch.Tensor] = {}
         self._sources = Sources()
         self._lock = threading.Lock()
 
@@ -75,29 +75,31 @@ class Rewriter:
         """Give torch back the threads that it had."""
         torch.set_num_threads(self._threads)
 
-    def slot(self) -> Slot:
+    def slot(self) -> RowBuffers:
         """Buffers for one block in flight."""
-        return Slot()
+        return RowBuffers()
 
-    def ready(self, job: Rewrite) -> Ready:
+    def ready(self, job: Rewrite) -> OpenWeight:
         """Read the factors of a weight, and see its rows where they must be seen before the first is written."""
         alone()
         opened = self._opened(job)
         if not isinstance(job.target, Quantized):
             return opened
-        target = job.target.settled(job.weight, job.coding.native if job.coding else "F32", self._survey(job, opened))
+        target = job.target.for_weight(
+            job.weight, job.quantize.compute_dtype if job.quantize else "F32", self._observe(job, opened)
+        )
         samples = list(self._sampled(job, opened))
-        return Ready(opened.stored, opened.bounds, opened.whole, settle(job, target, opened.bounds, samples))
+        return OpenWeight(opened.stored, opened.bounds, opened.whole, settle(job, target, opened.bounds, samples))
 
-    def _opened(self, job: Rewrite) -> Ready:
-        trained_on = job.trained_on.settled(job.weight) if job.trained_on is not None else None
+    def _opened(self, job: Rewrite) -> OpenWeight:
+        trained_on = job.trained_on.for_weight(job.weight) if job.trained_on is not None else None
         matrix = job.weight.matrix(job.stacked)
         stored = StoredRows(
             self.base, job.name, job.source, matrix, tile_rows(job), self.device, self._sources, trained_on
         )
         bounds = self._bind(job, stored)
         whole = self._whole(job, stored, bounds) if any(e.patch.needs is Needs.WHOLE for e in job.effects) else None
-        return Ready(stored, bounds, whole, None)
+        return OpenWeight(stored, bounds, whole, None)
 
     def _bind(self, job: Rewrite, stored: StoredRows) -> tuple[Bound, ...]:
         """The patches with their factors; those that must see all rows first have seen them."""
@@ -124,36 +126,36 @@ class Rewriter:
                 piece.copy_(strengthened(bound, piece, start, effect.strength))
         return rows
 
-    def _survey(self, job: Rewrite, opened: Ready) -> torch.Tensor | None:
+    def _observe(self, job: Rewrite, opened: OpenWeight) -> torch.Tensor | None:
         """What the target must know of all rows before the first can be written; of the siblings' rows, too."""
         assert isinstance(job.target, Quantized)
-        if not job.target.needs_survey or keeps(job):
+        if not job.target.needs_observation or keeps(job):
             return None
-        return torch.cat([self._surveyed(one, opened if one.name == job.name else None) for one in _family(job)])
+        return torch.cat([self._observed_rows(one, opened if one.name == job.name else None) for one in _family(job)])
 
-    def _surveyed(self, job: Rewrite, opened: Ready | None) -> torch.Tensor:
+    def _observed_rows(self, job: Rewrite, opened: OpenWeight | None) -> torch.Tensor:
         assert isinstance(job.target, Quantized)
         with self._lock:
-            seen = self._surveys.get(job.name)
+            seen = self._observed.get(job.name)
         if seen is None:
             opened = opened or self._opened(job)
-            target = job.target.settled(job.weight, job.coding.native if job.coding else "F32")
+            target = job.target.for_weight(job.weight, job.quantize.compute_dtype if job.quantize else "F32")
             merged = ((tile.start, _merged(job, opened, tile).cpu()) for tile in opened.stored.tiles())
             found = []
             for start, rows in merged:
                 check_finite(job, rows, start)
-                found.append(target.survey(rows))
+                found.append(target.observe(rows))
             seen = torch.cat(found)
             with self._lock:
-                self._surveys[job.name] = seen
+                self._observed[job.name] = seen
         return seen
 
-    def _sampled(self, job: Rewrite, opened: Ready) -> Iterator[tuple[Tile, torch.Tensor]]:
+    def _sampled(self, job: Rewrite, opened: OpenWeight) -> Iterator[tuple[Tile, torch.Tensor]]:
         """Some tiles of the base, each with its merged rows, on the CPU: where a choice depends on them."""
         if not job.effects or job.source is None:
             return
         for start, stop in sample_starts(job):
-            slot = Slot()
+            slot = RowBuffers()
             tile = opened.stored.tile(start, stop, opened.stored.read(start, stop, slot), slot)
             base = tile.rows.cpu().clone()
             rows = _merged(job, opened, tile).cpu()
@@ -163,8 +165,8 @@ class Rewriter:
             yield Tile(start, base, tile.codes, tile.grid), rows
 
     def rewrite(
-        self, job: Rewrite, ready: Ready, first: int, end: int, slot: Slot
-    ) -> tuple[dict[str, Fragment], list[Measured]]:
+        self, job: Rewrite, ready: OpenWeight, first: int, end: int, slot: RowBuffers
+    ) -> tuple[dict[str, PartBytes], list[Measured]]:
         """Rows `[first, end)` from the base's bytes to the output's, by tensor name, and what was measured of them.
 
         The bytes lie in the slot and hold until it is used again.
@@ -181,7 +183,7 @@ class Rewriter:
             measured += self._encode(job, ready, tile, places)
         return out.fragments(), measured
 
-    def _encode(self, job: Rewrite, ready: Ready, tile: Tile, into: Mapping[str, torch.Tensor]) -> list[Measured]:
+    def _encode(self, job: Rewrite, ready: OpenWeight, tile: Tile, into: Mapping[str, torch.Tensor]) -> list[Measured]:
         """One tile patched and written."""
         coder = ready.coder
         if coder is None:
@@ -201,7 +203,7 @@ class Rewriter:
 class _Out:
     """Room for the bytes of one block, and where in it those of each tile go."""
 
-    def __init__(self, job: Rewrite, cuts: Sequence[Mapping[str, Cut]], slot: Slot, first: int) -> None:
+    def __init__(self, job: Rewrite, cuts: Sequence[Mapping[str, ByteRange]], slot: RowBuffers, first: int) -> None:
         self.job, self.cuts = job, cuts
         self.shared = job.target.shared if isinstance(job.target, Quantized) else ()
         self.first = first
@@ -220,15 +222,15 @@ class _Out:
         lengths = [cuts[part].nbytes for cuts in self.cuts]
         return lengths[:1] if part in self.shared else lengths
 
-    def fragments(self) -> dict[str, Fragment]:
+    def fragments(self) -> dict[str, PartBytes]:
         """What is to be written, by output tensor. Parts of the whole weight go with its first rows."""
         found = {}
         for part, data in self.parts.items():
             if part in self.shared and self.first:
                 data = data[:0]
-            turned = self.cuts[0][part].stride and part not in self.shared
-            cuts = tuple(cuts[part] for cuts in self.cuts) if turned else None
-            found[self.job.names[part]] = Fragment(buffer(data), cuts)
+            transposed = self.cuts[0][part].stride and part not in self.shared
+            cuts = tuple(cuts[part] for cuts in self.cuts) if transposed else None
+            found[self.job.names[part]] = PartBytes(buffer(data), cuts)
         return found
 
 
@@ -236,7 +238,7 @@ def _family(job: Rewrite) -> tuple[Rewrite, ...]:
     return job.siblings or (job,)
 
 
-def _merged(job: Rewrite, ready: Ready, tile: Tile) -> torch.Tensor:
+def _merged(job: Rewrite, ready: OpenWeight, tile: Tile) -> torch.Tensor:
     """The rows of a tile after all effects; those of the tile may be changed."""
     if ready.whole is not None:
         return ready.whole[tile.start : tile.start + len(tile.rows)]

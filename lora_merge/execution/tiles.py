@@ -23,7 +23,7 @@ def tile_rows(job: Rewrite) -> int:
     if job.trained_on is not None:
         together = math.lcm(together, job.trained_on.rows_at_once(job.weight))
     columns = job.weight.matrix(job.stacked)[1]
-    aware = job.coding is not None and job.coding.rounding == "adapter-aware"
+    aware = job.quantize is not None and job.quantize.rounding == "adapter-aware"
     count = max(1, (WIDE if aware else TILE) // max(1, columns) // together)
     if bound := rows_bound(job):
         most = bound // together

@@ -10,7 +10,7 @@ from lora_merge.errors import InputError, printable
 from lora_merge.formats import unread
 from lora_merge.formats.auto_round import METHODS, AutoRound
 from lora_merge.formats.awq import AWQ, AWQGemv, AWQGemvFast
-from lora_merge.formats.base import Cut, Format, Parts, Quantized, Stored, Wanted
+from lora_merge.formats.base import ByteRange, Format, FormatOptions, Parts, Quantized, StoredWeight
 from lora_merge.formats.bitsandbytes.format import Bitsandbytes
 from lora_merge.formats.chatglm import ChatGLM
 from lora_merge.formats.compressed_tensors.format import CompressedTensors
@@ -46,27 +46,27 @@ DENSE_BLOCKS = re.compile(r"(.*\.experts\.(?:gate_up|down)_proj)_blocks")
 
 def weights(
     tensors: Mapping[str, TensorSpec], config: Mapping[str, Any], read: Callable[[str], bytes]
-) -> dict[str, Stored]:
+) -> dict[str, StoredWeight]:
     """Every weight of a checkpoint by the name that it has without quantization; tensors that are no weights (scales of
     activations, counters, buffers) are not among them.
 
     read: the bytes of a small tensor. Raises InputError and UnsupportedError as `Quantized.detect` does.
     """
     unread.refuse(tensors, config)
-    found: dict[str, Stored] = {}
+    found: dict[str, StoredWeight] = {}
     taken: set[str] = set()
     for kind in (*QUANTIZED.values(), *VARIANTS):
         for stem in _stems(kind, tensors):
-            names = {part: stem + kind.joint + part for part in kind.part_names}
+            names = {part: stem + kind.separator + part for part in kind.part_names}
             parts = {part: name for part, name in names.items() if name in tensors and name not in taken}
             if stored := _stored(kind, stem, parts, tensors, config, read):
-                found[stem + kind.logical] = stored
+                found[stem + kind.weight_suffix] = stored
                 taken.update(stored.parts.values())
     for name, spec in tensors.items():
         format = Plain.detect({PART: spec})
         own = _own_name(name, spec, tensors)
         if format and name not in taken and own not in found:
-            found[own] = Stored(format, spec, {PART: name})
+            found[own] = StoredWeight(format, spec, {PART: name})
     return found
 
 
@@ -81,7 +81,7 @@ def _own_name(name: str, spec: TensorSpec, tensors: Mapping[str, TensorSpec]) ->
 
 def _stems(kind: type[Quantized], tensors: Mapping[str, TensorSpec]) -> Iterator[str]:
     """Modules that have a part by which this format's weights are known."""
-    ends = tuple(kind.joint + mark for mark in kind.marks)
+    ends = tuple(kind.separator + part for part in kind.identifying_parts)
     return iter(dict.fromkeys(name.removesuffix(end) for name in tensors for end in ends if name.endswith(end)))
 
 
@@ -92,7 +92,7 @@ def _stored(
     tensors: Mapping[str, TensorSpec],
     config: Mapping[str, Any],
     read: Callable[[str], bytes],
-) -> Stored | None:
+) -> StoredWeight | None:
     specs = {part: tensors[name] for part, name in names.items()}
     format = kind.detect(specs, config, stem, lambda part: read(names[part]))
     if format is None:
@@ -103,7 +103,18 @@ def _stored(
             f"{printable(names[next(iter(specs))])}: its weight is {list(weight.shape)}, without any values; the "
             "checkpoint is damaged, fetch it again"
         )
-    return Stored(format, weight, names)
+    return StoredWeight(format, weight, names)
 
 
-__all__ = ["FORMATS", "QUANTIZED", "Cut", "Format", "Parts", "Plain", "Quantized", "Stored", "Wanted", "weights"]
+__all__ = [
+    "FORMATS",
+    "QUANTIZED",
+    "ByteRange",
+    "Format",
+    "FormatOptions",
+    "Parts",
+    "Plain",
+    "Quantized",
+    "StoredWeight",
+    "weights",
+]

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_merge.errors import UnsupportedError
 from lora_merge.formats.awq import AWQ
-from lora_merge.formats.base import SECTION, ConfigPath, Cut, Parts, Quantized, ReadPart, Wanted
-from lora_merge.formats.gptq.config import WHERE, Said, beside, section
+from lora_merge.formats.base import SECTION, ByteRange, ConfigPath, FormatOptions, Parts, Quantized, ReadPart
+from lora_merge.formats.gptq.config import WHERE, GptqOptions, beside, section
 from lora_merge.formats.gptq.format import GPTQ
 from lora_merge.models.config_values import OBJECT, WHOLE, value
 from lora_merge.patterns import compiled
@@ -48,7 +48,7 @@ class AutoRound(Quantized):
 
     name: ClassVar[str] = "auto-round"
     part_names: ClassVar[tuple[str, ...]] = GPTQ.part_names
-    marks: ClassVar[tuple[str, ...]] = GPTQ.marks
+    identifying_parts: ClassVar[tuple[str, ...]] = GPTQ.identifying_parts
     own_file: ClassVar[str | None] = "quantization_config.json"
 
     @classmethod
@@ -70,12 +70,12 @@ class AutoRound(Quantized):
             as_awq = {"quant_method": "awq", "version": "gemm", "group_size": said["group_size"]}
             packing = AWQ.detect(parts, {SECTION: as_awq}, module, read)
         else:
-            told = replace(Said.of(said, module), version=VERSIONS[packing_format])
+            told = replace(GptqOptions.of(said, module), version=VERSIONS[packing_format])
             packing = GPTQ.of(parts, told, module, read)
         return None if packing is None else cls(packing)
 
     @classmethod
-    def preset(cls, wanted: Wanted, weights: Mapping[str, TensorSpec]) -> AutoRound:
+    def from_options(cls, wanted: FormatOptions, weights: Mapping[str, TensorSpec]) -> AutoRound:
         raise UnsupportedError(
             "AutoRound's own export is read, and written only where a checkpoint is in it already; "
             "write --format gptq, which stores the same numbers for more loaders"
@@ -104,8 +104,8 @@ class AutoRound(Quantized):
     def limit(self) -> float:
         return self.packing.limit
 
-    def settled(self, weight: TensorSpec, coding: str = "F32", seen: torch.Tensor | None = None) -> AutoRound:
-        return replace(self, packing=self.packing.settled(weight, coding, seen))
+    def for_weight(self, weight: TensorSpec, compute_dtype: str = "F32", seen: torch.Tensor | None = None) -> AutoRound:
+        return replace(self, packing=self.packing.for_weight(weight, compute_dtype, seen))
 
     def describe(self, weight: TensorSpec) -> dict[str, TensorSpec]:
         return self.packing.describe(weight)
@@ -122,7 +122,7 @@ class AutoRound(Quantized):
     def rows_at_once(self, weight: TensorSpec) -> int:
         return self.packing.rows_at_once(weight)
 
-    def slices(self, weight: TensorSpec, columns: int, start: int, stop: int) -> dict[str, Cut]:
+    def slices(self, weight: TensorSpec, columns: int, start: int, stop: int) -> dict[str, ByteRange]:
         return self.packing.slices(weight, columns, start, stop)
 
     def fit(self, rows: torch.Tensor, start: int = 0) -> Grid:

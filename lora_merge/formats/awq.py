@@ -28,7 +28,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_merge.errors import InputError, UnsupportedError
-from lora_merge.formats.base import SECTION, ConfigPath, Cut, Loader, Parts, Quantized, ReadPart, Wanted, sections
+from lora_merge.formats.base import (
+    SECTION,
+    ByteRange,
+    ConfigPath,
+    FormatOptions,
+    Loader,
+    Parts,
+    Quantized,
+    ReadPart,
+    sections,
+)
 from lora_merge.formats.plain import LIMITS
 from lora_merge.formats.raw import fill, numbers, torch_dtype
 from lora_merge.quantization import bits as codec
@@ -65,7 +75,7 @@ class Layout(Quantized):
     scale: str = "F16"
 
     part_names: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales")
-    marks: ClassVar[tuple[str, ...]] = ("qweight",)
+    identifying_parts: ClassVar[tuple[str, ...]] = ("qweight",)
     own_file: ClassVar[str | None] = "quantize_config.json"
     version: ClassVar[str]
 
@@ -101,7 +111,7 @@ class Layout(Quantized):
         # The lowest level reaches half a step below the lowest value, scales are rounded, a group's span is float32.
         return min(LIMITS[self.scale], LIMITS["F32"] / 2) * (15 / 16) * (1 - 2**-7)
 
-    def settled(self, weight: TensorSpec, coding: str = "F32", seen: torch.Tensor | None = None) -> Self:
+    def for_weight(self, weight: TensorSpec, compute_dtype: str = "F32", seen: torch.Tensor | None = None) -> Self:
         return self
 
     def refusal(self, weight: TensorSpec) -> str | None:
@@ -128,7 +138,7 @@ class Layout(Quantized):
 
 @dataclass(frozen=True, slots=True)
 class AWQ(Layout):
-    """Stored turned round, `[in, out]`; eight rows of the weight share a word."""
+    """StoredWeight transposed, `[in, out]`; eight rows of the weight share a word."""
 
     name: ClassVar[str] = METHOD
     version: ClassVar[str] = "gemm"
@@ -162,7 +172,7 @@ class AWQ(Layout):
         yield from (columns // groups,) if columns % groups == 0 and columns > groups else ()
 
     @classmethod
-    def preset(cls, wanted: Wanted, weights: Mapping[str, TensorSpec]) -> AWQ:
+    def from_options(cls, wanted: FormatOptions, weights: Mapping[str, TensorSpec]) -> AWQ:
         """The largest group of 128, 64 and 32 columns that divides the most weights, since loaders know but one."""
         if wanted.bits != WIDTH:
             raise UnsupportedError(f"AWQ has 4 bits, not {wanted.bits}; write --bits 4, or choose another --format")
@@ -223,8 +233,8 @@ class AWQ(Layout):
     def rows_at_once(self, weight: TensorSpec) -> int:
         return PER_WORD
 
-    def slices(self, weight: TensorSpec, columns: int, start: int, stop: int) -> dict[str, Cut]:
-        return {part: _turned(spec, weight.shape[0], start, stop) for part, spec in self.describe(weight).items()}
+    def slices(self, weight: TensorSpec, columns: int, start: int, stop: int) -> dict[str, ByteRange]:
+        return {part: _transposed(spec, weight.shape[0], start, stop) for part, spec in self.describe(weight).items()}
 
     def fit(self, rows: torch.Tensor, start: int = 0) -> Affine:
         columns = rows.shape[1]
@@ -274,9 +284,9 @@ class AWQGemv(Layout):
         rows, words = parts["qweight"].shape
         return TensorSpec(self.scale, (rows, words * PER_WORD))
 
-    def slices(self, weight: TensorSpec, columns: int, start: int, stop: int) -> dict[str, Cut]:
+    def slices(self, weight: TensorSpec, columns: int, start: int, stop: int) -> dict[str, ByteRange]:
         rows = {part: spec.nbytes // weight.shape[0] for part, spec in self.describe(weight).items()}
-        return {part: Cut(start * row, stop * row) for part, row in rows.items()}
+        return {part: ByteRange(start * row, stop * row) for part, row in rows.items()}
 
     def unpack(self, parts: Mapping[str, torch.Tensor], rows: int, columns: int) -> tuple[torch.Tensor, Affine]:
         import torch
@@ -293,7 +303,7 @@ class AWQGemv(Layout):
 
 @dataclass(frozen=True, slots=True)
 class AWQGemvFast(Layout):
-    """Four rows woven into one of 16-bit words, scales turned round."""
+    """Four rows woven into one of 16-bit words, scales transposed."""
 
     name: ClassVar[str] = "awq-gemv-fast"
     writable: ClassVar[bool] = False
@@ -315,11 +325,11 @@ class AWQGemvFast(Layout):
     def rows_at_once(self, weight: TensorSpec) -> int:
         return WOVEN
 
-    def slices(self, weight: TensorSpec, columns: int, start: int, stop: int) -> dict[str, Cut]:
+    def slices(self, weight: TensorSpec, columns: int, start: int, stop: int) -> dict[str, ByteRange]:
         parts = self.describe(weight)
         row = parts["qweight"].nbytes // weight.shape[0]
-        marks = _turned(parts["scales"], weight.shape[0], start, stop)
-        return {"qweight": Cut(start * row, stop * row), "qzeros": marks, "scales": marks}
+        marks = _transposed(parts["scales"], weight.shape[0], start, stop)
+        return {"qweight": ByteRange(start * row, stop * row), "qzeros": marks, "scales": marks}
 
     def unpack(self, parts: Mapping[str, torch.Tensor], rows: int, columns: int) -> tuple[torch.Tensor, Affine]:
         import torch
@@ -349,10 +359,10 @@ def _may_be_gptq(parts: Parts) -> bool:
     return parts["qweight"].dtype == "I32" and parts["qweight"].shape[-1:] == parts["scales"].shape[-1:]
 
 
-def _turned(spec: TensorSpec, rows: int, start: int, stop: int) -> Cut:
+def _transposed(spec: TensorSpec, rows: int, start: int, stop: int) -> ByteRange:
     """Rows of the weight in a part whose last dimension they are."""
     line = spec.shape[1] * BITS[spec.dtype] // 8
-    return Cut(start * line // rows, stop * line // rows, spec.shape[0], line)
+    return ByteRange(start * line // rows, stop * line // rows, spec.shape[0], line)
 
 
 def _from_words(words: torch.Tensor) -> torch.Tensor:

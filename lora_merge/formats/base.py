@@ -31,9 +31,9 @@ SECTIONS = (SECTION, "compression_config")
 """Where config.json, or the text model in it, says how weights are quantized; the second in files of early versions."""
 
 
-class Cut(NamedTuple):
+class ByteRange(NamedTuple):
     """Which bytes of a part: `[begin, end)` of each of the lines `[first, first + lines)`, all `stride` bytes long; one
-    line (without a stride, the whole part) is the usual piece in one run. Formats that store a weight turned round,
+    line (without a stride, the whole part) is the usual piece in one run. Formats that store a weight transposed,
     `[in, out]`, need many; a stack of such weights has those of each expert one behind the other."""
 
     begin: int
@@ -48,7 +48,7 @@ class Cut(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class FormatOptions:
     """What the user asks of a quantized output; None leaves it to the format.
 
     dtype: safetensors name of the dtype of the plain weights: scales that are floats are stored in it where the format
@@ -115,7 +115,7 @@ class Format(Protocol):
     def rows_at_once(self, weight: TensorSpec) -> int:
         """The smallest number of rows that can be coded alone."""
 
-    def slices(self, weight: TensorSpec, columns: int, start: int, stop: int) -> dict[str, Cut]:
+    def slices(self, weight: TensorSpec, columns: int, start: int, stop: int) -> dict[str, ByteRange]:
         """The bytes of each part that hold rows `[start, stop)` of the view with `columns` columns."""
 
     def decode(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
@@ -139,12 +139,12 @@ class Quantized(ABC):
     part_names: ClassVar[tuple[str, ...]]
     """Every part that a weight of this format may have. Parts named `bias`, `input_scale`, ... that a merge leaves as
     they are do not count."""
-    marks: ClassVar[tuple[str, ...]]
+    identifying_parts: ClassVar[tuple[str, ...]]
     """Parts one of which every weight of this format has, and which a plain weight has not."""
-    joint: ClassVar[str] = "."
-    """What stands between the module (`stem`) and the part: tensor = stem + joint + part."""
-    logical: ClassVar[str] = ".weight"
-    """The weight's own name, as a model without quantization has it: stem + logical."""
+    separator: ClassVar[str] = "."
+    """What stands between the module (`stem`) and the part: tensor = stem + separator + part."""
+    weight_suffix: ClassVar[str] = ".weight"
+    """The weight's own name, as a model without quantization has it: stem + weight_suffix."""
     stacked: ClassVar[bool] = False
     """Weights are stacks `[experts, a, b]`, worked on as rows `experts * a`."""
     own_file: ClassVar[str | None] = None
@@ -161,7 +161,7 @@ class Quantized(ABC):
     conv1d: ClassVar[bool] = False
     """Its loader quantizes transformers' Conv1D as well, whose weights then lie `[out, in]` as those of a linear."""
     fused: ClassVar[bool] = False
-    """Weights that a server computes as one matrix must share what `survey` sees."""
+    """Weights that a server computes as one matrix must share what `observe` sees."""
 
     @classmethod
     @abstractmethod
@@ -173,7 +173,7 @@ class Quantized(ABC):
         """
 
     @classmethod
-    def preset(cls, wanted: Wanted, weights: Mapping[str, TensorSpec]) -> Self:
+    def from_options(cls, wanted: FormatOptions, weights: Mapping[str, TensorSpec]) -> Self:
         """The format to write all these weights in, by module. Raises UnsupportedError for what it does not have."""
         raise NotImplementedError
 
@@ -219,22 +219,22 @@ class Quantized(ABC):
         return ()
 
     @property
-    def needs_survey(self) -> bool:
-        """Whether `fit` needs to know of the whole weight, and has not yet been told by `settled`."""
+    def needs_observation(self) -> bool:
+        """Whether `fit` needs to know of the whole weight, and has not yet been told by `for_weight`."""
         return False
 
-    def survey(self, rows: torch.Tensor) -> torch.Tensor:
-        """What `settled` must see of these float32 rows (a multiple of `rows_at_once`), float32 `[k]`: the largest
+    def observe(self, rows: torch.Tensor) -> torch.Tensor:
+        """What `for_weight` must see of these float32 rows (a multiple of `rows_at_once`), float32 `[k]`: the largest
         magnitude, the scales, ...; those of all rows in order, one behind the other, are told to it."""
         raise NotImplementedError
 
     @abstractmethod
-    def settled(self, weight: TensorSpec, coding: str = "F32", seen: torch.Tensor | None = None) -> Self:
+    def for_weight(self, weight: TensorSpec, compute_dtype: str = "F32", seen: torch.Tensor | None = None) -> Self:
         """This format for this one weight.
 
-        coding: dtype (safetensors name) in which `fit` and the nearest codes are computed: F32, unless the bytes must
-            be those of a library that computes in the weight's own dtype.
-        seen: what `survey` said of all its rows (and, where the format is `fused`, of those that it is fused with).
+        compute_dtype: dtype (safetensors name) in which `fit` and the nearest codes are computed: F32, unless the bytes
+            must be those of a library that computes in the weight's own dtype.
+        seen: what `observe` said of all its rows (and, where the format is `fused`, of those that it is fused with).
         """
 
     @property
@@ -258,7 +258,7 @@ class Quantized(ABC):
         return None
 
     @abstractmethod
-    def slices(self, weight: TensorSpec, columns: int, start: int, stop: int) -> dict[str, Cut]: ...
+    def slices(self, weight: TensorSpec, columns: int, start: int, stop: int) -> dict[str, ByteRange]: ...
 
     def fit(self, rows: torch.Tensor, start: int = 0) -> Grid:
         """The scales that the format's own library would choose for float32 rows `[n, columns]`, the first of them row
@@ -308,11 +308,11 @@ def same_grid(one: Format | Quantized, other: Format | Quantized, weight: Tensor
     """Whether what one format's `unpack` gives can be kept by the other's `pack`."""
     if not isinstance(one, Quantized) or not isinstance(other, Quantized):
         return False
-    return one.settled(weight) == other.settled(weight)
+    return one.for_weight(weight) == other.for_weight(weight)
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredWeight:
     """A weight of an open checkpoint: its format, its logical spec, and the tensor name of each part."""
 
     format: Format | Quantized

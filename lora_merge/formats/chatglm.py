@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_merge.errors import InputError, UnsupportedError, listed
-from lora_merge.formats.base import ConfigPath, Cut, Parts, Quantized, ReadPart, Wanted
+from lora_merge.formats.base import ByteRange, ConfigPath, FormatOptions, Parts, Quantized, ReadPart
 from lora_merge.formats.plain import LIMITS
 from lora_merge.formats.raw import fill, numbers, torch_dtype
 from lora_merge.quantization import bits as codec
@@ -47,17 +47,17 @@ SHARED = ("transformer.word_embeddings", "lm_head")
 class ChatGLM(Quantized):
     """Codes of 4 or 8 bits with one scale per row.
 
-    scale: dtype of the stored scale. coding: dtype in which `fit` and the nearest codes are computed, F32 unless the
+    scale: dtype of the stored scale. compute_dtype: in which `fit` and the nearest codes are computed, F32 unless the
     official bytes for a weight of that dtype are wanted.
     """
 
     bits: int
     scale: str = "F16"
-    coding: str = "F32"
+    compute_dtype: str = "F32"
 
     name: ClassVar[str] = "chatglm"
     part_names: ClassVar[tuple[str, ...]] = ("weight", "weight_scale")
-    marks: ClassVar[tuple[str, ...]] = ("weight_scale",)
+    identifying_parts: ClassVar[tuple[str, ...]] = ("weight_scale",)
 
     @classmethod
     def detect(cls, parts: Parts, config: Mapping[str, Any], module: str, read: ReadPart) -> ChatGLM | None:
@@ -75,7 +75,7 @@ class ChatGLM(Quantized):
         return cls(_width(weight.shape[1], config, module), scale.dtype)
 
     @classmethod
-    def preset(cls, wanted: Wanted, weights: Mapping[str, TensorSpec]) -> ChatGLM:
+    def from_options(cls, wanted: FormatOptions, weights: Mapping[str, TensorSpec]) -> ChatGLM:
         """Scales are halves, as the official files have them."""
         if wanted.bits not in WIDTHS:
             raise UnsupportedError(f"ChatGLM has weights of {' and '.join(map(str, WIDTHS))} bits, not {wanted.bits}")
@@ -144,19 +144,19 @@ class ChatGLM(Quantized):
     def rows_at_once(self, weight: TensorSpec) -> int:
         return 1
 
-    def slices(self, weight: TensorSpec, columns: int, start: int, stop: int) -> dict[str, Cut]:
+    def slices(self, weight: TensorSpec, columns: int, start: int, stop: int) -> dict[str, ByteRange]:
         row, scale = columns * self.bits // 8, BITS[self.scale] // 8
-        return {"weight": Cut(start * row, stop * row), "weight_scale": Cut(start * scale, stop * scale)}
+        return {"weight": ByteRange(start * row, stop * row), "weight_scale": ByteRange(start * scale, stop * scale)}
 
-    def settled(self, weight: TensorSpec, coding: str = "F32", seen: torch.Tensor | None = None) -> ChatGLM:
-        return replace(self, coding=coding)
+    def for_weight(self, weight: TensorSpec, compute_dtype: str = "F32", seen: torch.Tensor | None = None) -> ChatGLM:
+        return replace(self, compute_dtype=compute_dtype)
 
     def fit(self, rows: torch.Tensor, start: int = 0) -> Affine:
         import torch
 
-        coding, dtype = torch_dtype(self.coding), torch_dtype(self.scale)
+        compute_dtype, dtype = torch_dtype(self.compute_dtype), torch_dtype(self.scale)
         most = rows.abs().amax(1, keepdim=True) if rows.shape[1] else rows.new_zeros(len(rows), 1)
-        scale = (most.to(coding) / torch.tensor(self.top, dtype=coding)).to(dtype)
+        scale = (most.to(compute_dtype) / torch.tensor(self.top, dtype=compute_dtype)).to(dtype)
         # Halves have so few digits near zero that codes would pass the top by more than rounding cuts off.
         words = scale.view(torch.int32 if dtype is torch.float32 else torch.int16)
         short = scale.float() * (self.top + 0.5) < most
@@ -182,9 +182,11 @@ class ChatGLM(Quantized):
         official ones; files whose codes turned over have it, and keep it."""
         from lora_merge.quantization.grids import Affine
 
-        coding = None if self.coding == "F32" else torch_dtype(self.coding)
+        compute_dtype = None if self.compute_dtype == "F32" else torch_dtype(self.compute_dtype)
         dtype = torch_dtype(self.scale) if self.bits == 8 else None
-        return Affine(scale=scale, low=low, high=self.top, group=max(1, columns), dtype=dtype, coding=coding)
+        return Affine(
+            scale=scale, low=low, high=self.top, group=max(1, columns), dtype=dtype, compute_dtype=compute_dtype
+        )
 
 
 def is_chatglm(config: Mapping[str, Any]) -> bool:

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from lora_merge.errors import InputError, UnsupportedError
-from lora_merge.formats.base import ConfigPath, Cut, Loader, Parts, ReadPart, Wanted, shown
+from lora_merge.formats.base import ByteRange, ConfigPath, FormatOptions, Loader, Parts, ReadPart, shown
 from lora_merge.formats.compressed_tensors import codes as layout
 from lora_merge.formats.compressed_tensors.scales import E2M1, LARGEST_E4M3, Fp4, fp4, largest
 from lora_merge.formats.compressed_tensors.schemes import NVFP4, Scheme
@@ -68,7 +68,7 @@ class ModelOpt(FP8):
     part: str = "weight_scale"
 
     name: ClassVar[str] = "modelopt"
-    marks: ClassVar[tuple[str, ...]] = ("weight_scale",)
+    identifying_parts: ClassVar[tuple[str, ...]] = ("weight_scale",)
     part_names: ClassVar[tuple[str, ...]] = ("weight", "weight_scale", "weight_scale_2", *ROTATED)
     beside: ClassVar[tuple[str, ...]] = ("input_scale",)
     loader: ClassVar[Loader | None] = None
@@ -96,7 +96,7 @@ class ModelOpt(FP8):
         )
 
     @classmethod
-    def preset(cls, wanted: Wanted, weights: Mapping[str, TensorSpec]) -> ModelOpt:
+    def from_options(cls, wanted: FormatOptions, weights: Mapping[str, TensorSpec]) -> ModelOpt:
         kind = wanted.quant_type or {8: "fp8", 4: "nvfp4"}.get(wanted.bits)
         if (kind, wanted.bits) not in (("fp8", 8), ("nvfp4", 4)) or wanted.double_quant:
             raise UnsupportedError(
@@ -156,7 +156,11 @@ class ModelOpt(FP8):
     def _grid(self, scale: torch.Tensor, inverse: torch.Tensor | None, columns: int) -> Grid:
         # A scale that is no matrix does not widen the weight: the library's quotient is rounded to the weight's dtype.
         grid = FP8._grid(self, scale, inverse, columns)
-        return replace(grid, coding=torch_dtype(self.coding)) if self._single and self.coding != "F32" else grid
+        return (
+            replace(grid, compute_dtype=torch_dtype(self.compute_dtype))
+            if self._single and self.compute_dtype != "F32"
+            else grid
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +197,7 @@ class ModelOptFP4(ModelOpt):
         return ("weight_scale_2",)
 
     @property
-    def needs_survey(self) -> bool:
+    def needs_observation(self) -> bool:
         return self.peak is None
 
     @property
@@ -221,15 +225,15 @@ class ModelOptFP4(ModelOpt):
             return f"{weight.shape[1]} columns do not divide into groups of {self.block[1]}"
         return FP8.refusal(self, weight)
 
-    def slices(self, weight: TensorSpec, columns: int, start: int, stop: int) -> dict[str, Cut]:
+    def slices(self, weight: TensorSpec, columns: int, start: int, stop: int) -> dict[str, ByteRange]:
         row, groups = columns // 2, columns // self.block[1]
-        marks = Cut(start * groups, stop * groups)
-        return {"weight": Cut(start * row, stop * row), "weight_scale": marks, "weight_scale_2": Cut(0, 4)}
+        marks = ByteRange(start * groups, stop * groups)
+        return {"weight": ByteRange(start * row, stop * row), "weight_scale": marks, "weight_scale_2": ByteRange(0, 4)}
 
     def fit(self, rows: torch.Tensor, start: int = 0) -> Grid:
         import torch
 
-        assert not self.needs_survey, "a scale of the whole weight is asked for, and its peak was not told"
+        assert not self.needs_observation, "a scale of the whole weight is asked for, and its peak was not told"
         peak = torch.tensor(cast(float, self.peak), device=rows.device)
         whole = peak / self.top if peak > 0 else torch.ones_like(peak)
         marks = largest(rows, self.block[1]) / (E2M1[-1] * whole)

@@ -5,7 +5,7 @@
                                               the upper
     scales  U8     [experts, out, in/32]      w = code * 2^(byte - 127)
 
-Tensors are `...experts.gate_up_proj_blocks`; without quantization the model has `...experts.gate_up_proj`, turned
+Tensors are `...experts.gate_up_proj_blocks`; without quantization the model has `...experts.gate_up_proj`, transposed
 round: `[experts, in, out]`, gate in the even and up in the odd columns. Biases, router and attention stay plain.
 
 Loaders take any scale. The OCP standard has the largest value of a block at 4 to 8 times its scale, which cuts off what
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_merge.errors import InputError, UnsupportedError, listed
-from lora_merge.formats.base import ConfigPath, Cut, Parts, Quantized, ReadPart, Wanted
+from lora_merge.formats.base import ByteRange, ConfigPath, FormatOptions, Parts, Quantized, ReadPart
 from lora_merge.formats.compressed_tensors import codes as layout
 from lora_merge.formats.compressed_tensors import scales as scales
 from lora_merge.formats.compressed_tensors import schemes as schemes
@@ -50,9 +50,9 @@ class MXFP4(Quantized):
 
     name: ClassVar[str] = "mxfp4"
     part_names: ClassVar[tuple[str, ...]] = ("blocks", "scales")
-    marks: ClassVar[tuple[str, ...]] = ("blocks",)
-    joint: ClassVar[str] = "_"
-    logical: ClassVar[str] = ""
+    identifying_parts: ClassVar[tuple[str, ...]] = ("blocks",)
+    separator: ClassVar[str] = "_"
+    weight_suffix: ClassVar[str] = ""
     stacked: ClassVar[bool] = True
 
     @classmethod
@@ -69,7 +69,7 @@ class MXFP4(Quantized):
         return cls()
 
     @classmethod
-    def preset(cls, wanted: Wanted, weights: Mapping[str, TensorSpec]) -> MXFP4:
+    def from_options(cls, wanted: FormatOptions, weights: Mapping[str, TensorSpec]) -> MXFP4:
         if wanted.bits != 4 or wanted.quant_type not in (None, "mxfp4") or wanted.double_quant:
             raise UnsupportedError("mxfp4 has 4-bit floats alone; write --bits 4 without --quant-type and "
                                    "--double-quant, or choose another --format")  # fmt: skip
@@ -112,7 +112,7 @@ class MXFP4(Quantized):
     def limit(self) -> float:
         return float(2**127 * (1.75 - 2**-23))  # from 1.75 on the code is 4 and the scale half of 2^127
 
-    def settled(self, weight: TensorSpec, coding: str = "F32", seen: torch.Tensor | None = None) -> MXFP4:
+    def for_weight(self, weight: TensorSpec, compute_dtype: str = "F32", seen: torch.Tensor | None = None) -> MXFP4:
         return self
 
     def describe(self, weight: TensorSpec) -> dict[str, TensorSpec]:
@@ -137,13 +137,13 @@ class MXFP4(Quantized):
     def rows_within(self, weight: TensorSpec) -> int | None:
         return weight.shape[1]
 
-    def slices(self, weight: TensorSpec, columns: int, start: int, stop: int) -> dict[str, Cut]:
+    def slices(self, weight: TensorSpec, columns: int, start: int, stop: int) -> dict[str, ByteRange]:
         inputs = weight.shape[1]
         expert, first = divmod(start, inputs)
         last = first + stop - start
         assert last <= inputs, "a piece crosses experts"
         return {
-            part: Cut(first // size, last // size, columns, inputs // size, expert * columns)
+            part: ByteRange(first // size, last // size, columns, inputs // size, expert * columns)
             for part, size in (("blocks", 2), ("scales", BLOCK))
         }
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from lora_merge.formats.base import Cut, Parts
+from lora_merge.formats.base import ByteRange, Parts
 from lora_merge.spec import BITS, PLAIN_FLOATS, TensorSpec
 
 if TYPE_CHECKING:
@@ -30,10 +30,13 @@ LIMITS = {
 
 @dataclass(frozen=True, slots=True)
 class Plain:
-    """Values in one float dtype (safetensors name). turned: a matrix is stored `[in, out]` (transformers' Conv1D)."""
+    """Values in one float dtype (safetensors name).
+
+    transposed: a matrix is stored `[in, out]` (transformers' Conv1D).
+    """
 
     dtype: str
-    turned: bool = False
+    transposed: bool = False
 
     name: ClassVar[str] = "plain"
     writable: ClassVar[bool] = True
@@ -45,11 +48,11 @@ class Plain:
         return cls(spec.dtype) if spec and len(parts) == 1 and spec.dtype in PLAIN_FLOATS else None
 
     def describe(self, weight: TensorSpec) -> dict[str, TensorSpec]:
-        return {PART: TensorSpec(self.dtype, weight.shape[::-1] if self.turned else weight.shape)}
+        return {PART: TensorSpec(self.dtype, weight.shape[::-1] if self.transposed else weight.shape)}
 
     def measure(self, parts: Parts) -> TensorSpec:
         spec = parts[PART]
-        return TensorSpec(spec.dtype, spec.shape[::-1]) if self.turned else spec
+        return TensorSpec(spec.dtype, spec.shape[::-1]) if self.transposed else spec
 
     def refusal(self, weight: TensorSpec) -> str | None:
         return None if self.dtype in WRITABLE else f"{self.dtype} is read but not written; choose a --dtype"
@@ -57,11 +60,11 @@ class Plain:
     def rows_at_once(self, weight: TensorSpec) -> int:
         return 1
 
-    def slices(self, weight: TensorSpec, columns: int, start: int, stop: int) -> dict[str, Cut]:
+    def slices(self, weight: TensorSpec, columns: int, start: int, stop: int) -> dict[str, ByteRange]:
         size = BITS[self.dtype] // 8
-        if self.turned:
-            return {PART: Cut(start * size, stop * size, columns, weight.shape[0] * size)}
-        return {PART: Cut(start * columns * size, stop * columns * size)}
+        if self.transposed:
+            return {PART: ByteRange(start * size, stop * size, columns, weight.shape[0] * size)}
+        return {PART: ByteRange(start * columns * size, stop * columns * size)}
 
     @property
     def limit(self) -> float:
@@ -69,11 +72,11 @@ class Plain:
 
     def decode(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
         values = self._values(parts[PART])
-        out.copy_(values.view(out.shape[::-1]).T if self.turned else values.view(out.shape))
+        out.copy_(values.view(out.shape[::-1]).T if self.transposed else values.view(out.shape))
 
     def encode(self, rows: torch.Tensor, out: Mapping[str, torch.Tensor]) -> None:
         values = self._values(out[PART])
-        (values.view(rows.shape[::-1]).T if self.turned else values.view(rows.shape)).copy_(rows)
+        (values.view(rows.shape[::-1]).T if self.transposed else values.view(rows.shape)).copy_(rows)
 
     def __str__(self) -> str:
         return self.dtype

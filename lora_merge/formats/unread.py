@@ -73,7 +73,7 @@ UNREAD = (
     ),
 )
 """Layouts on disk: optimum-quanto `weight._data`, `weight._scale`, `weight._shift` (of 4 bits `weight._data._data`);
-HQQ `W_q`, `scale`, `zero`; torchao `_weight_qdata`, `_weight_scale`; EETQ `weight` turned round and shuffled,
+HQQ `W_q`, `scale`, `zero`; torchao `_weight_qdata`, `_weight_scale`; EETQ `weight` transposed and shuffled,
 `weight_scales`; Gaudi's FP8 `weight`, which lies `[in, out]` on some machines and counts to 240 on others, and
 `scale_weight`, for each rank `scale_weight_0_8`."""
 MARKS = re.compile("|".join(rf"(?P<of{n}>{kind.mark})" for n, kind in enumerate(UNREAD) if kind.mark))

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from lora_merge.errors import listed
 from lora_merge.models.skeleton import NoSkeleton, Skeleton
-from lora_merge.spec import Target, TensorSpec
+from lora_merge.spec import Location, TensorSpec
 
 How = Literal["name", "prefix", "rename", "transformers", "suffix"]
 
@@ -93,9 +93,9 @@ FUSED = {
 
 @dataclass(frozen=True, slots=True)
 class Resolution:
-    """Where a parameter lies. No targets: nowhere, and `note` says what was seen instead."""
+    """Where a parameter lies. No locations: nowhere, and `note` says what was seen instead."""
 
-    targets: tuple[Target, ...]
+    locations: tuple[Location, ...]
     how: How
     note: str | None = None
 
@@ -118,8 +118,8 @@ class Resolver:
         """Base tensors of `module.parameter`; `shape` is what the adapter's factors say of it, either way round."""
         name = f"{module}.{parameter}" if module else parameter
         misfits: list[str] = []
-        for how, targets in self._by_name(name, shape, misfits):
-            return Resolution(targets, how)
+        for how, locations in self._by_name(name, shape, misfits):
+            return Resolution(locations, how)
         if misfits:
             return Resolution((), "name", self._misfit(misfits, shape))
         if placed := self._by_skeleton(name, shape, misfits):
@@ -150,11 +150,11 @@ class Resolver:
 
     def _by_name(
         self, name: str, shape: tuple[int, ...] | None, misfits: list[str]
-    ) -> Iterator[tuple[How, tuple[Target, ...]]]:
+    ) -> Iterator[tuple[How, tuple[Location, ...]]]:
         """Every match by the rules of this file, surest first; names that exist with another shape go to `misfits`."""
         if name in self.tensors:
             if self._fits(name, shape):
-                yield "name", (Target(name),)
+                yield "name", (Location(name),)
             else:
                 misfits.append(name)
             return
@@ -164,8 +164,8 @@ class Resolver:
             fitting = [other for other in found if self._fits(other, shape)]
             misfits.extend(other for other in found if other not in fitting)
             if len(fitting) == 1:
-                yield how, (Target(fitting[0]),)
-        yield from (("rename", targets) for targets in self._experts(name, shape, misfits))
+                yield how, (Location(fitting[0]),)
+        yield from (("rename", locations) for locations in self._experts(name, shape, misfits))
 
     def _prefixed(self, name: str) -> Iterator[str]:
         """The stored names among `name` itself, without its base-model prefix, and with each that the files have."""
@@ -187,7 +187,7 @@ class Resolver:
 
     # experts: fused in the module and apart on disk, or the other way round
 
-    def _experts(self, name: str, shape: tuple[int, ...] | None, misfits: list[str]) -> Iterator[tuple[Target, ...]]:
+    def _experts(self, name: str, shape: tuple[int, ...] | None, misfits: list[str]) -> Iterator[tuple[Location, ...]]:
         for spelt in (name, *spellings(name)):
             stack, _, parameter = spelt.rpartition(".")
             if stack.endswith("experts") and parameter in EXPERT_PARTS:
@@ -203,10 +203,10 @@ class Resolver:
 
     def _apart(
         self, stack: str, parameter: str, shape: tuple[int, ...] | None, misfits: list[str]
-    ) -> Iterator[tuple[Target, ...]]:
+    ) -> Iterator[tuple[Location, ...]]:
         """A fused `[experts, out, in]` parameter as the per-expert tensors of `stack.<n>.<part>.weight`."""
         for parts in EXPERT_PARTS[parameter]:
-            targets: list[Target] = []
+            locations: list[Location] = []
             count = 0
             while all(f"{stack}.{count}.{part}.weight" in self.tensors for part in parts):
                 names = [f"{stack}.{count}.{part}.weight" for part in parts]
@@ -214,18 +214,18 @@ class Resolver:
                 for name in names:
                     ends.append(ends[-1] + self.tensors[name].shape[0])
                 spans = list(pairwise(ends)) if len(parts) > 1 else [None]
-                targets += [Target(name, expert=count, rows=span) for name, span in zip(names, spans, strict=True)]
+                locations += [Location(name, expert=count, rows=span) for name, span in zip(names, spans, strict=True)]
                 count += 1
-            if not targets:
+            if not locations:
                 continue
-            columns = self.tensors[targets[0].tensor].shape[-1]
-            rows = sum(self.tensors[target.tensor].shape[0] for target in targets[: len(parts)])
+            columns = self.tensors[locations[0].tensor].shape[-1]
+            rows = sum(self.tensors[location.tensor].shape[0] for location in locations[: len(parts)])
             if shape is None or fits((count, rows, columns), shape):
-                yield tuple(targets)
+                yield tuple(locations)
             else:
-                misfits.append(targets[0].tensor)
+                misfits.append(locations[0].tensor)
 
-    def _within(self, stack: str, expert: int, part: str, shape: tuple[int, ...]) -> Iterator[tuple[Target, ...]]:
+    def _within(self, stack: str, expert: int, part: str, shape: tuple[int, ...]) -> Iterator[tuple[Location, ...]]:
         """One expert's linear inside a stacked tensor `[experts, out, in]`: a span of its `experts * out` rows."""
         for fused, pieces in (("gate_up_proj", ("gate_proj", "up_proj")), (part, (part,))):
             name = f"{stack}.{fused}"
@@ -234,7 +234,7 @@ class Resolver:
             experts, rows, columns = self.tensors[name].shape
             if expert < experts and shape == (rows // len(pieces), columns) and rows % len(pieces) == 0:
                 start = expert * rows + pieces.index(part) * shape[0]
-                yield (Target(name, within=(start, start + shape[0])),)
+                yield (Location(name, within=(start, start + shape[0])),)
 
     # by transformers' own mapping
 
@@ -245,20 +245,20 @@ class Resolver:
         except NoSkeleton as error:
             return None, str(error)
 
-    def _by_skeleton(self, name: str, shape: tuple[int, ...] | None, misfits: list[str]) -> tuple[Target, ...]:
+    def _by_skeleton(self, name: str, shape: tuple[int, ...] | None, misfits: list[str]) -> tuple[Location, ...]:
         skeleton = self._built[0]
         if skeleton is None:
             return ()
         prefix = skeleton.base_model_prefix
         bare = name.removeprefix(f"{prefix}.")
         for spelt in dict.fromkeys((name, f"{prefix}.{name}", bare, *spellings(name))):
-            targets = skeleton.disk_tensors(spelt)
-            if not targets:
+            locations = skeleton.disk_tensors(spelt)
+            if not locations:
                 continue
             whole = skeleton.parameters[spelt]
             if fits(whole, shape, any_rows=bool(VOCABULARY.search(spelt))):
-                return targets
-            misfits.append(targets[0].tensor)
+                return locations
+            misfits.append(locations[0].tensor)
         return ()
 
     # by the end of the path
@@ -268,7 +268,7 @@ class Resolver:
         return sorted(tuple(reversed(name.split("."))) for name in self.tensors)
 
     def _ending(self, tail: tuple[str, ...]) -> list[str]:
-        """Stored names that end with the segments `tail` (given last segment first)."""
+        """StoredWeight names that end with the segments `tail` (given last segment first)."""
         found = self._backwards[
             bisect_left(self._backwards, tail) : bisect_right(self._backwards, (*tail, chr(0x10FFFF)))
         ]
@@ -289,7 +289,7 @@ class Resolver:
             fitting = [other for other in alike if self._fits(other, shape)]
             if len(fitting) == 1:
                 taken = f"{lead or 'nothing'} in the adapter is taken for {fitting[0][:-tail] or 'nothing'} in the base"
-                return Resolution((Target(fitting[0]),), "suffix", f"{taken}: only the ends of the names agree")
+                return Resolution((Location(fitting[0]),), "suffix", f"{taken}: only the ends of the names agree")
             why = self._misfit(alike, shape) if alike and not fitting else f"its path ends like {listed(found)}"
             return Resolution((), "suffix", why)
         return Resolution((), "suffix", self._fusion(name, shape) or self._refusal(name))

@@ -64,12 +64,12 @@ def linears(
 
 
 def of_class(skeleton: Skeleton) -> dict[str, str]:
-    """Stored name of each linear that lies in one tensor, by its path in the model."""
+    """StoredWeight name of each linear that lies in one tensor, by its path in the model."""
     found = {}
     for module in skeleton.linear_modules():
-        targets = skeleton.disk_tensors(f"{module}.weight")
-        whole = len(targets) == 1 and targets[0].within is None and targets[0].rows is None
-        found[module] = targets[0].tensor.removesuffix(".weight") if whole else module
+        locations = skeleton.disk_tensors(f"{module}.weight")
+        whole = len(locations) == 1 and locations[0].within is None and locations[0].rows is None
+        found[module] = locations[0].tensor.removesuffix(".weight") if whole else module
     return found
 
 

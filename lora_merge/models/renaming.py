@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lora_merge.spec import Target
+from lora_merge.spec import Location
 
 CODE_PARTS = ("weight_scale_inv", "weight_scale", "weight_packed", "weight.absmax", "qweight", "scales", "SCB")
 """What formats of codes have instead of a weight, or beside it."""
@@ -26,7 +26,9 @@ def _disguises(name: str) -> tuple[str, ...]:
     return (".".join(steps), f"[{name[0]}]{name[1:]}", f"{name[:-1]}[{name[-1]}]")
 
 
-def strays(mapping: Sequence[Any], places: Mapping[str, tuple[Target, ...]], linears: Iterable[str]) -> frozenset[str]:
+def strays(
+    mapping: Sequence[Any], places: Mapping[str, tuple[Location, ...]], linears: Iterable[str]
+) -> frozenset[str]:
     """Linears stored under another name, to which only the weight finds its way: not what codes have beside them."""
     found = set()
     for path in linears:

@@ -17,7 +17,7 @@ from typing import Any
 from lora_merge.errors import printable
 from lora_merge.models.renaming import hidden, strays
 from lora_merge.models.skeleton_limits import TooLarge, check_numbers, counted
-from lora_merge.spec import Target, TensorSpec
+from lora_merge.spec import Location, TensorSpec
 from lora_merge.system.hushed import hushed
 from lora_merge.system.shortage import is_shortage
 
@@ -55,7 +55,7 @@ class Skeleton:
     parameters: Mapping[str, tuple[int, ...]]
     linears: tuple[str, ...]
     tied: Mapping[str, str]
-    places: Mapping[str, tuple[Target, ...]]
+    places: Mapping[str, tuple[Location, ...]]
     refusals: Mapping[str, str]
     derived: Mapping[str, str] = field(default_factory=dict)
     float32: tuple[str, ...] = ()
@@ -70,8 +70,8 @@ class Skeleton:
     def parameter_names(self) -> tuple[str, ...]:
         return tuple(self.parameters)
 
-    def disk_tensors(self, parameter: str) -> tuple[Target, ...]:
-        """Stored tensors of a parameter path (`model.layers.0.mlp.experts.gate_up_proj`); empty: not stored."""
+    def disk_tensors(self, parameter: str) -> tuple[Location, ...]:
+        """StoredWeight tensors of a parameter path (`model.layers.0.mlp.experts.gate_up_proj`); empty: not stored."""
         return self.places.get(parameter, ())
 
     def keeps_float32(self, module: str) -> bool:
@@ -189,13 +189,13 @@ def _describe(model: Any, tensors: Mapping[str, TensorSpec]) -> Skeleton:
 
 def _places(
     mapping: Sequence[Any], parameters: Mapping[str, tuple[int, ...]], prefix: str, tensors: Mapping[str, TensorSpec]
-) -> tuple[dict[str, tuple[Target, ...]], dict[str, str]]:
+) -> tuple[dict[str, tuple[Location, ...]], dict[str, str]]:
     """Run transformers' renamings and converters over the stored names, and turn them round."""
     from transformers.core_model_loading import WeightConverter
 
     renamings = [entry for entry in mapping if not isinstance(entry, WeightConverter)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    places: dict[str, tuple[Target, ...]] = {}
+    places: dict[str, tuple[Location, ...]] = {}
     refusals: dict[str, str] = {}
     collected: dict[str, tuple[Any, dict[str, list[str]]]] = {}
     for stored in sorted(tensors, key=natural):
@@ -203,7 +203,7 @@ def _places(
         if parameter not in parameters:
             continue
         if converter is None:
-            places[parameter] = (Target(stored),)
+            places[parameter] = (Location(stored),)
         else:
             collected.setdefault(parameter, (converter, defaultdict(list)))[1][pattern].append(stored)
     for parameter, (converter, sources) in collected.items():
@@ -248,8 +248,8 @@ def compose(
     sources: Mapping[str, list[str]],
     parameters: Mapping[str, tuple[int, ...]],
     tensors: Mapping[str, TensorSpec],
-) -> dict[str, tuple[Target, ...]] | str:
-    """A converter's operations as targets of one parameter or several; a sentence where they are no rows of tensors."""
+) -> dict[str, tuple[Location, ...]] | str:
+    """A converter's operations as locations of one parameter or several; why not, where they are none."""
     steps = [(type(step).__name__, getattr(step, "dim", None)) for step in converter.operations]
     ordered = [sources[pattern] for pattern in converter.source_patterns if pattern in sources]
     if len(ordered) != len(converter.source_patterns):
@@ -263,39 +263,39 @@ def compose(
     if steps == [("Transpose", None)] and getattr(converter.operations[0], "check_dims", False):
         stored = ordered[0][0]
         if tensors[stored].shape == parameters[parameter]:
-            return {parameter: (Target(stored),)}
+            return {parameter: (Location(stored),)}
     return f"{parameter} is stored in another layout ({', '.join(name for name, _ in steps)} of {ordered[0][0]})"
 
 
 def _stacked(
     parameter: str, ordered: list[list[str]], shape: tuple[int, ...], tensors: Mapping[str, TensorSpec]
-) -> dict[str, tuple[Target, ...]] | str:
+) -> dict[str, tuple[Location, ...]] | str:
     """`parameter[e]` is the e-th tensor of each source, one under the other."""
     if any(len(names) != shape[0] for names in ordered):
         return f"{parameter} has {shape[0]} experts, the files have {', '.join(str(len(names)) for names in ordered)}"
-    targets: list[Target] = []
+    locations: list[Location] = []
     for expert in range(shape[0]):
         pieces = [names[expert] for names in ordered]
         rows = _spans(tensors[piece].shape[0] for piece in pieces) if len(pieces) > 1 else [None]
-        targets += [Target(piece, expert=expert, rows=span) for piece, span in zip(pieces, rows, strict=True)]
-    return {parameter: tuple(targets)}
+        locations += [Location(piece, expert=expert, rows=span) for piece, span in zip(pieces, rows, strict=True)]
+    return {parameter: tuple(locations)}
 
 
-def _joined(ordered: list[list[str]], tensors: Mapping[str, TensorSpec]) -> tuple[Target, ...]:
+def _joined(ordered: list[list[str]], tensors: Mapping[str, TensorSpec]) -> tuple[Location, ...]:
     names = [name for group in ordered for name in group]
     spans = _spans(tensors[name].shape[0] for name in names)
-    return tuple(Target(name, rows=span) for name, span in zip(names, spans, strict=True))
+    return tuple(Location(name, rows=span) for name, span in zip(names, spans, strict=True))
 
 
 def _cut(
     patterns: list[str], parameter: str, stored: str, parameters: Mapping[str, tuple[int, ...]]
-) -> dict[str, tuple[Target, ...]] | str:
+) -> dict[str, tuple[Location, ...]] | str:
     """Several parameters that are spans of one stored tensor; `parameter` is the first of them."""
     names = [parameter.replace(patterns[0], pattern) for pattern in patterns]
     if missing := [name for name in names if name not in parameters]:
         return f"{stored} is cut into parameters that the model has not ({', '.join(missing)})"
     spans = _spans(parameters[name][0] for name in names)
-    return {name: (Target(stored, within=span),) for name, span in zip(names, spans, strict=True)}
+    return {name: (Location(stored, within=span),) for name, span in zip(names, spans, strict=True)}
 
 
 def _spans(sizes: Iterable[int]) -> list[tuple[int, int]]:

@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from lora_merge.checkpoint.opening import digest
+from lora_merge.checkpoint.opening import file_sha256
 from lora_merge.checkpoint.weight_files import model_in
 from lora_merge.errors import LoraMergeError, OutputExistsError, UsageError, VerificationError, listed, printable
 from lora_merge.record import MANIFEST, read_record
@@ -113,4 +113,4 @@ def _is_as_recorded(path: Path, entry: Mapping[str, Any], written: int) -> bool:
 @lru_cache(maxsize=1024)
 def _digest(path: Path, state: tuple[int, ...]) -> str:
     """`digest`, read once for a file in this state: a copied output is looked at before the work and after it."""
-    return digest(path)
+    return file_sha256(path)

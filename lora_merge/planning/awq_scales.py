@@ -120,7 +120,7 @@ class Products:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Sums:
+class RunningSums:
     """Of all values, and of those that were not clipped."""
 
     whole: Products
@@ -146,7 +146,7 @@ def _demand_llama(layer: str, awq: Mapping[str, TensorSpec], original: Mapping[s
 
 
 def _of_layer(layer: str, linears: Collection[str], awq: Weights, original: Weights) -> dict[str, Scaling]:
-    """Sums of one weight after the other, then the factors between them, then whether all of it fits."""
+    """RunningSums of one weight after the other, then the factors between them, then whether all of it fits."""
     pairs = [(first, second) for second, first in BEHIND_LINEAR.items() if {first, second} & set(linears)]
     needed = dict.fromkeys((*linears, *(linear for pair in pairs for linear in pair)))
     norms = dict.fromkeys(BEHIND_NORM[linear] for linear in needed if linear in BEHIND_NORM)
@@ -205,7 +205,7 @@ def _between(first: Products, second: Products, bias: torch.Tensor | None) -> to
     return factor if second.distance(factor) < second.distance(None) else None
 
 
-def _summed(name: str, columns: torch.Tensor | None, awq: Weights, original: Weights) -> Sums:
+def _summed(name: str, columns: torch.Tensor | None, awq: Weights, original: Weights) -> RunningSums:
     """Sums of each row, the original's columns multiplied; of each column, where these factors are not yet known."""
     import torch
 
@@ -223,7 +223,7 @@ def _summed(name: str, columns: torch.Tensor | None, awq: Weights, original: Wei
         products += [product * small for product in products]
         blocks.append(torch.stack([product.sum(over, dtype=torch.float64) for product in products]))
     sums = torch.cat(blocks, 1) if over else torch.stack(blocks).sum(0)
-    return Sums(Products(*sums[:3]), Products(*sums[3:]))
+    return RunningSums(Products(*sums[:3]), Products(*sums[3:]))
 
 
 def _single(factor: torch.Tensor | None) -> torch.Tensor | None:

@@ -12,7 +12,7 @@ from lora_merge.adapters.base import Claim, Options, Patch, Reading
 from lora_merge.checkpoint.opening import Checkpoint
 from lora_merge.errors import AdapterError, UnsupportedError, listed, printable
 from lora_merge.models.keys import Resolver
-from lora_merge.spec import Target, TensorSpec
+from lora_merge.spec import Location, TensorSpec
 
 NEW_HEADS = ("score", "classifier", "qa_outputs", "summary", "v_head")
 """Modules that a fine-tune adds to a base saved without them; the adapter file holds the whole of them."""
@@ -28,16 +28,16 @@ class Effect:
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class PlacedClaim:
     """A claim resolved to one tensor, its patch not yet built."""
 
     adapter: int
     claim: Claim
-    target: Target
+    location: Location
 
 
 @dataclass(frozen=True, slots=True)
-class Lost:
+class UnmatchedClaim:
     """A claim without a place, and what was seen instead."""
 
     adapter: int
@@ -46,10 +46,10 @@ class Lost:
 
 
 @dataclass(frozen=True, slots=True)
-class Wishes:
+class PlacedClaims:
     """All resolved claims, by tensor name in the output; new tensors; remarks."""
 
-    by_tensor: Mapping[str, tuple[Wish, ...]]
+    by_tensor: Mapping[str, tuple[PlacedClaim, ...]]
     added: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -70,46 +70,46 @@ def read(adapter: Checkpoint, options: Options, allow_unused: str | None) -> Rea
 
 def resolve(
     adapters: Sequence[Checkpoint], readings: Sequence[Reading], resolver: Resolver, allow_unused: str | None
-) -> Wishes:
+) -> PlacedClaims:
     """Find the base tensors of every claim.
 
     Raises AdapterError that lists every adapter tensor without a place in the base.
     """
-    by_tensor: dict[str, list[Wish]] = defaultdict(list)
+    by_tensor: dict[str, list[PlacedClaim]] = defaultdict(list)
     added: list[str] = []
     notes: list[str] = []
-    lost: list[Lost] = []
+    unmatched: list[UnmatchedClaim] = []
     for index, reading in enumerate(readings):
         for claim in reading.claims:
             resolution = resolver.resolve(claim.module, claim.parameter, claim.shape)
-            targets = resolution.targets
-            if targets and resolution.note and resolution.note not in notes:
+            locations = resolution.locations
+            if locations and resolution.note and resolution.note not in notes:
                 notes.append(resolution.note)
-            if not targets and claim.order == 0 and claim.module.split(".")[0] in NEW_HEADS:
-                targets = (Target(f"{claim.module}.{claim.parameter}"),)
-                if targets[0].tensor not in resolver.tensors:  # else it is there, with other labels
-                    added.append(targets[0].tensor)
-            for target in targets:
-                by_tensor[target.tensor].append(Wish(index, claim, target))
-            if not targets and not _allowed(claim, allow_unused):
-                lost.append(Lost(index, claim, resolution.note))
-    if lost:
-        raise _unmatched(adapters, readings, resolver, lost)
-    return Wishes({name: tuple(wishes) for name, wishes in by_tensor.items()}, tuple(added), tuple(notes))
+            if not locations and claim.order == 0 and claim.module.split(".")[0] in NEW_HEADS:
+                locations = (Location(f"{claim.module}.{claim.parameter}"),)
+                if locations[0].tensor not in resolver.tensors:  # else it is there, with other labels
+                    added.append(locations[0].tensor)
+            for location in locations:
+                by_tensor[location.tensor].append(PlacedClaim(index, claim, location))
+            if not locations and not _allowed(claim, allow_unused):
+                unmatched.append(UnmatchedClaim(index, claim, resolution.note))
+    if unmatched:
+        raise _unmatched(adapters, readings, resolver, unmatched)
+    return PlacedClaims({name: tuple(claims) for name, claims in by_tensor.items()}, tuple(added), tuple(notes))
 
 
-def agreed(wishes: Wishes, adapters: Sequence[Checkpoint]) -> Wishes:
+def agreed(claims: PlacedClaims, adapters: Sequence[Checkpoint]) -> PlacedClaims:
     """Where several adapters bring the same copy of a tensor, only the first brings it."""
-    by_tensor = dict(wishes.by_tensor)
-    for name, all_wishes in by_tensor.items():
-        copies = [wish for wish in all_wishes if wish.claim.order == 0]
+    by_tensor = dict(claims.by_tensor)
+    for name, all_claims in by_tensor.items():
+        copies = [placed for placed in all_claims if placed.claim.order == 0]
         repeated = [other for other in copies[1:] if _same_values(copies[0], other, adapters)]
-        by_tensor[name] = tuple(wish for wish in all_wishes if not any(wish is other for other in repeated))
-    return replace(wishes, by_tensor=by_tensor)
+        by_tensor[name] = tuple(placed for placed in all_claims if not any(placed is other for other in repeated))
+    return replace(claims, by_tensor=by_tensor)
 
 
-def _same_values(one: Wish, other: Wish, adapters: Sequence[Checkpoint]) -> bool:
-    first, second = (adapters[wish.adapter].load(wish.claim.factors[0]) for wish in (one, other))
+def _same_values(one: PlacedClaim, other: PlacedClaim, adapters: Sequence[Checkpoint]) -> bool:
+    first, second = (adapters[placed.adapter].load(placed.claim.factors[0]) for placed in (one, other))
     return first.shape == second.shape and first.dtype == second.dtype and bool((first == second).all())
 
 
@@ -118,42 +118,42 @@ def _allowed(claim: Claim, allow_unused: str | None) -> bool:
 
 
 def _unmatched(
-    adapters: Sequence[Checkpoint], readings: Sequence[Reading], resolver: Resolver, lost: list[Lost]
+    adapters: Sequence[Checkpoint], readings: Sequence[Reading], resolver: Resolver, unmatched: list[UnmatchedClaim]
 ) -> AdapterError:
-    """The error of claims without a place; it names every adapter tensor that would be lost."""
-    paths = sorted({printable(adapters[one.adapter].path) for one in lost})
-    modules = (f"{one.claim.module}.{one.claim.parameter}" for one in lost)
-    factors = (factor for one in lost for factor in one.claim.factors)
-    seen = list(dict.fromkeys(one.seen for one in lost if one.seen))
+    """The error of claims without a place; it names every adapter tensor that would be unmatched."""
+    paths = sorted({printable(adapters[one.adapter].path) for one in unmatched})
+    modules = (f"{one.claim.module}.{one.claim.parameter}" for one in unmatched)
+    factors = (factor for one in unmatched for factor in one.claim.factors)
+    seen = list(dict.fromkeys(one.seen for one in unmatched if one.seen))
     total = sum(len(reading.claims) for reading in readings)
-    first = lost[0].claim
+    first = unmatched[0].claim
     near = resolver.suggest(first.module)
     shape = f" (factors say {list(first.shape)})" if first.shape else ""
-    hint = f" Found: {listed(seen, 2)}." if seen else ""
+    hint = f" CheckpointFiles: {listed(seen, 2)}." if seen else ""
     hint += f" Nearest in the base to {printable(first.module)}{shape}: {listed(near, 3)}." if near else ""
     return AdapterError(
-        f"{', '.join(paths)}: {len(lost)} of {total} adapted parameters have no place in the base: "
+        f"{', '.join(paths)}: {len(unmatched)} of {total} adapted parameters have no place in the base: "
         f"{listed(modules, 12, counted=False)}; adapter tensors {listed(factors, 4)}.{hint} Merge onto the base that "
         "the adapter was trained on, or allow the loss with --allow-unused REGEX"
     )
 
 
-def patches(weight: TensorSpec | None, wishes: Sequence[Wish]) -> list[tuple[Wish, Patch]]:
+def patches(weight: TensorSpec | None, claims: Sequence[PlacedClaim]) -> list[tuple[PlacedClaim, Patch]]:
     """The patches of one tensor in the order in which they apply; each is built for what those before it leave.
 
     weight: spec in the base; None for a tensor that the adapter adds. Raises AdapterError where factors do not fit.
     """
-    built: list[tuple[Wish, Patch]] = []
-    for wish in sorted(wishes, key=lambda wish: (wish.claim.order, wish.adapter)):
-        patch = wish.claim.build(wish.target, weight or TensorSpec("F32", wish.claim.shape or ()))
+    built: list[tuple[PlacedClaim, Patch]] = []
+    for placed in sorted(claims, key=lambda placed: (placed.claim.order, placed.adapter)):
+        patch = placed.claim.build(placed.location, weight or TensorSpec("F32", placed.claim.shape or ()))
         if patch.replaces is not None:
             weight = TensorSpec(weight.dtype if weight else patch.replaces.dtype, patch.replaces.shape)
-        built.append((wish, patch))
+        built.append((placed, patch))
     return built
 
 
 def build(
-    name: str, weight: TensorSpec | None, wishes: Sequence[Wish], strengths: Sequence[float]
+    name: str, weight: TensorSpec | None, claims: Sequence[PlacedClaim], strengths: Sequence[float]
 ) -> tuple[tuple[Effect, ...], TensorSpec]:
     """The effects on one tensor in the order in which they apply, and the tensor's shape after them.
 
@@ -163,17 +163,17 @@ def build(
     effects: list[Effect] = []
     replacing: set[int] = set()
     after = weight
-    for wish, patch in patches(weight, wishes):
-        strength = strengths[wish.adapter]
+    for placed, patch in patches(weight, claims):
+        strength = strengths[placed.adapter]
         if patch.replaces is not None:
-            replacing.add(wish.adapter)
+            replacing.add(placed.adapter)
             if strength != 1 and (after is None or patch.replaces.shape != after.shape):
                 raise AdapterError(
                     f"{printable(name)}: the adapter brings it whole, as {patch.replaces}, where the base has "
                     f"{after or 'nothing'}; that cannot be weighted by {strength:g}, use --weight 1 for this adapter"
                 )
             after = TensorSpec(after.dtype if after else patch.replaces.dtype, patch.replaces.shape)
-        effects.append(Effect(wish.adapter, strength, patch))
+        effects.append(Effect(placed.adapter, strength, patch))
     if len(replacing) > 1:
         raise AdapterError(
             f"{printable(name)}: {len(replacing)} adapters replace it as a whole; only one can. Merge them one by one"

@@ -1,4 +1,4 @@
-"""The output as it takes shape, between the adapters' wishes and the finished plan."""
+"""The output as it takes shape, between the adapters' claims and the finished plan."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lora_merge.adapters.layers import is_conv1d
 from lora_merge.checkpoint.opening import Checkpoint
 from lora_merge.containers.json_file import read_json
 from lora_merge.errors import printable
-from lora_merge.formats import QUANTIZED, Plain, Stored
+from lora_merge.formats import QUANTIZED, Plain, StoredWeight
 from lora_merge.formats import weights as gathered
 from lora_merge.formats.base import SECTION, ConfigPath
 from lora_merge.models import config_values
 from lora_merge.models.ties import Extra, Tie, Touch, tied, untie
-from lora_merge.planning.claims import Wish, Wishes, patches
+from lora_merge.planning.claims import PlacedClaim, PlacedClaims, patches
 from lora_merge.spec import TensorSpec
 
 COPIED = "embeddings"
@@ -38,7 +38,7 @@ class Draft:
     base: Checkpoint
     sources: dict[str, str]
     config: dict[str, Any]
-    weights: dict[str, Stored] = field(default_factory=dict)
+    weights: dict[str, StoredWeight] = field(default_factory=dict)
     changes: dict[ConfigPath, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     read: dict[str, str] = field(default_factory=dict)
@@ -48,31 +48,31 @@ class Draft:
         """Everything as it is in the base."""
         return cls(base, {name: name for name in base.tensors}, _config(base), notes=list(base.notes))
 
-    def gather(self, turned: bool = False) -> None:
+    def gather(self, transposed: bool = False) -> None:
         """Find the weights among the tensors, once it is known which layers there are.
 
-        turned: plain ones of a Conv1D, stored `[in, out]`, count as `[out, in]`.
+        transposed: plain ones of a Conv1D, stored `[in, out]`, count as `[out, in]`.
         """
         self.weights = gathered(self._tensors, self.config, self._read)
-        for name, stored in self.weights.items() if turned else ():
+        for name, stored in self.weights.items() if transposed else ():
             if isinstance(stored.format, Plain) and self.is_conv1d(name) and len(stored.weight.shape) == 2:
                 weight = TensorSpec(stored.weight.dtype, stored.weight.shape[::-1])
-                self.weights[name] = replace(stored, format=replace(stored.format, turned=True), weight=weight)
+                self.weights[name] = replace(stored, format=replace(stored.format, transposed=True), weight=weight)
 
     def is_conv1d(self, name: str) -> bool:
         """Whether the model class has this weight `[in, out]`."""
         return name.endswith(".weight") and is_conv1d(name.removesuffix(".weight"), self.config.get("model_type"))
 
-    def straightened(self, wishes: Wishes) -> Wishes:
+    def seen_as_linears(self, claims: PlacedClaims) -> PlacedClaims:
         """Tell those who change a Conv1D that it lies `[out, in]` here: codes do, and plain weights that `gather`
-        turned."""
-        by_tensor = dict(wishes.by_tensor)
+        transposed."""
+        by_tensor = dict(claims.by_tensor)
         for name, stored in self.weights.items():
-            if name in by_tensor and (not isinstance(stored.format, Plain) or stored.format.turned):
+            if name in by_tensor and (not isinstance(stored.format, Plain) or stored.format.transposed):
                 by_tensor[name] = tuple(
-                    replace(wish, target=replace(wish.target, straight=True)) for wish in by_tensor[name]
+                    replace(placed, location=replace(placed.location, as_linear=True)) for placed in by_tensor[name]
                 )
-        return replace(wishes, by_tensor=by_tensor)
+        return replace(claims, by_tensor=by_tensor)
 
     @property
     def _tensors(self) -> dict[str, TensorSpec]:
@@ -88,7 +88,7 @@ class Draft:
             for name, tensor in named.items()
         }
 
-    def source(self, stored: Stored) -> Stored:
+    def source(self, stored: StoredWeight) -> StoredWeight:
         """The same weight with its parts as the base names them."""
         return replace(stored, parts={part: self.sources[name] for part, name in stored.parts.items()})
 
@@ -103,14 +103,16 @@ class Draft:
         """The tied embedding and head of the base, if it has them."""
         return tied(self.config, self.specs) if self.config else None
 
-    def part_ties(self, tie: Tie, wishes: Wishes, adapters: Sequence[Checkpoint], ties_embeddings: bool) -> Wishes:
+    def part_ties(
+        self, tie: Tie, claims: PlacedClaims, adapters: Sequence[Checkpoint], ties_embeddings: bool
+    ) -> PlacedClaims:
         """Untie where the adapters change one side, or repeat the change on every copy where they change both.
 
-        Adds the tensors to be written to `sources` and the flags to `changes`. Returns the wishes as they then apply.
+        Adds the tensors to be written to `sources` and the flags to `changes`. Returns the claims as they then apply.
         """
-        by_tensor = dict(wishes.by_tensor)
+        by_tensor = dict(claims.by_tensor)
         if not (by_tensor.get(tie.embedding) or by_tensor.get(tie.head)) or not self._one_matrix(tie):
-            return wishes
+            return claims
         spec = tie.with_both(self.specs)[tie.embedding]
         _share_copies(tie, by_tensor, spec)
         sides = [by_tensor.get(name, ()) for name in (tie.embedding, tie.head)]
@@ -135,10 +137,10 @@ class Draft:
         self.changes |= action.config
         if action.note:
             self.notes.append(action.note)
-        return replace(wishes, by_tensor={name: side for name, side in by_tensor.items() if side})
+        return replace(claims, by_tensor={name: side for name, side in by_tensor.items() if side})
 
-    def _extra(self, extra: Extra, by_tensor: Mapping[str, tuple[Wish, ...]]) -> tuple[Wish, ...]:
-        """Start a weight that the base does not store from another; the wishes that it takes."""
+    def _extra(self, extra: Extra, by_tensor: Mapping[str, tuple[PlacedClaim, ...]]) -> tuple[PlacedClaim, ...]:
+        """Start a weight that the base does not store from another; the claims that it takes."""
         stored = self.weights[extra.source]
         old, new = (name.removesuffix(".weight") for name in (extra.source, extra.name))
         parts = {part: new + name.removeprefix(old) for part, name in stored.parts.items()}
@@ -146,8 +148,8 @@ class Draft:
         self.weights[extra.name] = replace(stored, parts=parts)
         spec = stored.weight
         inherited = [
-            wish
-            for wish, patch in patches(spec, by_tensor.get(extra.source, ()))
+            placed
+            for placed, patch in patches(spec, by_tensor.get(extra.source, ()))
             if extra.follow == "everything" or (extra.follow == "copies" and patch.kind == COPIED)
         ]
         return (*_moved(inherited, extra.name), *by_tensor.get(extra.name, ()))
@@ -192,35 +194,37 @@ def _config(base: Checkpoint) -> dict[str, Any]:
     return config
 
 
-def _share_copies(tie: Tie, by_tensor: dict[str, tuple[Wish, ...]], spec: TensorSpec) -> None:
+def _share_copies(tie: Tie, by_tensor: dict[str, tuple[PlacedClaim, ...]], spec: TensorSpec) -> None:
     """A saved copy of one side stands for both, which were one matrix in training, unless the other has its own."""
     built = {name: patches(spec, by_tensor.get(name, ())) for name in (tie.embedding, tie.head)}
     for name, other in ((tie.embedding, tie.head), (tie.head, tie.embedding)):
-        copies = [wish for wish, patch in built[name] if patch.kind == COPIED]
+        copies = [placed for placed, patch in built[name] if patch.kind == COPIED]
         if copies and not any(patch.replaces for _, patch in built[other]):
             by_tensor[other] = (*_moved(copies, other), *by_tensor.get(other, ()))
 
 
-def _touch(built: Sequence[tuple[Wish, Patch]]) -> Touch:
+def _touch(built: Sequence[tuple[PlacedClaim, Patch]]) -> Touch:
     sizes = [patch.replaces.shape[0] for _, patch in built if patch.replaces is not None]
     replacing = [patch.kind for _, patch in built if patch.replaces is not None]
     return Touch(
-        rows=any(wish.claim.keeps_tie for wish, _ in built),
-        delta=any(patch.replaces is None and not wish.claim.keeps_tie for wish, patch in built),
+        rows=any(placed.claim.keeps_tie for placed, _ in built),
+        delta=any(patch.replaces is None and not placed.claim.keeps_tie for placed, patch in built),
         saved=any(kind != COPIED for kind in replacing),
         copied=COPIED in replacing,
         size=sizes[-1] if sizes else None,
     )
 
 
-def _saved_alike(sides: Sequence[Sequence[tuple[Wish, Patch]]], adapters: Sequence[Checkpoint]) -> bool:
+def _saved_alike(sides: Sequence[Sequence[tuple[PlacedClaim, Patch]]], adapters: Sequence[Checkpoint]) -> bool:
     """Both sides are replaced, by equal values of the same adapter."""
-    saved = [(wish.adapter, patch.factors[0]) for side in sides for wish, patch in side if patch.replaces is not None]
+    saved = [
+        (placed.adapter, patch.factors[0]) for side in sides for placed, patch in side if patch.replaces is not None
+    ]
     if len(saved) != 2 or not all(sides):
         return False
     one, other = (adapters[adapter].load(name) for adapter, name in saved)
     return one.shape == other.shape and one.dtype == other.dtype and bool((one == other).all())
 
 
-def _moved(wishes: Sequence[Wish], name: str) -> tuple[Wish, ...]:
-    return tuple(replace(wish, target=replace(wish.target, tensor=name)) for wish in wishes)
+def _moved(claims: Sequence[PlacedClaim], name: str) -> tuple[PlacedClaim, ...]:
+    return tuple(replace(placed, location=replace(placed.location, tensor=name)) for placed in claims)

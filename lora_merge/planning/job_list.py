@@ -8,29 +8,29 @@ from dataclasses import replace
 
 from lora_merge.checkpoint.opening import Checkpoint
 from lora_merge.errors import AdapterError, InputError, UnsupportedError, UsageError, listed, printable
-from lora_merge.formats import QUANTIZED, Format, Plain, Quantized, Stored, Wanted
+from lora_merge.formats import QUANTIZED, Format, FormatOptions, Plain, Quantized, StoredWeight
 from lora_merge.formats.awq import Layout as AWQLayout
 from lora_merge.formats.base import same_grid
 from lora_merge.formats.plain import PART, WRITABLE
 from lora_merge.models.linears import fused_set, linears
 from lora_merge.planning import claims as effects
 from lora_merge.planning.awq_scales import NOT_RESCALED
-from lora_merge.planning.claims import Effect, Wish, Wishes
+from lora_merge.planning.claims import Effect, PlacedClaim, PlacedClaims
 from lora_merge.planning.draft import Draft
-from lora_merge.planning.jobs import Coding, Copy, Job, Rewrite
-from lora_merge.planning.output_formats import Targets, quantization, skeleton
+from lora_merge.planning.jobs import Copy, Job, QuantizeOptions, Rewrite
+from lora_merge.planning.output_formats import OutputFormats, quantization, skeleton
 from lora_merge.planning.rescaling import Scalings, rescaled
 from lora_merge.request import SAME, Request
 from lora_merge.spec import PLAIN_FLOATS, TensorSpec
 
 
 def job_list(
-    draft: Draft, wishes: Wishes, request: Request, targets: Targets, original: Checkpoint | None = None
+    draft: Draft, claims: PlacedClaims, request: Request, outputs: OutputFormats, original: Checkpoint | None = None
 ) -> list[tuple[str, Job]]:
     """A job for every weight and other tensor of the output, each with the base file that it comes from, in the order
     of those files."""
-    scalings = _scalings(draft, wishes, request, original)
-    maker = _Maker(draft, wishes, request, targets, *_rounded(draft, request), scalings)
+    scalings = _scalings(draft, claims, request, original)
+    maker = _Maker(draft, claims, request, outputs, *_rounded(draft, request), scalings)
     places = {name: number for number, name in enumerate(draft.base.tensors)}
     homes = {name: draft.sources[name] for name in draft.specs if name in draft.sources}
     homes |= {name: draft.sources[next(iter(stored.parts.values()))] for name, stored in draft.weights.items()}
@@ -45,7 +45,7 @@ def job_list(
         )
     draft.notes += _stale(draft, [job for _, job in jobs])
     last = jobs[-1][0] if jobs else ""
-    jobs += [(last, maker.added(name)) for name in wishes.added]
+    jobs += [(last, maker.added(name)) for name in claims.added]
     _refuse_clashes([job for _, job in jobs])
     return _with_siblings(jobs)
 
@@ -67,12 +67,12 @@ def _rounded(draft: Draft, request: Request) -> tuple[Quantized | None, Collecti
     if any(isinstance(stored.format, Quantized) for stored in draft.weights.values()):
         raise UsageError("--trained-on is for a 16-bit base; this one is quantized already, and merged as it is")
     integer = request.trained_on == "int8"
-    wanted = Wanted(8) if integer else Wanted(4, quant_type=request.trained_on)
+    wanted = FormatOptions(8) if integer else FormatOptions(4, quant_type=request.trained_on)
     found = linears(draft.specs, skeleton(draft.config, draft.specs))
-    return QUANTIZED["bitsandbytes"].preset(wanted, {}), {f"{module}.weight" for module in found.chosen}
+    return QUANTIZED["bitsandbytes"].from_options(wanted, {}), {f"{module}.weight" for module in found.chosen}
 
 
-def _scalings(draft: Draft, wishes: Wishes, request: Request, original: Checkpoint | None) -> Scalings | None:
+def _scalings(draft: Draft, claims: PlacedClaims, request: Request, original: Checkpoint | None) -> Scalings | None:
     """How an adapter of the original is converted for an AWQ base; None where it is not to be.
 
     Raises AdapterError where nobody said on which of the two it was trained.
@@ -82,7 +82,7 @@ def _scalings(draft: Draft, wishes: Wishes, request: Request, original: Checkpoi
         if request.adapter_base is not None:
             raise UsageError("--adapter-base is for AWQ checkpoints; this base is none, leave it out")
         return None
-    if not wishes.by_tensor or request.adapter_base == SAME:
+    if not claims.by_tensor or request.adapter_base == SAME:
         return None
     if original is None:
         raise AdapterError(
@@ -92,7 +92,7 @@ def _scalings(draft: Draft, wishes: Wishes, request: Request, original: Checkpoi
         )
     known = Draft.of(original)
     known.gather()
-    touched = sorted({name.rpartition(".")[0] for name in wishes.by_tensor})
+    touched = sorted({name.rpartition(".")[0] for name in claims.by_tensor})
     return Scalings(draft, known, touched)
 
 
@@ -102,17 +102,17 @@ class _Maker:
     def __init__(
         self,
         draft: Draft,
-        wishes: Wishes,
+        claims: PlacedClaims,
         request: Request,
-        targets: Targets,
+        outputs: OutputFormats,
         trained_on: Quantized | None,
         rounded: Collection[str],
         scalings: Scalings | None,
     ) -> None:
         self.draft = draft
-        self.wishes = wishes.by_tensor
+        self.claims = claims.by_tensor
         self.request = request
-        self.targets = targets.formats
+        self.outputs = outputs.formats
         self.trained_on = trained_on
         self.rounded = rounded
         self.scalings = scalings
@@ -121,40 +121,40 @@ class _Maker:
 
     def jobs(self, name: str) -> list[Job]:
         """Copies of the parts of a weight that nobody touches, or its one rewrite."""
-        wished = self.wishes.get(name, ())
+        claims = self.claims.get(name, ())
         found = self.draft.weights.get(name)
         if found is None:
-            return self._uncoded(name, wished)
-        target = self.targets[name]
-        changes = wished or name in self.rounded or self._converts(found, target) or self._refitted(name)
+            return self._uncoded(name, claims)
+        target = self.outputs[name]
+        changes = claims or name in self.rounded or self._converts(found, target) or self._refitted(name)
         stored = self.draft.source(found)
         if not changes:
             tensors = self.draft.base.tensors
             names = {PART: name} if isinstance(found.format, Plain) else found.parts
             return [Copy(names[part], tensors[source], source) for part, source in stored.parts.items()]
-        return [self._rewrite(name, wished, found, stored, target)]
+        return [self._rewrite(name, claims, found, stored, target)]
 
     def added(self, name: str) -> Job:
         """A tensor that only the adapter has, in the dtype that most of the base has."""
-        applied, weight = effects.build(name, None, self.wishes[name], self.request.strengths)
+        applied, weight = effects.build(name, None, self.claims[name], self.request.strengths)
         common = Counter(spec.dtype for spec in self.specs.values() if spec.dtype in PLAIN_FLOATS).most_common(1)
         own = common[0][0] if common else weight.dtype
         target = Plain(self.request.target_dtype or (own if own in WRITABLE else "F32"))
         return Rewrite(name, weight, None, applied, target, {PART: name})
 
-    def _uncoded(self, name: str, wished: Sequence[Wish]) -> list[Job]:
+    def _uncoded(self, name: str, claims: Sequence[PlacedClaim]) -> list[Job]:
         """A tensor that is no weight is copied, or replaced whole."""
         spec, source = self.specs[name], self.draft.sources[name]
-        if not wished:
+        if not claims:
             return [Copy(name, spec, source)]
-        applied, weight = effects.build(name, spec, wished, self.request.strengths)
+        applied, weight = effects.build(name, spec, claims, self.request.strengths)
         patch = applied[0].patch
         if len(applied) > 1 or applied[0].strength != 1 or patch.replaces != weight:
             self.refused.append(f"{name} ({spec})")
             return []
         return [Copy(name, weight, patch.factors[0], applied[0].adapter)]
 
-    def _converts(self, found: Stored, target: Format | Quantized) -> bool:
+    def _converts(self, found: StoredWeight, target: Format | Quantized) -> bool:
         """Whether the target is another format than that of the base; F64 is left alone where nothing was asked."""
         if isinstance(target, Plain) and isinstance(found.format, Plain):
             return target != found.format and self.request.dtype is not None
@@ -162,17 +162,22 @@ class _Maker:
 
     def _refitted(self, name: str) -> bool:
         """Whether a weight gets fresh scales because it shares one with a weight that does."""
-        target = self.targets[name]
+        target = self.outputs[name]
         if not isinstance(target, Quantized) or not target.fused or self.request.scales != "fresh":
             return False
-        end = target.logical
+        end = target.weight_suffix
         modules = {other.removesuffix(end) for other in self.draft.weights if other.endswith(end)}
-        return any(self.wishes.get(one + end) for one in fused_set(name.removesuffix(end), modules))
+        return any(self.claims.get(one + end) for one in fused_set(name.removesuffix(end), modules))
 
     def _rewrite(
-        self, name: str, wished: Sequence[Wish], found: Stored, stored: Stored, target: Format | Quantized
+        self,
+        name: str,
+        claims: Sequence[PlacedClaim],
+        found: StoredWeight,
+        stored: StoredWeight,
+        target: Format | Quantized,
     ) -> Rewrite:
-        applied, weight = effects.build(name, found.weight, wished, self.request.strengths)
+        applied, weight = effects.build(name, found.weight, claims, self.request.strengths)
         if self.scalings is not None and name.split(".")[-2] not in NOT_RESCALED:
             applied = tuple(replace(one, patch=rescaled(name, one.patch, self.scalings)) for one in applied)
         if not target.writable:
@@ -185,7 +190,7 @@ class _Maker:
         coded = isinstance(target, Quantized)
         converted = not applied and isinstance(found.format, Plain)
         request = self.request
-        coding = Coding(request.rounding, request.scales, request.seed, weight.dtype if converted else "F32")
+        quantize = QuantizeOptions(request.rounding, request.scales, request.seed, weight.dtype if converted else "F32")
         if coded and request.scales == "keep" and not same_grid(found.format, target, weight):
             raise UsageError(
                 f"--scales keep: {printable(name)} goes from {found.format} to {target}, whose scales are others; "
@@ -199,7 +204,7 @@ class _Maker:
             target=target,
             names=_part_names(name, found, target, weight),
             stacked=_stacked(applied, found.format, target),
-            coding=coding if coded else None,
+            quantize=quantize if coded else None,
             trained_on=self.trained_on if name in self.rounded else None,
         )
 
@@ -209,7 +214,7 @@ def _stale(draft: Draft, jobs: Sequence[Job]) -> list[str]:
     found = []
     for job in jobs:
         if isinstance(job, Rewrite) and job.effects and isinstance(job.target, Quantized):
-            stem = job.name.removesuffix(job.target.logical) + job.target.joint
+            stem = job.name.removesuffix(job.target.weight_suffix) + job.target.separator
             found += [stem + name for name in job.target.beside if stem + name in draft.sources]
     if not found:
         return []
@@ -225,19 +230,19 @@ def _stacked(applied: Sequence[Effect], *formats: Format | Quantized) -> bool:
     return any(isinstance(format, Quantized) and format.stacked for format in formats)
 
 
-def _part_names(name: str, found: Stored, target: Format | Quantized, weight: TensorSpec) -> dict[str, str]:
+def _part_names(name: str, found: StoredWeight, target: Format | Quantized, weight: TensorSpec) -> dict[str, str]:
     """Tensor of each part in the output; what the base has keeps its name."""
     if not isinstance(target, Quantized):
         return {PART: name}
     known = found.parts if type(target) is type(found.format) else {}
-    stem = name.removesuffix(target.logical) + target.joint
+    stem = name.removesuffix(target.weight_suffix) + target.separator
     return {part: known.get(part, stem + part) for part in target.describe(weight)}
 
 
 def _with_siblings(jobs: Sequence[tuple[str, Job]]) -> list[tuple[str, Job]]:
     """Tell each weight that takes a scale from a whole set of weights which these are."""
     fused = {
-        job.name.removesuffix(job.target.logical): job
+        job.name.removesuffix(job.target.weight_suffix): job
         for _, job in jobs
         if isinstance(job, Rewrite) and isinstance(job.target, Quantized) and job.target.fused
     }
@@ -245,6 +250,8 @@ def _with_siblings(jobs: Sequence[tuple[str, Job]]) -> list[tuple[str, Job]]:
     for module, job in fused.items():
         family = [fused[one] for one in fused_set(module, fused)]
         if any(one.effects for one in family):  # one scale: all compute it in the same dtype
-            family = [replace(one, coding=replace(one.coding or Coding(), native="F32")) for one in family]
+            family = [
+                replace(one, quantize=replace(one.quantize or QuantizeOptions(), compute_dtype="F32")) for one in family
+            ]
         joined[job.name] = replace(next(one for one in family if one.name == job.name), siblings=tuple(family))
     return [(home, joined.get(job.name, job) if isinstance(job, Rewrite) else job) for home, job in jobs]

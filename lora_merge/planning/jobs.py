@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lora_merge.formats import Format, Quantized, Stored
+from lora_merge.formats import Format, Quantized, StoredWeight
 from lora_merge.formats.base import ConfigPath
 from lora_merge.planning.claims import Effect
 from lora_merge.spec import TensorSpec
@@ -31,16 +31,16 @@ class Copy:
 
 
 @dataclass(frozen=True, slots=True)
-class Coding:
+class QuantizeOptions:
     """How a weight becomes codes; the words of `--rounding`, `--scales` and `--seed`.
 
-    native: dtype in which the format's own library would compute, whose bytes are wanted; F32 for a merge.
+    compute_dtype: dtype in which the format's own library would compute, whose bytes are wanted; F32 for a merge.
     """
 
     rounding: str = "auto"
     scales: str = "auto"
     seed: int = 0
-    native: str = "F32"
+    compute_dtype: str = "F32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,18 +49,18 @@ class Rewrite:
 
     name: the weight's own, as a model without quantization has it. weight: logical spec after the effects. source: None
     where an effect brings the whole value and the base has nothing of this shape. names: of its parts in the output.
-    stacked: rows are those of the first two dimensions. coding: None where the target is plain. trained_on: the grid
+    stacked: rows are those of the first two dimensions. quantize: None where the target is plain. trained_on: the grid
     onto which the base is rounded first. siblings: the weights, this one among them, that must share a scale with it.
     """
 
     name: str
     weight: TensorSpec
-    source: Stored | None
+    source: StoredWeight | None
     effects: tuple[Effect, ...]
     target: Format | Quantized
     names: Mapping[str, str]
     stacked: bool = False
-    coding: Coding | None = None
+    quantize: QuantizeOptions | None = None
     trained_on: Quantized | None = None
     siblings: tuple[Rewrite, ...] = ()
 

@@ -15,14 +15,14 @@ from lora_merge.errors import UnsupportedError, listed
 from lora_merge.formats.base import Loader, Quantized
 from lora_merge.models.linears import linears, of_class
 from lora_merge.models.skeleton import Skeleton
-from lora_merge.spec import Target, TensorSpec
+from lora_merge.spec import Location, TensorSpec
 
 EXPERTS = re.compile(r"(.*\.experts)\..*")
 """A tensor of experts, one's or all's, and the module of all."""
 
 
 @dataclass(frozen=True, slots=True)
-class Fitted:
+class LoaderFit:
     """written: modules to quantize, by stored name. kept: those that config.json must name as plain, by their path in
     the model. reasons: why modules that were to be written stay plain."""
 
@@ -37,7 +37,7 @@ def fitted(
     tensors: Iterable[str],
     written: Sequence[str],
     kept: Sequence[str],
-) -> Fitted:
+) -> LoaderFit:
     """Divide modules so that the loader takes exactly those for quantized that are written so.
 
     loader: None for a format that transformers does not load. tensors: every stored name, for a model without a
@@ -47,7 +47,7 @@ def fitted(
     paths = {stored: path for path, stored in of_class(skeleton).items()} if skeleton else {}
     named = tuple(dict.fromkeys(paths.get(module, module) for module in kept))
     if loader is None:
-        return Fitted(tuple(written), named, {})
+        return LoaderFit(tuple(written), named, {})
     _refuse_split_experts(loader, skeleton, written)
     reasons = {module: why for module in written if (why := _unfit(loader, skeleton, paths.get(module, module)))}
     modules = skeleton.experts if skeleton else [found[1] for name in tensors if (found := EXPERTS.fullmatch(name))]
@@ -62,7 +62,7 @@ def fitted(
         named = (*named, *(paths.get(module, module) for module in more))
     patterns = skeleton.patterns if skeleton and loader.renames else {}
     named = (*named, *(patterns[name] for name in named if name in patterns))
-    return Fitted(tuple(module for module in written if module not in reasons), named, reasons)
+    return LoaderFit(tuple(module for module in written if module not in reasons), named, reasons)
 
 
 def still_plain(
@@ -100,7 +100,7 @@ def _unfit(loader: Loader, skeleton: Skeleton | None, path: str) -> str | None:
     return None
 
 
-def lost(
+def unfilled(
     loader: Loader | None, skeleton: Skeleton | None, parts: Collection[str], written: Collection[str]
 ) -> list[str]:
     """Parameters that the loader cannot fill: some lose plain weights that the class puts together from several, or
@@ -112,11 +112,11 @@ def lost(
         return []
     drops = bool(set(parts) & set(loader.loses_plain))
     found = []
-    for name, targets in skeleton.places.items():
-        cut = any(one.within is not None for one in targets)
-        joined = not cut and any(one != Target(one.tensor) for one in targets)
-        plain = any(one.tensor.removesuffix(".weight") not in written for one in targets)
-        named = all(one.tensor.endswith(".weight") for one in targets)
+    for name, locations in skeleton.places.items():
+        cut = any(one.within is not None for one in locations)
+        joined = not cut and any(one != Location(one.tensor) for one in locations)
+        plain = any(one.tensor.removesuffix(".weight") not in written for one in locations)
+        named = all(one.tensor.endswith(".weight") for one in locations)
         if named and ((cut and not loader.cuts) or (joined and plain and drops)):
             found.append(name)
     return found

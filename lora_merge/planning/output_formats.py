@@ -11,19 +11,29 @@ from typing import Any
 
 from lora_merge.adapters.layers import is_conv1d
 from lora_merge.errors import UnsupportedError, UsageError, listed, printable
-from lora_merge.formats import FORMATS, KNOWN_METHODS, QUANTIZED, Format, Plain, Quantized, Stored, Wanted, unread
+from lora_merge.formats import (
+    FORMATS,
+    KNOWN_METHODS,
+    QUANTIZED,
+    Format,
+    FormatOptions,
+    Plain,
+    Quantized,
+    StoredWeight,
+    unread,
+)
 from lora_merge.formats.base import SECTION, ConfigPath, sections
 from lora_merge.formats.chatglm import is_chatglm
 from lora_merge.formats.plain import WRITABLE
 from lora_merge.models.linears import Linears, linears
 from lora_merge.models.skeleton import NoSkeleton, Skeleton, build
-from lora_merge.planning.loaders import fitted, lost, still_plain
+from lora_merge.planning.loaders import fitted, still_plain, unfilled
 from lora_merge.request import DTYPES, Request
 from lora_merge.spec import PLAIN_FLOATS, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
-class Targets:
+class OutputFormats:
     """formats: of every weight by name. changes: of config.json. notes: for the person. own_files: JSON files beside
     config.json that say the same, by name; None where an old one must go."""
 
@@ -33,7 +43,9 @@ class Targets:
     own_files: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
 
 
-def check_read(weights: Mapping[str, Stored], config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> None:
+def check_read(
+    weights: Mapping[str, StoredWeight], config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]
+) -> None:
     """Raise UnsupportedError for a base in a quantization that is not known, which would be taken for a plain one.
 
     weights, tensors: as for `decide`.
@@ -53,8 +65,8 @@ def _unreadable(said: str) -> UnsupportedError:
 
 
 def decide(
-    request: Request, weights: Mapping[str, Stored], config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]
-) -> Targets:
+    request: Request, weights: Mapping[str, StoredWeight], config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]
+) -> OutputFormats:
     """The format of each weight of the output.
 
     weights: of the base. tensors: all that an adapter can name, weights among them.
@@ -93,20 +105,20 @@ def declared(config: Mapping[str, Any]) -> str | None:
     return str(method) if method else f"ChatGLM int{bits}" if bits else None
 
 
-def _plain(name: str, stored: Stored, request: Request, config: Mapping[str, Any]) -> Plain:
-    """The plain format of a weight: as asked, else its own, else what it decodes to; turned as its class has it."""
+def _plain(name: str, stored: StoredWeight, request: Request, config: Mapping[str, Any]) -> Plain:
+    """The plain format of a weight: as asked, else its own, else what it decodes to; transposed as its class has it."""
     own = stored.weight.dtype if stored.weight.dtype in WRITABLE else "F32"
     if own == "F32" and request.bits == 16 and isinstance(stored.format, Quantized):
         own = DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), own)
     if isinstance(stored.format, Quantized):
         module = name.removesuffix(".weight")
-        turned = len(stored.weight.shape) == 2 and is_conv1d(module, config.get("model_type"))
+        transposed = len(stored.weight.shape) == 2 and is_conv1d(module, config.get("model_type"))
     else:
-        turned = _is_turned(stored)
-    return Plain(request.target_dtype or own, turned)
+        transposed = _is_transposed(stored)
+    return Plain(request.target_dtype or own, transposed)
 
 
-def _check_sixteen_bits(request: Request, weights: Mapping[str, Stored], plain: Mapping[str, Plain]) -> None:
+def _check_sixteen_bits(request: Request, weights: Mapping[str, StoredWeight], plain: Mapping[str, Plain]) -> None:
     """UsageError where 16 bits leave open which: a wider base says neither bfloat16 nor float16."""
     wide = [name for name, format in plain.items() if format.dtype == "F32"]
     size = sum(weights[name].weight.numel for name in wide)
@@ -117,47 +129,49 @@ def _check_sixteen_bits(request: Request, weights: Mapping[str, Stored], plain: 
         )
 
 
-def _decoded(present: Mapping[str, Stored], plain: Mapping[str, Plain], config: Mapping[str, Any]) -> Targets:
+def _decoded(
+    present: Mapping[str, StoredWeight], plain: Mapping[str, Plain], config: Mapping[str, Any]
+) -> OutputFormats:
     kinds = _kinds(present)
     changes = {path: value for kind in kinds for path, value in kind.plain_changes(config).items()}
-    return Targets(plain, changes, own_files={kind.own_file: None for kind in kinds if kind.own_file})
+    return OutputFormats(plain, changes, own_files={kind.own_file: None for kind in kinds if kind.own_file})
 
 
 def _own(
     keep: Sequence[re.Pattern[str]],
-    present: Mapping[str, Stored],
+    present: Mapping[str, StoredWeight],
     plain: Mapping[str, Plain],
     config: Mapping[str, Any],
     tensors: Mapping[str, TensorSpec],
-) -> Targets:
+) -> OutputFormats:
     """Every weight in the format that it has; those that `--keep` names become plain, which config.json then says."""
     own = {name: stored.format for name, stored in present.items() if not _matches(keep, name)}
     if len(own) == len(present):
-        return Targets({**plain, **own})
+        return OutputFormats({**plain, **own})
     kinds = _kinds(present)
     if len(kinds) > 1:
         raise UnsupportedError("--keep on a base in several formats; choose one with --format")
     kind = kinds[0]
-    written: dict[str, Any] = {name.removesuffix(kind.logical): format for name, format in own.items()}
-    before = [name.removesuffix(kind.logical) for name in present]
+    written: dict[str, Any] = {name.removesuffix(kind.weight_suffix): format for name, format in own.items()}
+    before = [name.removesuffix(kind.weight_suffix) for name in present]
     changes = kind.config_changes(
         written, still_plain(kind, skeleton(config, tensors), tensors, before, written), config
     )
     own_files = _own_file(kind, changes)
-    return Targets({**plain, **own}, changes, own_files=own_files)
+    return OutputFormats({**plain, **own}, changes, own_files=own_files)
 
 
-def _kinds(present: Mapping[str, Stored]) -> list[type[Quantized]]:
+def _kinds(present: Mapping[str, StoredWeight]) -> list[type[Quantized]]:
     return list(dict.fromkeys(type(stored.format) for stored in present.values()))  # type: ignore[misc]
 
 
-def _common(present: Mapping[str, Stored]) -> Quantized | None:
+def _common(present: Mapping[str, StoredWeight]) -> Quantized | None:
     """The format that most quantized weights of the base are in."""
     found = Counter(stored.format for stored in present.values())
     return found.most_common(1)[0][0] if found else None  # type: ignore[return-value]
 
 
-def _kind(request: Request, present: Mapping[str, Stored], config: Mapping[str, Any]) -> type[Quantized] | None:
+def _kind(request: Request, present: Mapping[str, StoredWeight], config: Mapping[str, Any]) -> type[Quantized] | None:
     """The class of format that is asked for; None: the base's own, weight by weight."""
     if request.format is not None:
         if request.format not in QUANTIZED:
@@ -168,7 +182,7 @@ def _kind(request: Request, present: Mapping[str, Stored], config: Mapping[str, 
     own = _common(present)
     if own is not None and own.writable:
         try:
-            type(own).preset(Wanted(_bits(request, own)), {})
+            type(own).from_options(FormatOptions(_bits(request, own)), {})
             return type(own)
         except (UnsupportedError, NotImplementedError):
             pass
@@ -179,7 +193,7 @@ def _bits(request: Request, own: Quantized | None) -> int:
     return request.bits or (own.bits if own is not None else 4)
 
 
-def _is_as_asked(request: Request, kind: type[Quantized], present: Mapping[str, Stored]) -> bool:
+def _is_as_asked(request: Request, kind: type[Quantized], present: Mapping[str, StoredWeight]) -> bool:
     """Whether the base is already what is asked for, so that its own parameters are kept."""
     if not present or request.quant_type or request.group_size or request.double_quant:
         return False
@@ -192,15 +206,15 @@ def _is_as_asked(request: Request, kind: type[Quantized], present: Mapping[str, 
 def _chosen(
     kind: type[Quantized],
     keep: Sequence[re.Pattern[str]],
-    present: Mapping[str, Stored],
-    weights: Mapping[str, Stored],
+    present: Mapping[str, StoredWeight],
+    weights: Mapping[str, StoredWeight],
     config: Mapping[str, Any],
     tensors: Mapping[str, TensorSpec],
     model: Skeleton | None,
 ) -> Linears:
     """The modules to quantize: those that are, or in a plain base those that its class or this format's loader has."""
     found = linears(tensors, model, keep, kind.expert_linears)
-    logical = kind.logical
+    logical = kind.weight_suffix
     modules = {name.removesuffix(logical): name for name in weights if name.endswith(logical)}
     if present:
         taken = [module for module, name in modules.items() if name in present and not _matches(keep, module)]
@@ -209,19 +223,19 @@ def _chosen(
     elif kind.stacked:
         taken = [module for module, name in modules.items() if len(weights[name].weight.shape) == 3]
     else:
-        turned = [module for module, name in modules.items() if kind.conv1d and _is_turned(weights[name])]
-        extra = [module for module in turned if module not in found.chosen and not _matches(keep, module)]
+        transposed = [module for module, name in modules.items() if kind.conv1d and _is_transposed(weights[name])]
+        extra = [module for module in transposed if module not in found.chosen and not _matches(keep, module)]
         return Linears((*found.chosen, *extra), tuple(module for module in found.kept if module not in extra))
     every = dict.fromkeys((*found.chosen, *found.kept))
     return Linears(tuple(taken), tuple(module for module in every if module not in set(taken)))
 
 
-def _is_stack(stored: Stored) -> bool:
+def _is_stack(stored: StoredWeight) -> bool:
     return isinstance(stored.format, Quantized) and stored.format.stacked
 
 
-def _is_turned(stored: Stored) -> bool:
-    return isinstance(stored.format, Plain) and stored.format.turned
+def _is_transposed(stored: StoredWeight) -> bool:
+    return isinstance(stored.format, Plain) and stored.format.transposed
 
 
 def _matches(patterns: Sequence[re.Pattern[str]], module: str) -> bool:
@@ -240,16 +254,18 @@ def _quantized(
     request: Request,
     kind: type[Quantized],
     found: Linears,
-    present: Mapping[str, Stored],
+    present: Mapping[str, StoredWeight],
     plain: Mapping[str, Plain],
-    weights: Mapping[str, Stored],
+    weights: Mapping[str, StoredWeight],
     config: Mapping[str, Any],
     model: Skeleton | None,
     tensors: Collection[str],
-) -> Targets:
+) -> OutputFormats:
     """Every chosen weight in one format; those that it cannot hold stay plain, and config.json says so."""
-    specs = {module: weights[module + kind.logical].weight for module in found.chosen}
-    stacks = [name for name in present if name.removesuffix(kind.logical) not in specs and _is_stack(present[name])]
+    specs = {module: weights[module + kind.weight_suffix].weight for module in found.chosen}
+    stacks = [
+        name for name in present if name.removesuffix(kind.weight_suffix) not in specs and _is_stack(present[name])
+    ]
     if stacks or not specs:
         why = f"stacks of experts ({listed(stacks, 2)}) stay in their own format, or become plain with --bits 16"
         raise UnsupportedError(
@@ -258,14 +274,14 @@ def _quantized(
         )
     own = _common(present)
     dtype = request.target_dtype or _dtype(weights, specs)
-    wanted = Wanted(
+    wanted = FormatOptions(
         _bits(request, own) if request.bits or own else _default_bits(kind),
         dtype,
         request.quant_type,
         request.group_size,
         request.double_quant,
     )
-    format = kind.preset(wanted, specs)
+    format = kind.from_options(wanted, specs)
     reasons = {module: reason for module, spec in specs.items() if (reason := format.refusal(spec))}
     written = {module: format for module in specs if module not in reasons}
     fit = fitted(kind.loader, model, tensors, list(written), [*found.kept, *reasons])
@@ -276,12 +292,12 @@ def _quantized(
     changes = {path: value for old in _kinds(present) for path, value in old.plain_changes(config).items()}
     changes |= kind.config_changes(written, fit.kept, config)
     notes = [f"{printable(module)} stays plain: {reason}" for module, reason in reasons.items()]
-    if missing := lost(kind.loader, model, format.describe(next(iter(specs.values()))), written):
+    if missing := unfilled(kind.loader, model, format.describe(next(iter(specs.values()))), written):
         notes.append(_unopened(kind, missing))
     own_files = {old.own_file: None for old in _kinds(present) if old.own_file} | _own_file(kind, changes)
     formats: dict[str, Format | Quantized] = dict(plain)
-    formats |= {module + kind.logical: format for module in written}
-    return Targets(formats, changes, tuple(notes), own_files)
+    formats |= {module + kind.weight_suffix: format for module in written}
+    return OutputFormats(formats, changes, tuple(notes), own_files)
 
 
 def _unopened(kind: type[Quantized], missing: Sequence[str]) -> str:
@@ -305,14 +321,14 @@ def _default_bits(kind: type[Quantized]) -> int:
     """The width of a format where none is asked for: 4, or 8 where it has no 4."""
     for bits in (4, 8):
         try:
-            kind.preset(Wanted(bits), {})
+            kind.from_options(FormatOptions(bits), {})
         except UnsupportedError:
             continue
         return bits
     return 4
 
 
-def _dtype(weights: Mapping[str, Stored], chosen: Mapping[str, TensorSpec]) -> str:
+def _dtype(weights: Mapping[str, StoredWeight], chosen: Mapping[str, TensorSpec]) -> str:
     """In which dtype scales are stored: that of the plain weights, or of what the quantized ones decode to."""
     found = Counter(spec.dtype for spec in chosen.values() if spec.dtype in WRITABLE)
     found = found or Counter(s.weight.dtype for s in weights.values() if s.weight.dtype in PLAIN_FLOATS)

@@ -10,8 +10,7 @@ from typing import Any
 
 from lora_merge import __version__
 from lora_merge.adapters.base import Options, Reading
-from lora_merge.checkpoint.opening import Checkpoint, identity
-from lora_merge.checkpoint.opening import digest as file_digest
+from lora_merge.checkpoint.opening import Checkpoint, file_sha256, identity
 from lora_merge.errors import AdapterError, UnsupportedError, listed
 from lora_merge.formats import Quantized
 from lora_merge.models.config_paths import at, vocab_paths
@@ -21,11 +20,11 @@ from lora_merge.models.skeleton import build
 from lora_merge.models.ties import is_vocabulary
 from lora_merge.planning import claims as effects
 from lora_merge.planning import shards
-from lora_merge.planning.claims import Wishes
+from lora_merge.planning.claims import PlacedClaims
 from lora_merge.planning.draft import Draft
 from lora_merge.planning.job_list import job_list
 from lora_merge.planning.jobs import Copy, Job, Plan, Rewrite
-from lora_merge.planning.output_formats import Targets, check_read, decide, declared, quantization
+from lora_merge.planning.output_formats import OutputFormats, check_read, decide, declared, quantization
 from lora_merge.request import Request
 
 CONFIG = "config.json"
@@ -50,14 +49,14 @@ def make(
     draft.notes += [note for adapter in adapters for note in adapter.notes]
     draft.notes += [note for reading in readings for note in reading.notes]
     _replicate(draft, readings)
-    draft.gather(turned=request.quantizes)
+    draft.gather(transposed=request.quantizes)
     check_read(draft.weights, draft.config, draft.specs)
-    wishes = _resolve(draft, adapters, readings, request.allow_unused)
-    targets = decide(request, draft.weights, draft.config, draft.specs)
-    draft.changes |= targets.changes
-    draft.notes += targets.notes
-    jobs = job_list(draft, wishes, request, targets, original)
-    return _assembled(draft, jobs, targets, request, adapters, original)
+    claims = _resolve(draft, adapters, readings, request.allow_unused)
+    outputs = decide(request, draft.weights, draft.config, draft.specs)
+    draft.changes |= outputs.changes
+    draft.notes += outputs.notes
+    jobs = job_list(draft, claims, request, outputs, original)
+    return _assembled(draft, jobs, outputs, request, adapters, original)
 
 
 def options(request: Request) -> dict[str, Any]:
@@ -69,7 +68,7 @@ def options(request: Request) -> dict[str, Any]:
     return {name: value for name, value in words.items() if value != defaults[name]}
 
 
-def digest(*parts: Any) -> str:
+def job_digest(*parts: Any) -> str:
     """SHA-256 over JSON-able values; the name of a job."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -87,30 +86,30 @@ def _replicate(draft: Draft, readings: Sequence[Reading]) -> None:
 
 def _resolve(
     draft: Draft, adapters: Sequence[Checkpoint], readings: Sequence[Reading], allow_unused: str | None
-) -> Wishes:
+) -> PlacedClaims:
     """Every claim's place in the base; tied weights untied where the adapter touches one side."""
     tie = draft.tie()
     specs = tie.with_both(draft.specs) if tie else draft.specs
     replicated = any(reading.layer_replication for reading in readings)  # the class would lay out the old layers
     resolver = Resolver(specs, draft.config, None if replicated else lambda: build(draft.config, specs))
     try:
-        wishes = effects.agreed(effects.resolve(adapters, readings, resolver, allow_unused), adapters)
+        claims = effects.agreed(effects.resolve(adapters, readings, resolver, allow_unused), adapters)
     except AdapterError as error:
         coded = any(isinstance(stored.format, Quantized) for stored in draft.weights.values())
         if coded or not declared(draft.config):
             raise
         raise UnsupportedError(f"{error}. Note that {quantization(draft.config)}") from None
-    draft.notes += wishes.notes
-    wishes = draft.straightened(wishes)
+    draft.notes += claims.notes
+    claims = draft.seen_as_linears(claims)
     if tie is None:
-        return wishes
-    return draft.part_ties(tie, wishes, adapters, any(reading.ties_embeddings for reading in readings))
+        return claims
+    return draft.part_ties(tie, claims, adapters, any(reading.ties_embeddings for reading in readings))
 
 
 def _assembled(
     draft: Draft,
     jobs: list[tuple[str, Job]],
-    targets: Targets,
+    outputs: OutputFormats,
     request: Request,
     adapters: Sequence[Checkpoint],
     original: Checkpoint | None,
@@ -130,15 +129,15 @@ def _assembled(
     changes = {path: value for path, value in draft.changes.items() if base.config is not None}
     if changes:
         files[CONFIG] = shards.changed_config(base.config or {}, changes)
-    files |= {file: shards.as_file(body) for file, body in targets.own_files.items() if body is not None}
-    dropped = {*files, *targets.own_files}
+    files |= {file: shards.as_file(body) for file, body in outputs.own_files.items() if body is not None}
+    dropped = {*files, *outputs.own_files}
     side = tuple(str(path) for path in base.side_files if str(path) not in dropped)
-    digests = tuple({file.path.name: file_digest(file.path) for file in adapter.files} for adapter in adapters)
+    digests = tuple({file.path.name: file_sha256(file.path) for file in adapter.files} for adapter in adapters)
     configs = [adapter.config for adapter in adapters]
     inputs = [[identity(file) for file in base.files], digests, configs, draft.read]
     inputs += [[identity(file) for file in original.files]] if original else []
     settings = [(shard.file, hashlib.sha256(shard.header).hexdigest()) for shard in laid]
-    name = digest(__version__, options(request), inputs, settings, {".".join(k): v for k, v in changes.items()})
+    name = job_digest(__version__, options(request), inputs, settings, {".".join(k): v for k, v in changes.items()})
     return Plan(laid, files, side, changes, tuple(dict.fromkeys(draft.notes)), name, digests)
 
 

@@ -36,10 +36,10 @@ class Decoded:
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         import torch
 
-        from lora_merge.checkpoint.rows import Slot, StoredRows
+        from lora_merge.checkpoint.rows import RowBuffers, StoredRows
 
         stored = self.draft.source(self.draft.weights[name])
-        matrix, slot = stored.weight.matrix(), Slot()
+        matrix, slot = stored.weight.matrix(), RowBuffers()
         rows = StoredRows(self.draft.base, name, stored, matrix, stop - start, torch.device("cpu"))
         return rows.tile(start, stop, rows.read(start, stop, slot), slot).rows
 

@@ -41,7 +41,7 @@ def pack(
     data = _to_bytes(lanes, bits, order) if dense else _to_loose_bytes(lanes, bits, order, size)
     # The stream of bytes is the stream of little-endian words; counted from the top, the bytes of each turn round.
     data = _padded(data, size)
-    packed = _laid_out(_turned(data, size) if order == "high" else data).view(word)
+    packed = _laid_out(_transposed(data, size) if order == "high" else data).view(word)
     return packed.movedim(-1, axis)
 
 
@@ -59,7 +59,7 @@ def unpack(
 
     size = packed.dtype.itemsize
     data = _laid_out(packed.movedim(axis, -1)).view(torch.uint8)
-    data = _turned(data, size) if order == "high" else data
+    data = _transposed(data, size) if order == "high" else data
     codes = _from_bytes(data, bits, order) if dense else _from_loose_bytes(data, bits, order, size)
     codes = codes[..., :count]
     if signed:
@@ -162,7 +162,7 @@ def _padded(data: torch.Tensor, multiple: int) -> torch.Tensor:
     return torch.nn.functional.pad(data, (0, missing)) if missing else data
 
 
-def _turned(data: torch.Tensor, size: int) -> torch.Tensor:
+def _transposed(data: torch.Tensor, size: int) -> torch.Tensor:
     """The bytes of each word in reverse order."""
     return data.reshape(*data.shape[:-1], data.shape[-1] // size, size).flip(-1).flatten(-2)
 

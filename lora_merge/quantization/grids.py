@@ -37,15 +37,15 @@ class Grid(ABC):
     """Values that codes can take, for a block of rows. Tensors given to its methods are left as they are.
 
     dtype:  in which values are decoded; None: float32.
-    coding: in which `nearest` divides; float32 (None) unless bytes must equal those of a library that divides in the
-        weight's dtype.
+    compute_dtype: in which `nearest` divides; float32 (None) unless bytes must equal those of a library that divides in
+        the weight's dtype.
     """
 
     scale: torch.Tensor
     group: int
     index: torch.Tensor | None = None
     dtype: torch.dtype | None = None
-    coding: torch.dtype | None = None
+    compute_dtype: torch.dtype | None = None
     zero: torch.Tensor | None = None
 
     def values(self, codes: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -62,7 +62,7 @@ class Grid(ABC):
 
     def nearest(self, rows: torch.Tensor) -> torch.Tensor:
         """Float32 rows `[n, columns]` to the codes of the nearest levels, clamped at the ends."""
-        return self.codes(self.snap_(self.coordinate(rows, self.coding)))
+        return self.codes(self.snap_(self.coordinate(rows, self.compute_dtype)))
 
     def bracket(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The codes on either side of each value, and the value's distance p from the lower as a share of their gap.
@@ -226,7 +226,7 @@ class Codebook(Grid):
         return (codes.short() + step).clamp_(0, len(self.table) - 1).to(codes.dtype)
 
     def nearest(self, rows: torch.Tensor) -> torch.Tensor:
-        return self.codes(self.coordinate(rows, self.coding))
+        return self.codes(self.coordinate(rows, self.compute_dtype))
 
     def _indices(self, levels: torch.Tensor) -> torch.Tensor:
         """How many midpoints lie strictly below each place; one that goes up is moved down by the least bit."""

@@ -15,7 +15,7 @@ from lora_merge.adapters.experts import Stack
 from lora_merge.adapters.layers import Pair
 from lora_merge.adapters.lora_config import token_indices
 from lora_merge.adapters.peft_keys import parse
-from lora_merge.spec import Target, TensorSpec
+from lora_merge.spec import Location, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,10 @@ def noise(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def build(claim_of: Callable[[Pair], object], pair: Pair, weight: torch.Tensor, target: Target | None = None) -> Patch:
-    patch: Patch = claim_of(pair).build(target or Target("w"), spec(weight))  # type: ignore[attr-defined]
+def build(
+    claim_of: Callable[[Pair], object], pair: Pair, weight: torch.Tensor, target: Location | None = None
+) -> Patch:
+    patch: Patch = claim_of(pair).build(target or Location("w"), spec(weight))  # type: ignore[attr-defined]
     return patch
 
 
@@ -57,11 +59,11 @@ def low_rank(kind: str) -> Case:
     a_shape, b_shape, shape = shapes[kind]
     a, b, weight = noise(*a_shape), noise(*b_shape), noise(*shape)
     targets = {
-        "within": Target("w", within=(25, 55)),
-        "rows": Target("w", rows=(20, 50)),
-        "expert": Target("w", expert=1, rows=(20, 50)),
+        "within": Location("w", within=(25, 55)),
+        "rows": Location("w", rows=(20, 50)),
+        "expert": Location("w", expert=1, rows=(20, 50)),
     }
-    target = targets.get(kind, Target("w"))
+    target = targets.get(kind, Location("w"))
     if kind in ("experts", "turned", "expert"):
         claim = Stack(pair(a, b, r=4), 3, False, False).claim("gate_up_proj")
         patch = claim.build(target, spec(weight))
@@ -82,7 +84,7 @@ def dora(kind: str) -> Case:
     }[kind]
     a, b, weight = noise(*a_shape), noise(*b_shape), noise(*shape)
     claim = layers.embedding if kind == "embedding" else layers.linear
-    target = {"within": Target("w", within=(25, 55)), "rows": Target("w", rows=(20, 50))}.get(kind)
+    target = {"within": Location("w", within=(25, 55)), "rows": Location("w", rows=(20, 50))}.get(kind)
     patch = build(claim, pair(a, b, magnitude="m"), weight, target)
     magnitude = noise(b_shape[0]).abs()
     norm = torch.linalg.vector_norm(weight, dim=axis)
@@ -98,7 +100,7 @@ def residual(method: str) -> Case:
     return Case(patch, weight, {"a": a, "b": b, "d": noise(4)} if diagonal else {"a": a, "b": b}, None)
 
 
-def bias(target: Target, length: int = 30) -> Case:
+def bias(target: Location, length: int = 30) -> Case:
     weight, delta = noise(30), noise(length)
     patch = layers.bias("m", "b", length, 0.75).build(target, spec(weight))
     return Case(patch, weight, {"b": delta}, {"b": torch.zeros(length)})
@@ -106,7 +108,7 @@ def bias(target: Target, length: int = 30) -> Case:
 
 def saved() -> Case:
     weight, copy = noise(30, 20), noise(33, 20)
-    patch = saved_modules.claim("head", "weight", "s", spec(copy), "embeddings").build(Target("w"), spec(weight))
+    patch = saved_modules.claim("head", "weight", "s", spec(copy), "embeddings").build(Location("w"), spec(weight))
     return Case(patch, weight, {"s": copy}, None)
 
 
@@ -115,7 +117,7 @@ def token_rows() -> Case:
     entry = parse("embed_tokens.trainable_tokens_delta")
     indices = token_indices([29, 0, 4], "token_indices")
     claim = tokens.claims([entry], {entry.key: spec(values)}, indices)[0]
-    return Case(claim.build(Target("w"), spec(weight)), weight, {entry.key: values}, {entry.key: weight[[29, 0, 4]]})
+    return Case(claim.build(Location("w"), spec(weight)), weight, {entry.key: values}, {entry.key: weight[[29, 0, 4]]})
 
 
 CASES: dict[str, Callable[[], Case]] = {
@@ -125,9 +127,9 @@ CASES: dict[str, Callable[[], Case]] = {
     },
     **{f"dora_{kind}": lambda kind=kind: dora(kind) for kind in ("linear", "conv1d", "embedding", "within", "rows")},  # type: ignore[misc]
     **{method: lambda method=method: residual(method) for method in ("pissa", "olora", "kasa")},  # type: ignore[misc]
-    "bias": lambda: bias(Target("w")),
-    "bias_within": lambda: bias(Target("w", within=(10, 22)), 12),
-    "bias_rows": lambda: bias(Target("w", rows=(5, 35)), 40),
+    "bias": lambda: bias(Location("w")),
+    "bias_within": lambda: bias(Location("w", within=(10, 22)), 12),
+    "bias_rows": lambda: bias(Location("w", rows=(5, 35)), 40),
     "saved": saved,
     "tokens": token_rows,
 }
@@ -258,7 +260,7 @@ def test_convolutions_are_never_seen_as_experts() -> None:
 def test_pieces_of_saved_tensors() -> None:
     copy = noise(30, 5)
     claim = saved_modules.claim("qkv", "weight", "s", spec(copy), "modules_to_save")
-    patch = claim.build(Target("w", rows=(10, 20)), TensorSpec("F32", (10, 5)))
+    patch = claim.build(Location("w", rows=(10, 20)), TensorSpec("F32", (10, 5)))
     assert torch.equal(apply(patch, torch.zeros(10, 5), {"s": copy}.__getitem__, block=3), copy[10:20])
 
 
@@ -268,10 +270,10 @@ def test_trained_tokens_of_a_piece_come_last() -> None:
     claim = tokens.claims([entry], {entry.key: spec(values)}, (2, 14, 11))[0]
     assert claim.order == 2
     read = {entry.key: values}.__getitem__
-    piece = apply(claim.build(Target("w", rows=(10, 20)), TensorSpec("F32", (10, 5))), torch.zeros(10, 5), read)
+    piece = apply(claim.build(Location("w", rows=(10, 20)), TensorSpec("F32", (10, 5))), torch.zeros(10, 5), read)
     assert torch.equal(piece[[4, 1]], values[1:])
     assert piece.count_nonzero() == 10
-    inside = claim.build(Target("w", within=(20, 40)), TensorSpec("F32", (60, 5)))
+    inside = claim.build(Location("w", within=(20, 40)), TensorSpec("F32", (60, 5)))
     assert torch.equal(apply(inside, torch.zeros(60, 5), read)[[22, 34, 31]], values)
 
 
@@ -294,7 +296,7 @@ def test_saved_tensors_are_read_block_by_block() -> None:
 
 def test_saved_stacks_are_read_in_either_view() -> None:
     copy = noise(4, 6, 5)
-    patch = saved_modules.claim("experts", "w", "s", spec(copy), "modules_to_save").build(Target("w"), spec(copy))
+    patch = saved_modules.claim("experts", "w", "s", spec(copy), "modules_to_save").build(Location("w"), spec(copy))
     bound = patch.bind({"s": copy}.__getitem__, spec(copy))
     assert torch.equal(bound.apply(torch.zeros(7, 5), 4), copy.reshape(24, 5)[4:11])
     assert torch.equal(bound.apply(torch.zeros(2, 30), 1), copy.reshape(4, 30)[1:3])

@@ -11,7 +11,7 @@ from small_models import apply, specs
 from lora_merge.adapters import read_adapter
 from lora_merge.adapters.base import Claim, Options
 from lora_merge.errors import AdapterError, UnsupportedError
-from lora_merge.spec import Target, TensorSpec
+from lora_merge.spec import Location, TensorSpec
 
 E, R = 3, 2
 CONFIG = {"peft_type": "LORA", "r": R, "lora_alpha": 3, "peft_version": "0.21.2", "target_modules": []}
@@ -42,12 +42,12 @@ def claims(
     return list(read_adapter(config, specs(tensors), Options(model_type=model_type)).claims)
 
 
-def delta(claim: Claim, tensors: dict[str, torch.Tensor], target: Target, *shape: int) -> torch.Tensor:
+def delta(claim: Claim, tensors: dict[str, torch.Tensor], target: Location, *shape: int) -> torch.Tensor:
     patch = claim.build(target, TensorSpec("F32", shape))
     return apply(patch, torch.zeros(shape), tensors.__getitem__, block=5)
 
 
-WHOLE = Target("w")
+WHOLE = Location("w")
 
 
 def test_layout_follows_the_shape() -> None:
@@ -81,15 +81,15 @@ def test_experts_apart_on_disk_take_their_piece() -> None:
     [claim] = claims(tensors, ["experts.gate_up_proj"])
     for expert in range(E):
         for rows in ((0, 4), (4, 8)):
-            piece = delta(claim, tensors, Target("w", expert=expert, rows=rows), 4, 5)
+            piece = delta(claim, tensors, Location("w", expert=expert, rows=rows), 4, 5)
             torch.testing.assert_close(piece, product(tensors)[expert, rows[0] : rows[1]])
-    torch.testing.assert_close(delta(claim, tensors, Target("w", rows=(4, 8)), E, 4, 5), product(tensors)[:, 4:])
+    torch.testing.assert_close(delta(claim, tensors, Location("w", rows=(4, 8)), E, 4, 5), product(tensors)[:, 4:])
 
 
 def test_experts_apart_of_an_old_adapter_are_turned() -> None:
     tensors = factors(p=8, q=5)  # written for [E, 8, 5] by a PEFT that took the first side for the input
     [claim] = claims(tensors, ["experts.gate_up_proj"], peft_version="0.18.0")
-    piece = delta(claim, tensors, Target("w", expert=2, rows=(4, 8)), 4, 5)
+    piece = delta(claim, tensors, Location("w", expert=2, rows=(4, 8)), 4, 5)
     torch.testing.assert_close(piece, product(tensors)[2].T[4:])
 
 
@@ -98,7 +98,7 @@ def test_square_experts_apart(version: str, model_type: str | None, turned: bool
     tensors = factors(p=6, q=6)
     [claim] = claims(tensors, ["experts.down_proj"], model_type, peft_version=version)
     expected = product(tensors)[1].T if turned else product(tensors)[1]
-    torch.testing.assert_close(delta(claim, tensors, Target("w", expert=1), 6, 6), expected)
+    torch.testing.assert_close(delta(claim, tensors, Location("w", expert=1), 6, 6), expected)
 
 
 def test_shapes_that_tell_nothing_leave_the_declared_order() -> None:
@@ -111,7 +111,7 @@ def test_shapes_that_tell_nothing_leave_the_declared_order() -> None:
 def test_pieces_of_experts_stored_input_first_are_columns() -> None:
     tensors = factors(p=5, q=8)
     [claim] = claims(tensors, ["experts.gate_up_proj"], "gpt_oss")
-    piece = delta(claim, tensors, Target("w", rows=(4, 8)), E, 5, 4)
+    piece = delta(claim, tensors, Location("w", rows=(4, 8)), E, 5, 4)
     torch.testing.assert_close(piece, product(tensors)[:, 4:].transpose(1, 2))
 
 
@@ -162,7 +162,7 @@ def test_linear_adapters_of_single_experts_find_their_rows_in_a_stack(dora: bool
     if dora:
         tensors[f"{key}.lora_magnitude_vector"] = torch.rand(4) + 1
     [claim] = claims(tensors, [], use_dora=dora)
-    patch = claim.build(Target("w", within=(12, 16)), TensorSpec("F32", (E, 8, 5)))
+    patch = claim.build(Location("w", within=(12, 16)), TensorSpec("F32", (E, 8, 5)))
     assert patch.stacked
     weight = torch.randn(E, 8, 5)
     expected = weight.clone()
@@ -171,7 +171,7 @@ def test_linear_adapters_of_single_experts_find_their_rows_in_a_stack(dora: bool
         expected[1, 4:] *= (tensors[f"{key}.lora_magnitude_vector"] / expected[1, 4:].norm(dim=1))[:, None]
     torch.testing.assert_close(apply(patch, weight, tensors.__getitem__, block=5), expected)
     with pytest.raises(AdapterError, match="made for a weight"):
-        claim.build(Target("w", within=(22, 26)), TensorSpec("F32", (E, 8, 5)))
+        claim.build(Location("w", within=(22, 26)), TensorSpec("F32", (E, 8, 5)))
 
 
 @pytest.mark.parametrize(
@@ -195,13 +195,13 @@ def test_parameters_that_cannot_be_told_apart_are_refused(keys: list[str], targe
         (WHOLE, (E, 7, 5)),
         (WHOLE, (E + 1, 8, 5)),
         (WHOLE, (8, 5)),
-        (Target("w", expert=E), (8, 5)),
-        (Target("w", expert=0, rows=(6, 10)), (4, 5)),
-        (Target("w", within=(0, 8)), (16, 5)),
+        (Location("w", expert=E), (8, 5)),
+        (Location("w", expert=0, rows=(6, 10)), (4, 5)),
+        (Location("w", within=(0, 8)), (16, 5)),
     ],
     ids=str,
 )
-def test_experts_that_do_not_fit_are_refused(target: Target, shape: tuple[int, ...]) -> None:
+def test_experts_that_do_not_fit_are_refused(target: Location, shape: tuple[int, ...]) -> None:
     tensors = factors(p=5, q=8)
     [claim] = claims(tensors, ["experts.gate_up_proj"])
     with pytest.raises(AdapterError, match=r"mlp.experts: lora_A \[6, 5\] and lora_B \[8, 6\].*w is F32"):

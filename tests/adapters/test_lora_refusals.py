@@ -9,10 +9,10 @@ import pytest
 from lora_merge.adapters import KINDS, LATER, NEVER, read_adapter
 from lora_merge.adapters.base import Claim, Options, Reading
 from lora_merge.errors import AdapterError, UnsupportedError
-from lora_merge.spec import Target, TensorSpec
+from lora_merge.spec import Location, TensorSpec
 
 P = "base_model.model."
-WHOLE = Target("w")
+WHOLE = Location("w")
 
 
 def f32(*shape: int) -> TensorSpec:
@@ -128,13 +128,13 @@ def test_other_dialects(config: Any, tensors: dict[str, TensorSpec], error: type
         (WHOLE, (31, 20)),
         (WHOLE, (30,)),
         (WHOLE, (2, 30, 20)),
-        (Target("w", expert=0), (30, 20)),
-        (Target("w", rows=(10, 40)), (30, 20)),
-        (Target("w", within=(10, 30)), (60, 20)),
+        (Location("w", expert=0), (30, 20)),
+        (Location("w", rows=(10, 40)), (30, 20)),
+        (Location("w", within=(10, 30)), (60, 20)),
     ],
     ids=str,
 )
-def test_linear_factors_that_do_not_fit(target: Target, shape: tuple[int, ...]) -> None:
+def test_linear_factors_that_do_not_fit(target: Location, shape: tuple[int, ...]) -> None:
     with pytest.raises(
         AdapterError, match=r"q: lora_A \[4, 20\] and lora_B \[30, 4\] are made for a weight \[30, 20\]"
     ):
@@ -147,7 +147,7 @@ def test_embeddings_and_biases_that_do_not_fit() -> None:
         claim(embedding).build(WHOLE, f32(21, 8))
     magnitude = {**embedding, f"{P}e.lora_magnitude_vector": f32(8)}
     with pytest.raises(UnsupportedError, match="needs all of its rows"):
-        claim(magnitude).build(Target("w", within=(2, 22)), f32(30, 8))
+        claim(magnitude).build(Location("w", within=(2, 22)), f32(30, 8))
     bias = read({**pair("q"), f"{P}q.lora_B.bias": f32(30)}).claims[1]
     with pytest.raises(AdapterError, match=r"30 numbers for the bias of q; w is F32 \[31\]"):
         bias.build(WHOLE, f32(31))
@@ -167,7 +167,7 @@ def test_convolutions_with_groups() -> None:
 def test_residuals_need_a_whole_linear_weight() -> None:
     square = pair("q", (4, 20), (20, 4))
     with pytest.raises(UnsupportedError, match="pissa must factor the whole weight"):
-        claim(pair("q"), init_lora_weights="pissa").build(Target("w", rows=(0, 10)), f32(10, 20))
+        claim(pair("q"), init_lora_weights="pissa").build(Location("w", rows=(0, 10)), f32(10, 20))
     with pytest.raises(UnsupportedError, match=r"olora is not defined for a weight stored \[in, out\]"):
         claim(pair("q"), init_lora_weights="olora").build(WHOLE, f32(20, 30))
     with pytest.raises(AdapterError, match="pissa needs a positive scale"):

@@ -12,7 +12,7 @@ import torch
 from malformed_cases import K, Q, good_adapter, good_base, sharded
 from safetensors.torch import save_file
 
-from lora_merge.checkpoint.opening import digest, identity, open_adapter, open_base
+from lora_merge.checkpoint.opening import file_sha256, identity, open_adapter, open_base
 from lora_merge.errors import InputError, UnsupportedError
 
 torch.set_num_threads(1)
@@ -178,7 +178,7 @@ def test_a_dtype_that_torch_lacks_is_copied_and_not_loaded(tmp_path: Path) -> No
 def test_digests(tmp_path: Path) -> None:
     base = good_base(tmp_path)
     data = (base / "model.safetensors").read_bytes()
-    assert digest(base / "model.safetensors") == hashlib.sha256(data).hexdigest()
+    assert file_sha256(base / "model.safetensors") == hashlib.sha256(data).hexdigest()
     with open_base(base) as opened:
         header = data[8 : 8 + int.from_bytes(data[:8], "little")]
         assert identity(opened.files[0]) == {

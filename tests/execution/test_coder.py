@@ -6,7 +6,7 @@ import torch
 from lora_merge.checkpoint.rows import Tile
 from lora_merge.execution.coder import Coder, fresh
 from lora_merge.formats.awq import AWQ
-from lora_merge.formats.base import Wanted
+from lora_merge.formats.base import FormatOptions
 from lora_merge.formats.bitsandbytes.format import Bitsandbytes
 from lora_merge.formats.chatglm import ChatGLM
 from lora_merge.formats.compressed_tensors.format import CompressedTensors
@@ -20,14 +20,14 @@ SHAPE = (24, 128)
 FORMATS = {
     "chatglm int4": ChatGLM(4),
     "chatglm int8": ChatGLM(8, "BF16"),
-    "ct int4": CompressedTensors.preset(Wanted(4), {"x": TensorSpec("BF16", SHAPE)}),
-    "ct int8": CompressedTensors.preset(Wanted(8, dtype="F16"), {"x": TensorSpec("F16", SHAPE)}),
-    "ct fp8": CompressedTensors.preset(Wanted(8, quant_type="fp8"), {}),
-    "ct nvfp4": CompressedTensors.preset(Wanted(4, quant_type="nvfp4"), {}),
-    "ct mxfp4": CompressedTensors.preset(Wanted(4, quant_type="mxfp4"), {}),
-    "nf4": Bitsandbytes.preset(Wanted(4), {}),
-    "gptq": GPTQ.preset(Wanted(4), {"x": TensorSpec("F16", SHAPE)}),
-    "awq": AWQ.preset(Wanted(4), {"x": TensorSpec("F16", SHAPE)}),
+    "ct int4": CompressedTensors.from_options(FormatOptions(4), {"x": TensorSpec("BF16", SHAPE)}),
+    "ct int8": CompressedTensors.from_options(FormatOptions(8, dtype="F16"), {"x": TensorSpec("F16", SHAPE)}),
+    "ct fp8": CompressedTensors.from_options(FormatOptions(8, quant_type="fp8"), {}),
+    "ct nvfp4": CompressedTensors.from_options(FormatOptions(4, quant_type="nvfp4"), {}),
+    "ct mxfp4": CompressedTensors.from_options(FormatOptions(4, quant_type="mxfp4"), {}),
+    "nf4": Bitsandbytes.from_options(FormatOptions(4), {}),
+    "gptq": GPTQ.from_options(FormatOptions(4), {"x": TensorSpec("F16", SHAPE)}),
+    "awq": AWQ.from_options(FormatOptions(4), {"x": TensorSpec("F16", SHAPE)}),
     "ct int8 tensor": CompressedTensors(Scheme(INT, 8, strategy="tensor")),
 }
 
@@ -38,7 +38,7 @@ def rows_of(seed):
 
 def settled(name, rows):
     format = FORMATS[name]
-    return format.settled(TensorSpec("F32", SHAPE), "F32", rows.abs().amax().view(1))
+    return format.for_weight(TensorSpec("F32", SHAPE), "F32", rows.abs().amax().view(1))
 
 
 def room(target):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from lora_merge.errors import UnsupportedError
 from lora_merge.formats.auto_round import AutoRound
 from lora_merge.formats.awq import AWQ
-from lora_merge.formats.base import Wanted
+from lora_merge.formats.base import FormatOptions
 from lora_merge.formats.gptq.format import GPTQ
 from lora_merge.spec import TensorSpec
 
@@ -129,7 +129,7 @@ def test_other_packings_name_the_way_out():
 
 def test_it_is_written_only_where_it_was():
     with pytest.raises(UnsupportedError, match="--format gptq"):
-        AutoRound.preset(Wanted(4), {})
+        AutoRound.from_options(FormatOptions(4), {})
 
 
 def test_the_config_stays_but_for_what_became_plain():
@@ -149,7 +149,7 @@ def test_fresh_scales_are_those_of_the_packing():
     rows = torch.randn(32, 64, generator=torch.Generator().manual_seed(1))
     weight = TensorSpec("F16", (32, 64))
     for packing in (GPTQ(4, 32, named=False), AWQ(32)):
-        format = AutoRound(packing).settled(weight)
+        format = AutoRound(packing).for_weight(weight)
         assert sp.same(sp.encoded(format, weight, rows), sp.encoded(packing, weight, rows))
         assert format.refusal(TensorSpec("F16", (31, 64))) == packing.refusal(TensorSpec("F16", (31, 64)))
         assert (format.limit, format.rows_at_once(weight)) == (packing.limit, packing.rows_at_once(weight))

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from lora_merge.errors import InputError, UnsupportedError
 from lora_merge.formats import weights as stored_weights
 from lora_merge.formats.awq import AWQ, AWQGemv, AWQGemvFast
-from lora_merge.formats.base import GONE, Wanted
+from lora_merge.formats.base import GONE, FormatOptions
 from lora_merge.formats.gptq.format import GPTQ
 from lora_merge.quantization.grids import refined
 from lora_merge.spec import TensorSpec
@@ -363,7 +363,9 @@ def test_what_cannot_be_stored_is_refused():
 
 def test_the_preset_has_the_largest_group_that_divides_the_most_weights():
     def preset(*columns, **words):
-        return AWQ.preset(Wanted(4, **words), {str(i): TensorSpec("F32", (8, n)) for i, n in enumerate(columns)})
+        return AWQ.from_options(
+            FormatOptions(4, **words), {str(i): TensorSpec("F32", (8, n)) for i, n in enumerate(columns)}
+        )
 
     assert preset(256, 1024) == AWQ(128, "BF16")
     assert preset(256, 64 * 11, dtype="F16") == AWQ(64, "F16")
@@ -380,7 +382,7 @@ def test_the_preset_has_the_largest_group_that_divides_the_most_weights():
         with pytest.raises(UnsupportedError, match=message):
             preset(*columns, **words)
     with pytest.raises(UnsupportedError, match="AWQ has 4 bits, not 8"):
-        AWQ.preset(Wanted(8), {})
+        AWQ.from_options(FormatOptions(8), {})
 
 
 def test_config_says_what_the_loaders_need():
@@ -418,7 +420,7 @@ def test_transformers_opens_what_is_written(tmp_path, tiny_llama, dtype):
     linears = [key.removesuffix(".weight") for key in base if key.endswith("proj.weight")]
     kept = [linears.pop(3), "lm_head"]
     shapes = {module: TensorSpec(dtype, tuple(base[f"{module}.weight"].shape)) for module in linears}
-    format = AWQ.preset(Wanted(4, dtype), shapes)
+    format = AWQ.from_options(FormatOptions(4, dtype), shapes)
     stored, plain = ({key: value.to(kind) for key, value in base.items()} for _ in range(2))
     for module, weight in shapes.items():
         data = sp.encoded(format, weight, base[f"{module}.weight"].float())

@@ -13,7 +13,7 @@ from bnb_cases import CASES, CHECKPOINTS, DTYPES, case, checkpoint, detected, fr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_merge.formats.base import Wanted
+from lora_merge.formats.base import FormatOptions
 from lora_merge.formats.bitsandbytes.format import Bitsandbytes, FourBit, LLMInt8
 from lora_merge.formats.bitsandbytes.state import LEVELS, dynamic_map
 from lora_merge.formats.raw import torch_dtype
@@ -134,8 +134,8 @@ def test_fresh_bytes_are_those_of_the_library(name):
     original, parts = case(name)
     stored, rows = detected(parts), original.float()
     weight = TensorSpec(sp.DTYPES[original.dtype], tuple(original.shape))
-    wanted = Wanted(4, weight.dtype, stored.quant_type, stored.blocksize, bool(stored.nested_blocksize))
-    format = replace(Bitsandbytes.preset(wanted, {}), storage=stored.storage)
+    wanted = FormatOptions(4, weight.dtype, stored.quant_type, stored.blocksize, bool(stored.nested_blocksize))
+    format = replace(Bitsandbytes.from_options(wanted, {}), storage=stored.storage)
     found = [fresh(format, weight, rows, step) for step in tiles(format, weight)]
     assert all(one == found[0] for one in found)
     library = {part: value.numpy().tobytes() for part, value in sp.raw(parts).items()}
@@ -170,7 +170,7 @@ def test_every_code_is_the_nearest_of_its_block(rows, columns, blocksize, quant_
     generator = torch.Generator().manual_seed(seed)
     weight = TensorSpec(dtype, (rows, columns))
     values = torch.randn(rows, columns, generator=generator).to(torch_dtype(dtype)).float()
-    format = Bitsandbytes.preset(Wanted(4, dtype, quant_type, blocksize, double), {})
+    format = Bitsandbytes.from_options(FormatOptions(4, dtype, quant_type, blocksize, double), {})
     data = fresh(format, weight, values, format.rows_at_once(weight))
     specs = format.describe(weight)
     assert {part: len(value) for part, value in data.items()} == {part: spec.nbytes for part, spec in specs.items()}
@@ -185,7 +185,7 @@ def test_every_code_is_the_nearest_of_its_block(rows, columns, blocksize, quant_
         x = (block / abs(block).max()).astype(np.float32)
         off = abs(table[nibbles[first : first + len(block)]] - x)
         assert (off <= abs(table[:, None] - x).min(0) + 1e-6).all()
-    back = FourBit.settled(format, weight)
+    back = FourBit.for_weight(format, weight)
     parts = {part: torch.frombuffer(bytearray(value), dtype=torch.uint8) for part, value in data.items()}
     decoded = sp.decoded(back, parts, weight)
     assert (decoded - values).abs().max() <= 0.2 * values.abs().max()
@@ -204,7 +204,7 @@ def test_llm_int8_is_that_of_the_library(dtype):
     values = torch.randn(50, 37, generator=torch.Generator().manual_seed(1)) * 0.3
     values = values.to(torch_dtype(dtype)).float()
     weight = TensorSpec(dtype, (50, 37))
-    data = fresh(Bitsandbytes.preset(Wanted(8, dtype), {}), weight, values, 7)
+    data = fresh(Bitsandbytes.from_options(FormatOptions(8, dtype), {}), weight, values, 7)
     codes, scb = int8_oracle(values.numpy())
     assert data == {"weight": codes.tobytes(), "SCB": scb.tobytes(), "weight_format": b"\0"}
     parts = {part: torch.tensor(list(value)).byte() for part, value in data.items()}
@@ -255,13 +255,13 @@ def test_a_block_that_is_not_full_is_divided_not_multiplied():
         block = np.concatenate([[most], mids * most]).astype(np.float32)
         codes = np.searchsorted(mids, block / most)
         told += (codes != np.searchsorted(mids, block * (np.float32(1) / most))).any()
-        grid = FourBit("nf4", 64, "F32").settled(TensorSpec("F32", (1, 16))).fit(torch.from_numpy(block).view(1, 16))
+        grid = FourBit("nf4", 64, "F32").for_weight(TensorSpec("F32", (1, 16))).fit(torch.from_numpy(block).view(1, 16))
         assert grid.nearest(torch.from_numpy(block).view(1, 16)).tolist() == [codes.tolist()]
     assert told > 5
 
 
 def test_a_last_block_of_zeros_has_the_librarys_absmax():
-    format = FourBit("nf4", 64, "F32").settled(TensorSpec("F32", (1, 70)))
+    format = FourBit("nf4", 64, "F32").for_weight(TensorSpec("F32", (1, 70)))
     data = sp.encoded(format, TensorSpec("F32", (1, 70)), torch.zeros(1, 70))
     assert data["weight.absmax"].clone().view(torch.float32).tolist() == [0.0, np.float32(1e-38)]
     assert set(data["weight"].tolist()) == {0x77}
@@ -272,7 +272,7 @@ def test_ties_go_to_the_lower_code_in_large_tiles_as_in_small():
         table = torch.tensor(LEVELS[quant_type]).sort().values
         block = torch.cat([(table[1:] + table[:-1]) / 2, table, torch.zeros(33)])
         rows = block.repeat(400, 1)
-        grid = FourBit(quant_type, 64, "F32").settled(TensorSpec("F32", (400, 64))).fit(rows)
+        grid = FourBit(quant_type, 64, "F32").for_weight(TensorSpec("F32", (400, 64))).fit(rows)
         expected = np.searchsorted(((table[1:] + table[:-1]) / 2).numpy(), block.numpy())
         assert (grid.nearest(rows).numpy() == expected).all()
         assert (grid.rows(0, 1).nearest(rows[:1]).numpy() == expected).all()
@@ -281,8 +281,8 @@ def test_ties_go_to_the_lower_code_in_large_tiles_as_in_small():
 def test_rows_of_a_stack_are_fitted_as_those_of_a_matrix():
     """`--trained-on nf4` of stacked experts: the grid is asked for, nothing is stored."""
     rows = torch.randn(8, 96, generator=torch.Generator().manual_seed(4))
-    format = Bitsandbytes.preset(Wanted(4, quant_type="nf4"), {})
-    stack, matrix = (format.settled(TensorSpec("BF16", shape)).fit(rows) for shape in ((2, 4, 96), (8, 96)))
+    format = Bitsandbytes.from_options(FormatOptions(4, quant_type="nf4"), {})
+    stack, matrix = (format.for_weight(TensorSpec("BF16", shape)).fit(rows) for shape in ((2, 4, 96), (8, 96)))
     assert torch.equal(stack.values(stack.nearest(rows)), matrix.values(matrix.nearest(rows)))
 
 
@@ -291,7 +291,7 @@ def test_zero_blocks_stay_zero():
     values[2, 69] = 1.0
     weight = TensorSpec("F32", (3, 70))
     for double in (False, True):
-        format = settled(Bitsandbytes.preset(Wanted(4, "F32", double_quant=double), {}), weight, values)
+        format = settled(Bitsandbytes.from_options(FormatOptions(4, "F32", double_quant=double), {}), weight, values)
         grid = format.fit(values)
         decoded = grid.values(grid.nearest(values))
         assert decoded.isfinite().all() and torch.equal(decoded[0], values[0])

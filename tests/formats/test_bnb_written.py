@@ -12,7 +12,7 @@ from bnb_cases import CHECKPOINTS, STATE, case, checkpoint, detected, fresh, sai
 from safetensors.torch import load_file, save_file
 
 from lora_merge.errors import InputError, UnsupportedError
-from lora_merge.formats.base import Wanted, same_grid
+from lora_merge.formats.base import FormatOptions, same_grid
 from lora_merge.formats.bitsandbytes.format import Bitsandbytes, LLMInt8
 from lora_merge.formats.bitsandbytes.state import QuantState
 from lora_merge.formats.raw import torch_dtype
@@ -21,7 +21,7 @@ from lora_merge.spec import TensorSpec
 
 def test_a_fresh_quant_state_is_padded_and_a_stored_one_decides_how_many_digits_fit():
     weight, rows = TensorSpec("BF16", (4, 64)), torch.randn(4, 64, generator=torch.Generator().manual_seed(3))
-    format = Bitsandbytes.preset(Wanted(4, double_quant=True), {})
+    format = Bitsandbytes.from_options(FormatOptions(4, double_quant=True), {})
     room = format.describe(weight)[STATE].shape[0]
     text = fresh(format, weight, rows)[STATE]
     assert len(text) == room and text.endswith(b" ") and json.loads(text)["shape"] == [4, 64]
@@ -37,7 +37,7 @@ def test_a_fresh_quant_state_is_padded_and_a_stored_one_decides_how_many_digits_
         )
         assert given == {key: value for key, value in json.loads(text).items() if key != "nested_offset"}
         parts = {part: torch.tensor(list(value)).byte() for part, value in data.items()}
-        assert (sp.decoded(tight.settled(weight), parts, weight) - rows).abs().max() < 0.5
+        assert (sp.decoded(tight.for_weight(weight), parts, weight) - rows).abs().max() < 0.5
 
 
 def test_no_offset_is_longer_than_the_room_for_it():
@@ -51,10 +51,10 @@ def test_scales_are_kept_by_a_format_with_other_room():
     """--bits 4 --format bitsandbytes on such a base: the parameters are the same, the text of the JSON is not."""
     parts = case("nested_twice")[1]
     stored, weight = detected(parts), TensorSpec("BF16", (260, 64))
-    other = Bitsandbytes.preset(Wanted(4, "BF16", double_quant=True), {})
+    other = Bitsandbytes.from_options(FormatOptions(4, "BF16", double_quant=True), {})
     assert same_grid(stored, other, weight) and not same_grid(stored, replace(other, blocksize=128), weight)
     out = sp.blank(other, weight)
-    other.settled(weight).pack(*stored.unpack(sp.raw(parts), 260, 64), out)
+    other.for_weight(weight).pack(*stored.unpack(sp.raw(parts), 260, 64), out)
     assert json.loads(bytes(out.pop(STATE).tolist())) == said(parts)
     assert all(torch.equal(value, sp.raw(parts)[part]) for part, value in out.items())
 
@@ -62,39 +62,39 @@ def test_scales_are_kept_by_a_format_with_other_room():
 @pytest.mark.parametrize(
     ("wanted", "words"),
     [
-        (Wanted(4), "bitsandbytes nf4 64"),
-        (Wanted(4, quant_type="fp4", group_size=4096, double_quant=True), "bitsandbytes fp4 4096 double"),
-        (Wanted(8), "bitsandbytes int8"),
+        (FormatOptions(4), "bitsandbytes nf4 64"),
+        (FormatOptions(4, quant_type="fp4", group_size=4096, double_quant=True), "bitsandbytes fp4 4096 double"),
+        (FormatOptions(8), "bitsandbytes int8"),
     ],
 )
 def test_presets(wanted, words):
-    format = Bitsandbytes.preset(wanted, {})
+    format = Bitsandbytes.from_options(wanted, {})
     assert str(format) == words and format.bits == wanted.bits and isinstance(format, Bitsandbytes)
 
 
 @pytest.mark.parametrize(
     ("wanted", "words"),
     [
-        (Wanted(4, quant_type="int"), "no int with 4"),
-        (Wanted(3), "no type with 3"),
-        (Wanted(4, group_size=48), "not 48"),
-        (Wanted(8, group_size=64), "one kind of 8 bits"),
-        (Wanted(8, quant_type="fp8"), "one kind of 8 bits"),
-        (Wanted(8, double_quant=True), "one kind of 8 bits"),
-        (Wanted(4, "F64"), "no weights in F64"),
+        (FormatOptions(4, quant_type="int"), "no int with 4"),
+        (FormatOptions(3), "no type with 3"),
+        (FormatOptions(4, group_size=48), "not 48"),
+        (FormatOptions(8, group_size=64), "one kind of 8 bits"),
+        (FormatOptions(8, quant_type="fp8"), "one kind of 8 bits"),
+        (FormatOptions(8, double_quant=True), "one kind of 8 bits"),
+        (FormatOptions(4, "F64"), "no weights in F64"),
     ],
 )
 def test_what_there_is_no_preset_for(wanted, words):
     with pytest.raises(UnsupportedError, match=words):
-        Bitsandbytes.preset(wanted, {})
+        Bitsandbytes.from_options(wanted, {})
 
 
 def test_refusals():
-    for wanted in (Wanted(4), Wanted(8)):
-        format = Bitsandbytes.preset(wanted, {})
+    for wanted in (FormatOptions(4), FormatOptions(8)):
+        format = Bitsandbytes.from_options(wanted, {})
         assert format.refusal(TensorSpec("F32", (3, 5))) is None
         assert "matrices" in format.refusal(TensorSpec("F32", (2, 3, 5)))
-    half = replace(Bitsandbytes.preset(Wanted(4), {}), storage="BF16")
+    half = replace(Bitsandbytes.from_options(FormatOptions(4), {}), storage="BF16")
     assert "words of bfloat16" in half.refusal(TensorSpec("F32", (3, 2)))
     assert half.refusal(TensorSpec("F32", (3, 4))) is None
 
@@ -176,8 +176,8 @@ def test_names_that_the_loader_would_mix_up_are_refused(kept):
 
 
 KINDS = {
-    "int8": Wanted(8), "nf4": Wanted(4), "nf4 double": Wanted(4, double_quant=True),
-    "fp4": Wanted(4, quant_type="fp4"), "fp4 double": Wanted(4, quant_type="fp4", double_quant=True),
+    "int8": FormatOptions(8), "nf4": FormatOptions(4), "nf4 double": FormatOptions(4, double_quant=True),
+    "fp4": FormatOptions(4, quant_type="fp4"), "fp4 double": FormatOptions(4, quant_type="fp4", double_quant=True),
 }  # fmt: skip
 
 
@@ -189,7 +189,7 @@ def test_bytes_of_the_library_itself(kind, dtype):
     values = torch.randn(96, 200, generator=torch.Generator().manual_seed(2)) * 0.02
     values = values.to(torch_dtype(dtype))
     weight = TensorSpec(dtype, tuple(values.shape))
-    format = Bitsandbytes.preset(replace(KINDS[kind], dtype=dtype), {})
+    format = Bitsandbytes.from_options(replace(KINDS[kind], dtype=dtype), {})
     data = fresh(format, weight, values.float(), format.rows_at_once(weight))
     if kind == "int8":
         codes, scb, _ = functional.int8_vectorwise_quant(values.half())
@@ -213,13 +213,13 @@ def test_transformers_opens_what_is_written(tmp_path, tiny_llama, kind):
     base = load_file(tiny_llama / "base" / "model.safetensors")
     linears = [key.removesuffix(".weight") for key in base if key.endswith("proj.weight")]
     skipped = [linears.pop(3), "lm_head"]
-    format = Bitsandbytes.preset(replace(KINDS[kind], dtype="F16"), {})
+    format = Bitsandbytes.from_options(replace(KINDS[kind], dtype="F16"), {})
     stored, plain = dict(base), dict(base)
     for module in linears:
         weight = TensorSpec("F16", tuple(base[f"{module}.weight"].shape))
         data = fresh(format, weight, base[f"{module}.weight"].float())
         raw = {part: torch.tensor(list(value)).byte() for part, value in data.items()}
-        plain[f"{module}.weight"] = sp.decoded(format.settled(weight), raw, weight)
+        plain[f"{module}.weight"] = sp.decoded(format.for_weight(weight), raw, weight)
         for part, spec in format.describe(weight).items():
             kinds = {"U8": torch.uint8, "I8": torch.int8, "F32": torch.float32}
             stored[f"{module}.{part}"] = raw[part].view(kinds[spec.dtype]).view(spec.shape)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from lora_merge.errors import InputError, UnsupportedError
-from lora_merge.formats.base import Wanted
+from lora_merge.formats.base import FormatOptions
 from lora_merge.formats.chatglm import ChatGLM, is_chatglm
 from lora_merge.spec import TensorSpec
 
@@ -69,7 +69,7 @@ def test_nothing_changed_gives_back_every_byte(name):
 def test_originals_get_the_official_codes_and_scales(name):
     originals = load_file(FIXTURES / name / "original.safetensors")
     for module, format, weight, data in weights(name):
-        official = format.settled(weight, WRITTEN_IN[name[:8]])
+        official = format.for_weight(weight, WRITTEN_IN[name[:8]])
         rows = originals[f"{module}.weight"].float()
         assert sp.same(sp.encoded(official, weight, rows), data), module
         assert sp.encoded(format, weight, rows).keys() == data.keys()
@@ -105,25 +105,25 @@ def test_codes_that_turned_over_are_kept_as_they_are_stored():
         assert sp.same(sp.kept(format, weight, data, sp.decoded(format, data, weight)), data)
 
 
-@pytest.mark.parametrize("coding", ["BF16", "F16", "F32"])
+@pytest.mark.parametrize("compute_dtype", ["BF16", "F16", "F32"])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_no_largest_weight_changes_its_sign(bits, coding):
+def test_no_largest_weight_changes_its_sign(bits, compute_dtype):
     """With bfloat16 arithmetic max/scale can come to 127.5, which rounds to a code that is not there."""
     mantissas = 1 + torch.arange(128) / 128
     rows = torch.stack([mantissas, -mantissas], 1)
     format, weight = ChatGLM(bits, "BF16"), TensorSpec("BF16", (128, 2))
-    back = sp.decoded(format, sp.encoded(format.settled(weight, coding), weight, rows), weight)
+    back = sp.decoded(format, sp.encoded(format.for_weight(weight, compute_dtype), weight, rows), weight)
     assert torch.equal(back.sign(), rows.sign())
     assert ((back - rows).abs() <= 0.01 * rows.abs()).all()
 
 
-@pytest.mark.parametrize("coding", ["F16", "F32"])
+@pytest.mark.parametrize("compute_dtype", ["F16", "F32"])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_rows_too_small_for_a_half_precision_scale_are_not_garbled(bits, coding):
+def test_rows_too_small_for_a_half_precision_scale_are_not_garbled(bits, compute_dtype):
     most = torch.tensor([6e-8, 1e-7, 3e-7, 1e-6, 5e-6, 1e-5, 1e-4]).half().float()
     rows = most[:, None] * torch.tensor([1.0, -1.0, 0.5, 0.0])
     format, weight = ChatGLM(bits, "F16"), TensorSpec("F16", tuple(rows.shape))
-    data = sp.encoded(format.settled(weight, coding), weight, rows)
+    data = sp.encoded(format.for_weight(weight, compute_dtype), weight, rows)
     codes, grid = format.unpack(data, *rows.shape)
     assert codes.abs().max() <= format.top
     assert ((grid.values(codes) - rows).abs() <= grid.scale * 0.5 + 6e-8).all()
@@ -178,10 +178,10 @@ def test_a_linear_that_the_loader_quantizes_cannot_stay_plain():
 
 
 def test_what_chatglm_has_not_is_refused():
-    assert ChatGLM.preset(Wanted(8), {}) == ChatGLM(8)
-    for wanted in (Wanted(3), Wanted(4, group_size=128), Wanted(4, quant_type="nf4")):
+    assert ChatGLM.from_options(FormatOptions(8), {}) == ChatGLM(8)
+    for wanted in (FormatOptions(3), FormatOptions(4, group_size=128), FormatOptions(4, quant_type="nf4")):
         with pytest.raises(UnsupportedError, match="ChatGLM has"):
-            ChatGLM.preset(wanted, {})
+            ChatGLM.from_options(wanted, {})
 
 
 def test_what_cannot_be_stored_is_refused():

@@ -86,7 +86,7 @@ def test_checkpoints_decode_bit_for_bit_and_go_back(name):
         values = sp.decoded(format, data, weight)
         if f"{module}.weight" in expected:
             assert torch.equal(values, expected[f"{module}.weight"]), module
-        assert sp.same(sp.kept(format.settled(weight), weight, data, values), data), module
+        assert sp.same(sp.kept(format.for_weight(weight), weight, data, values), data), module
 
 
 @pytest.mark.parametrize("name", [name for name in CHECKPOINTS if name != "ct_FP8_BLOCK"])
@@ -97,7 +97,7 @@ def test_checkpoints_are_written_again_from_their_original(name):
         format = detected(parts, config, module)
         weight = format.measure(sp.specs(parts))
         rows = originals[f"{module}.weight"]
-        exact = format.settled(weight, "BF16", peak(module, originals, name))
+        exact = format.for_weight(weight, "BF16", peak(module, originals, name))
         assert sp.same(sp.encoded(exact, weight, rows.float()), sp.raw(parts)), module
 
 
@@ -124,7 +124,7 @@ def test_every_scheme_decodes_bit_for_bit(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nothing_changed_gives_back_every_byte(dtype):
     for name, _, format, weight, _, data in written(dtype):
-        again = sp.kept(format.settled(weight), weight, data, sp.decoded(format, data, weight))
+        again = sp.kept(format.for_weight(weight), weight, data, sp.decoded(format, data, weight))
         assert sp.same(again, data), name
 
 
@@ -132,7 +132,7 @@ def test_nothing_changed_gives_back_every_byte(dtype):
 def test_originals_get_the_librarys_bytes(dtype):
     originals = schemes_file(dtype)[2]
     for name, module, format, weight, _, data in written(dtype):
-        exact = format.settled(weight, DTYPES[dtype], peak(module, originals, name))
+        exact = format.for_weight(weight, DTYPES[dtype], peak(module, originals, name))
         assert sp.same(sp.encoded(exact, weight, originals[f"{module}.weight"].float()), data), name
 
 
@@ -140,7 +140,7 @@ def test_originals_get_the_librarys_bytes(dtype):
 def test_tiles_make_the_whole(dtype):
     originals = schemes_file(dtype)[2]
     for name, module, format, weight, _, data in written(dtype):
-        exact = format.settled(weight, DTYPES[dtype], peak(module, originals, name))
+        exact = format.for_weight(weight, DTYPES[dtype], peak(module, originals, name))
         rows, step = originals[f"{module}.weight"].float(), format.rows_at_once(weight)
         tiled = sp.by_tiles(exact, weight, rows, step, lambda tile, start, stop, out, f=exact: f.encode(tile, out))
         assert tiled == {part: value.numpy().tobytes() for part, value in data.items()}, name
@@ -157,9 +157,9 @@ def test_float32_rows_are_rounded_closer_than_the_librarys_arithmetic():
     rows = originals["self_attn.k_proj.weight"].float()
     weight = TensorSpec("BF16", tuple(rows.shape))
     errors = {}
-    for coding in ("F32", "BF16"):
-        format = CompressedTensors(Scheme(PACK, 8, group_size=32)).settled(weight, coding)
-        errors[coding] = (sp.decoded(format, sp.encoded(format, weight, rows), weight) - rows).norm()
+    for compute_dtype in ("F32", "BF16"):
+        format = CompressedTensors(Scheme(PACK, 8, group_size=32)).for_weight(weight, compute_dtype)
+        errors[compute_dtype] = (sp.decoded(format, sp.encoded(format, weight, rows), weight) - rows).norm()
     assert errors["F32"] < 0.95 * errors["BF16"]
 
 
@@ -184,7 +184,7 @@ def test_words_of_whole_codes_of_older_versions_are_read_and_kept(bits, symmetri
     weight, data, half = format.measure(sp.specs(parts)), sp.raw(parts), 1 << bits - 1
     shift = (half if symmetric else zero.repeat_interleave(32, 1)) + torch.zeros_like(codes)
     assert torch.equal(sp.decoded(format, data, weight), (codes - shift).float() * scale.repeat_interleave(32, 1))
-    assert sp.same(sp.kept(format.settled(weight), weight, data, sp.decoded(format, data, weight)), data)
+    assert sp.same(sp.kept(format.for_weight(weight), weight, data, sp.decoded(format, data, weight)), data)
 
 
 def test_columns_that_name_their_group_are_read_and_not_written():
@@ -245,8 +245,8 @@ def test_a_shape_of_32_bits_is_read_and_kept(name):
         assert format.describe(weight) == sp.specs(parts)
         values = sp.decoded(format, data, weight)
         assert torch.equal(values, expected.get(f"{module}.weight", values)), module
-        assert sp.same(sp.kept(format.settled(weight), weight, data, values), data), module
-        assert format.settled(weight) == replace(format, shape_dtype="I64").settled(weight)  # one grid
+        assert sp.same(sp.kept(format.for_weight(weight), weight, data, values), data), module
+        assert format.for_weight(weight) == replace(format, shape_dtype="I64").for_weight(weight)  # one grid
 
 
 def test_a_shape_of_another_kind_is_refused():
@@ -271,8 +271,8 @@ def test_a_shape_that_lies_is_found_when_it_is_read():
 def test_a_scale_of_the_whole_weight_needs_its_peak():
     weight = TensorSpec("BF16", (2, 16))
     format = CompressedTensors(Scheme(NVFP4, 4, "float", strategy="tensor_group", group_size=16))
-    assert format.needs_survey
-    assert not format.settled(weight, seen=torch.tensor([1.0, 3.0])).needs_survey
+    assert format.needs_observation
+    assert not format.for_weight(weight, seen=torch.tensor([1.0, 3.0])).needs_observation
     with pytest.raises(AssertionError, match="peak was not told"):
         format.fit(torch.ones(2, 16))
 
@@ -308,21 +308,21 @@ def test_measure_undoes_describe_and_values_stay_close(scheme, dtype, shape, spr
         "BF16" if "fp4" in scheme.format or scheme.format == MXFP8 else dtype, (shape[0], 32 * shape[1])
     )
     rows = spread * torch.randn(weight.shape, generator=torch.Generator().manual_seed(shape[0]))
-    format = CompressedTensors(scheme, weight.dtype).settled(weight, seen=rows.abs().max())
+    format = CompressedTensors(scheme, weight.dtype).for_weight(weight, seen=rows.abs().max())
     found = detect(format.describe(weight), config_of(scheme), "x", format.shape or (0, 0))
     assert (found.measure(format.describe(weight)), found.scheme) == (weight, scheme)
     data = sp.encoded(format, weight, rows)
     assert {part: len(value) for part, value in data.items()} == {
         p: s.nbytes for p, s in format.describe(weight).items()
     }
-    step = {"int": 2.0 ** (1 - scheme.num_bits), "fp8": 2.0**-3, "fp4": 2.0**-1.5}[scheme.coding]
+    step = {"int": 2.0 ** (1 - scheme.num_bits), "fp8": 2.0**-3, "fp4": 2.0**-1.5}[scheme.number_type]
     decoding = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24}[weight.dtype]  # values are rounded to the dtype
     assert (sp.decoded(format, data, weight) - rows).abs().max() <= (1.02 * step + decoding) * rows.abs().max()
 
 
 def test_neighbours_of_four_bit_floats_lie_on_either_side():
     weight = TensorSpec("BF16", (4, 16))
-    format = CompressedTensors(Scheme(NVFP4, 4, "float", strategy="tensor_group", group_size=16)).settled(
+    format = CompressedTensors(Scheme(NVFP4, 4, "float", strategy="tensor_group", group_size=16)).for_weight(
         weight, seen=torch.tensor(6.0)
     )
     rows = torch.linspace(-6, 6, 64).view(4, 16)
@@ -341,7 +341,7 @@ def test_neighbours_of_four_bit_floats_lie_on_either_side():
 def test_a_slice_of_a_grid_packs_its_own_rows():
     weight = TensorSpec("BF16", (6, 32))
     scheme = Scheme(NVFP4, 4, "float", strategy="tensor_group", group_size=16)
-    format = CompressedTensors(scheme).settled(weight, seen=torch.tensor(4.0))
+    format = CompressedTensors(scheme).for_weight(weight, seen=torch.tensor(4.0))
     rows = torch.randn(6, 32, generator=torch.Generator().manual_seed(3))
     grid = format.fit(rows)
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_merge.formats import FORMATS, QUANTIZED, Wanted, weights
+from lora_merge.formats import FORMATS, QUANTIZED, FormatOptions, weights
 from lora_merge.formats.auto_round import AutoRound
 from lora_merge.formats.gptq.format import GPTQ
 from lora_merge.formats.plain import LIMITS, PART, WRITABLE, Plain
@@ -34,20 +34,29 @@ def encoded(format, weight, rows):
 
 STACK = TensorSpec("BF16", (2, 64, 96))
 CODED = {
-    "chatglm": [Wanted(4), Wanted(8)],
+    "chatglm": [FormatOptions(4), FormatOptions(8)],
     "compressed-tensors": [
-        *(Wanted(bits) for bits in range(2, 9)), Wanted(4, group_size=-1), Wanted(8, quant_type="fp8"),
-        Wanted(4, quant_type="nvfp4"), Wanted(4, quant_type="mxfp4"), Wanted(8, quant_type="mxfp8"),
+        *(FormatOptions(bits) for bits in range(2, 9)),
+        FormatOptions(4, group_size=-1),
+        FormatOptions(8, quant_type="fp8"),
+        FormatOptions(4, quant_type="nvfp4"),
+        FormatOptions(4, quant_type="mxfp4"),
+        FormatOptions(8, quant_type="mxfp8"),
     ],
-    "bitsandbytes": [Wanted(4), Wanted(4, quant_type="fp4"), Wanted(4, double_quant=True), Wanted(8)],
-    "gptq": [Wanted(2), Wanted(3), Wanted(4), Wanted(8)],
-    "awq": [Wanted(4)],
+    "bitsandbytes": [
+        FormatOptions(4),
+        FormatOptions(4, quant_type="fp4"),
+        FormatOptions(4, double_quant=True),
+        FormatOptions(8),
+    ],
+    "gptq": [FormatOptions(2), FormatOptions(3), FormatOptions(4), FormatOptions(8)],
+    "awq": [FormatOptions(4)],
     "auto-round": [],
-    "fp8": [Wanted(8)],
-    "fbgemm_fp8": [Wanted(8)],
-    "modelopt": [Wanted(4), Wanted(8)],
-    "mxfp4": [Wanted(4)],
-}  # fmt: skip
+    "fp8": [FormatOptions(8)],
+    "fbgemm_fp8": [FormatOptions(8)],
+    "modelopt": [FormatOptions(4), FormatOptions(8)],
+    "mxfp4": [FormatOptions(4)],
+}
 """Every kind of output that each format writes. AutoRound's is only kept: it is tested with GPTQ's packing."""
 MODULES = {"mxfp4": "model.layers.0.mlp.experts.down_proj", "chatglm": "transformer.layers.0.mlp.dense_h_to_4h"}
 MODEL_TYPES = {"mxfp4": "gpt_oss", "chatglm": "chatglm"}
@@ -59,7 +68,7 @@ def coded():
         module = MODULES.get(name, "model.layers.0.self_attn.q_proj")
         weight = STACK if name == "mxfp4" else TensorSpec("BF16", (128, 256))
         for wanted in kinds:
-            format = QUANTIZED[name].preset(wanted, {module: weight})
+            format = QUANTIZED[name].from_options(wanted, {module: weight})
             yield pytest.param(format, module, weight, id=f"{name}-{format}".replace(" ", "-"))
     packing = AutoRound(GPTQ(4, named=False))
     yield pytest.param(packing, "model.layers.0.self_attn.q_proj", TensorSpec("F16", (128, 256)), id="auto-round")
@@ -73,8 +82,8 @@ def rows_of(weight, stacked):
 
 
 def settled(format, weight, rows):
-    ready = format.settled(weight)
-    return format.settled(weight, seen=ready.survey(rows)) if ready.needs_survey else ready
+    ready = format.for_weight(weight)
+    return format.for_weight(weight, seen=ready.observe(rows)) if ready.needs_observation else ready
 
 
 def test_every_coded_format_is_in_the_contract():
@@ -91,7 +100,7 @@ def test_codes_are_the_same_by_tiles_and_come_back_byte_for_byte(format, module,
     parts = format.describe(weight)
     assert format.measure(parts).shape == weight.shape
     assert set(parts) <= set(format.part_names)
-    assert set(parts) & set(format.marks)
+    assert set(parts) & set(format.identifying_parts)
 
     whole = sp.by_tiles(format, weight, rows, within, encode_with(format))
     assert whole == sp.by_tiles(format, weight, rows, step, encode_with(format))
@@ -120,10 +129,10 @@ def test_a_checkpoint_of_codes_is_found_in_its_own_format(format, module, weight
         config["quantization_config"] = body
     else:
         config |= {path[0]: value for path, value in format.config_changes({module: format}, [], config).items()}
-    tensors = {module + format.joint + part: spec for part, spec in ready.describe(weight).items()}
-    found = weights(tensors, config, lambda name: whole[name.removeprefix(module + format.joint)])
-    assert list(found) == [module + format.logical]
-    stored = found[module + format.logical]
+    tensors = {module + format.separator + part: spec for part, spec in ready.describe(weight).items()}
+    found = weights(tensors, config, lambda name: whole[name.removeprefix(module + format.separator)])
+    assert list(found) == [module + format.weight_suffix]
+    stored = found[module + format.weight_suffix]
     assert (stored.format.name, stored.format.bits, stored.weight.shape) == (format.name, format.bits, weight.shape)
     assert set(stored.parts.values()) == set(tensors)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from lora_merge.errors import InputError, UnsupportedError
-from lora_merge.formats.base import Wanted
+from lora_merge.formats.base import FormatOptions
 from lora_merge.formats.fp8 import scales as scales
 from lora_merge.formats.fp8.fbgemm import FbgemmFP8
 from lora_merge.formats.fp8.fine_grained import BLOCK, FP8, INVERSE, ROW, WHOLE, FP8Experts
@@ -96,12 +96,12 @@ def library(block, scale_fmt="float"):
     return integration.Fp8Quantize(quantizer).convert
 
 
-def encoded(format, values, coding="F32"):
+def encoded(format, values, compute_dtype="F32"):
     """Parts of float values, with scales that the format chooses."""
     weight = TensorSpec(format.dtype, tuple(values.shape))
     rows = values.float().view(weight.matrix(format.stacked))
-    seen = format.survey(rows) if format.needs_survey else None
-    return weight, sp.encoded(format.settled(weight, coding, seen), weight, rows)
+    seen = format.observe(rows) if format.needs_observation else None
+    return weight, sp.encoded(format.for_weight(weight, compute_dtype, seen), weight, rows)
 
 
 def stored_fixture():
@@ -125,7 +125,7 @@ def test_checkpoint_decodes_bit_for_bit_and_goes_back():
         if f"{module}.weight" in expected:
             assert torch.equal(values, expected[f"{module}.weight"])
             checked += 1
-        assert sp.same(sp.kept(format.settled(weight), weight, data, values), data), module
+        assert sp.same(sp.kept(format.for_weight(weight), weight, data, values), data), module
     assert checked == 1
 
 
@@ -154,7 +154,7 @@ def test_every_layout_is_found_and_decodes_by_the_book(layout, dtype):
     assert format.describe(weight) == sp.specs(parts)
     values = sp.decoded(format, data, weight)
     assert torch.equal(values, by_the_book(parts["weight"], parts[part], block))
-    settled = format.settled(weight)
+    settled = format.for_weight(weight)
     codes, grid = settled.unpack(data, *shape)
     again = sp.blank(settled, weight)
     settled.pack(codes, grid, again)
@@ -170,7 +170,7 @@ def test_tiles_make_the_whole(layout):
     weight, data = format.measure(sp.specs(parts)), sp.raw(parts)
     values = sp.decoded(format, data, weight)
     wanted = {part: piece.numpy().tobytes() for part, piece in data.items()}
-    fresh = format.settled(weight, seen=format.survey(values) if format.needs_survey else None)
+    fresh = format.for_weight(weight, seen=format.observe(values) if format.needs_observation else None)
     whole = {part: piece.numpy().tobytes() for part, piece in sp.encoded(fresh, weight, values).items()}
 
     def keep(rows, start, stop, out):
@@ -196,8 +196,8 @@ def test_fresh_weights_get_transformers_bytes(dtype, block, shape, scale_fmt):
     parts = {"weight": stored["m.weight"], "weight_scale_inv": stored["m.weight_scale_inv"]}
     format = detect(parts, config(block, scale_fmt=scale_fmt))
     assert format.block == (block or WHOLE) and format.power == (scale_fmt == "ue8m0")
-    for coding in (dtype, "F32"):
-        assert sp.same(encoded(format, values, coding)[1], sp.raw(parts))
+    for compute_dtype in (dtype, "F32"):
+        assert sp.same(encoded(format, values, compute_dtype)[1], sp.raw(parts))
 
 
 def test_powers_of_two_stored_as_floats_are_powers_of_two():
@@ -312,21 +312,23 @@ def test_scales_that_fit_nothing_are_an_error():
 
 
 def test_what_is_asked_for():
-    format = FP8.preset(Wanted(8, "F16"), {})
+    format = FP8.from_options(FormatOptions(8, "F16"), {})
     assert (format.block, format.scale, format.dtype, format.bits) == (BLOCK, "F32", "F16", 8)
     assert format.refusal(TensorSpec("BF16", (256, 384))) is None
     assert "blocks of 128 x 128" in format.refusal(TensorSpec("BF16", (64, 128)))
     assert "matrices" in format.refusal(TensorSpec("BF16", (2, 128, 128)))
     assert "--dtype" in FP8(dtype="F64").refusal(TensorSpec("F64", (4, 4)))
     assert FP8().refusal(TensorSpec("BF16", (64, 130))) is None
-    assert FP8.preset(Wanted(8, group_size=128, quant_type="fp8"), {}).block == BLOCK
-    assert format.settled(TensorSpec("F16", (256, 384))) == FP8(dtype="F16")
+    assert FP8.from_options(FormatOptions(8, group_size=128, quant_type="fp8"), {}).block == BLOCK
+    assert format.for_weight(TensorSpec("F16", (256, 384))) == FP8(dtype="F16")
     for wanted, words in [
-        (Wanted(4), "not 4 bits"), (Wanted(8, quant_type="int"), "int"), (Wanted(8, double_quant=True), "8-bit"),
-        (Wanted(8, group_size=64), "128 x 128"),
-    ]:  # fmt: skip
+        (FormatOptions(4), "not 4 bits"),
+        (FormatOptions(8, quant_type="int"), "int"),
+        (FormatOptions(8, double_quant=True), "8-bit"),
+        (FormatOptions(8, group_size=64), "128 x 128"),
+    ]:
         with pytest.raises(UnsupportedError, match=words):
-            FP8.preset(wanted, {})
+            FP8.from_options(wanted, {})
 
 
 def test_config_says_what_is_written_and_what_stays():
@@ -371,7 +373,7 @@ def test_transformers_opens_what_we_write(tmp_path, variant):
     original = LlamaForCausalLM(size).bfloat16().eval()
     specs = {name: TensorSpec("BF16", tuple(module.weight.shape)) for name, module in linears(original)}
     format = {
-        "preset": FP8.preset(Wanted(8), specs),
+        "preset": FP8.from_options(FormatOptions(8), specs),
         "ue8m0": FP8(scale="F8_E8M0", power=True, whole_blocks=True),
         "per tensor": FP8(block=WHOLE, rank=0),
     }[variant]
@@ -431,7 +433,7 @@ def test_stacked_experts_are_coded_as_transformers_does(block, scale_fmt):
         one = by_the_book(parts[""][i], parts["_scale_inv"][i], block or WHOLE)
         assert torch.equal(values.view(3, 128, 96)[i], one)
     assert sp.same(encoded(format, stack)[1], data)
-    settled = format.settled(weight)
+    settled = format.for_weight(weight)
     for step in (format.rows_at_once(weight), 2 * format.rows_at_once(weight)):
         again = sp.by_tiles(
             settled, weight, stack.float().view(-1, 96), step, lambda r, a, b, out: settled.encode(r, out)
@@ -469,9 +471,9 @@ def test_fbgemm_has_a_scale_a_row():
     assert format.describe(weight) == sp.specs(parts) and str(format) == "fbgemm_fp8 e4m3 per row"
     assert sp.same(encoded(format, values)[1], data)
     assert detect(parts, {}, FbgemmFP8) is None and detect(parts, told, FP8) is None
-    assert encoded(FbgemmFP8.preset(Wanted(8), {}), values)[0] == weight
+    assert encoded(FbgemmFP8.from_options(FormatOptions(8), {}), values)[0] == weight
     with pytest.raises(UnsupportedError):
-        FbgemmFP8.preset(Wanted(4), {})
+        FbgemmFP8.from_options(FormatOptions(4), {})
     assert FbgemmFP8.config_changes({"q": format}, ["lm_head"], told) == {}
     assert FbgemmFP8.config_changes({"q": format}, ["lm_head"], {}) == {
         ("quantization_config",): {

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from lora_merge.errors import InputError, UnsupportedError
-from lora_merge.formats.base import Wanted
+from lora_merge.formats.base import FormatOptions
 from lora_merge.formats.gptq.format import GPTQ
 from lora_merge.quantization.grids import refined
 from lora_merge.spec import TensorSpec
@@ -373,13 +373,18 @@ def modules(*leave, layers=2):
 
 def test_presets():
     weights = {"a": TensorSpec("BF16", (64, 256)), "b": TensorSpec("BF16", (64, 192))}
-    assert GPTQ.preset(Wanted(4), {"a": weights["a"]}) == GPTQ(4, 128)
-    assert GPTQ.preset(Wanted(3), weights) == GPTQ(3, 64)
-    assert GPTQ.preset(Wanted(8), weights | {"c": TensorSpec("BF16", (64, 40))}) == GPTQ(8, -1)
-    assert GPTQ.preset(Wanted(2, group_size=16), weights) == GPTQ(2, 16)
-    for wanted in (Wanted(5), Wanted(4, quant_type="nf4"), Wanted(4, double_quant=True), Wanted(4, group_size=48)):
+    assert GPTQ.from_options(FormatOptions(4), {"a": weights["a"]}) == GPTQ(4, 128)
+    assert GPTQ.from_options(FormatOptions(3), weights) == GPTQ(3, 64)
+    assert GPTQ.from_options(FormatOptions(8), weights | {"c": TensorSpec("BF16", (64, 40))}) == GPTQ(8, -1)
+    assert GPTQ.from_options(FormatOptions(2, group_size=16), weights) == GPTQ(2, 16)
+    for wanted in (
+        FormatOptions(5),
+        FormatOptions(4, quant_type="nf4"),
+        FormatOptions(4, double_quant=True),
+        FormatOptions(4, group_size=48),
+    ):
         with pytest.raises(UnsupportedError):
-            GPTQ.preset(wanted, weights)
+            GPTQ.from_options(wanted, weights)
 
 
 def changed(written, kept=(), config=None):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from lora_merge.errors import InputError, UnsupportedError
-from lora_merge.formats.base import Wanted
+from lora_merge.formats.base import FormatOptions
 from lora_merge.formats.fp8.fine_grained import FP8, ROW
 from lora_merge.formats.modelopt import ModelOpt, ModelOptFP4
 from lora_merge.formats.plain import LIMITS
@@ -88,7 +88,7 @@ def test_checkpoints_decode_bit_for_bit_and_go_back(name):
         assert torch.equal(values, by_the_book(parts))
         if f"{module}.weight" in expected:
             assert torch.equal(values.bfloat16().float(), expected.pop(f"{module}.weight"))  # as the library rounds
-        assert sp.same(sp.kept(format.settled(weight), weight, data, values), data), module
+        assert sp.same(sp.kept(format.for_weight(weight), weight, data, values), data), module
         codes, grid = format.unpack(data, *weight.shape)
         again = sp.blank(format, weight)
         format.pack(codes, grid, again)
@@ -105,7 +105,7 @@ def test_checkpoints_are_written_again_from_their_original(name):
         if name == "fp8_block" and parts["weight_scale"].dim() == 0:
             continue  # a lone block divides in float32, which its parts do not tell from a scale of the whole weight
         weight = format.measure(sp.specs(parts))
-        exact = format.settled(weight, "BF16", seen(module, format.fused) if format.needs_survey else None)
+        exact = format.for_weight(weight, "BF16", seen(module, format.fused) if format.needs_observation else None)
         assert sp.same(sp.encoded(exact, weight, originals()[f"{module}.weight"].float()), sp.raw(parts)), module
         checked += 1
     assert checked == (3 if name == "fp8_block" else 7)
@@ -118,7 +118,7 @@ def test_tiles_make_the_whole(name):
         format, data = detect(parts, config, module), sp.raw(parts)
         weight = format.measure(sp.specs(parts))
         rows = originals()[f"{module}.weight"].float()
-        fresh = format.settled(weight, seen=format.survey(rows) if format.needs_survey else None)
+        fresh = format.for_weight(weight, seen=format.observe(rows) if format.needs_observation else None)
         whole = {part: piece.numpy().tobytes() for part, piece in sp.encoded(fresh, weight, rows).items()}
         values = sp.decoded(format, data, weight)
 
@@ -193,7 +193,7 @@ def test_fresh_nvfp4_is_by_the_rule(rows, columns, seed, top):
     values = difficult(rows, columns, seed)
     codes, scale, whole = plain_nvfp4(values, top)
     weight = TensorSpec("BF16", tuple(values.shape))
-    format = ModelOptFP4(top=top).settled(weight, seen=values.abs().max().float().view(1))
+    format = ModelOptFP4(top=top).for_weight(weight, seen=values.abs().max().float().view(1))
     data = sp.encoded(format, weight, values.float())
     assert sp.same(data, sp.raw({"weight": codes, "weight_scale": scale, "weight_scale_2": whole}))
 
@@ -205,7 +205,7 @@ def test_fresh_nvfp4_is_what_modelopt_makes():
         stored, scale, whole = nvfp4.quantize(values.clone(), 16)
         parts = {"weight": stored._quantized_data, "weight_scale": scale, "weight_scale_2": whole}
         weight = TensorSpec("BF16", tuple(values.shape))
-        format = ModelOptFP4().settled(weight, sp.DTYPES[dtype], values.abs().max().float().view(1))
+        format = ModelOptFP4().for_weight(weight, sp.DTYPES[dtype], values.abs().max().float().view(1))
         assert sp.same(sp.encoded(format, weight, values.float()), sp.raw(parts))
         back = stored.dequantize(torch.bfloat16, scale=scale, double_scale=whole, block_sizes={-1: 16})
         assert torch.equal(sp.decoded(format, sp.raw(parts), weight), back.float())
@@ -214,7 +214,7 @@ def test_fresh_nvfp4_is_what_modelopt_makes():
 def test_a_weight_of_zeros_stays_one():
     weight = TensorSpec("BF16", (4, 32))
     for format in (ModelOptFP4(), ModelOpt(block=ROW, rank=1), ModelOpt(block=(0, 0), rank=0)):
-        settled = format.settled(weight, seen=torch.zeros(1))
+        settled = format.for_weight(weight, seen=torch.zeros(1))
         data = sp.encoded(settled, weight, torch.zeros(4, 32))
         assert torch.equal(sp.decoded(settled, data, weight), torch.zeros(4, 32))
 
@@ -226,7 +226,7 @@ def test_nothing_below_the_limit_overflows(dtype, kind):
     most = torch.tensor(format.limit).float().nextafter(torch.tensor(0.0))
     values = most * torch.linspace(-1, 1, 2 * 64).view(2, 64)
     weight = TensorSpec(dtype, (2, 64))
-    settled = format.settled(weight, seen=most.view(1))
+    settled = format.for_weight(weight, seen=most.view(1))
     assert sp.decoded(settled, sp.encoded(settled, weight, values), weight).isfinite().all()
     assert format.limit <= LIMITS[dtype]
 
@@ -252,7 +252,7 @@ def test_every_code_of_nvfp4_survives():
     assert weight == TensorSpec("F32", (16, 32)) and str(format) == "modelopt nvfp4 16" and format.bits == 4
     values = sp.decoded(format, data, weight)
     assert torch.equal(values, by_the_book(parts))
-    assert sp.same(sp.kept(format.settled(weight), weight, data, values), data)
+    assert sp.same(sp.kept(format.for_weight(weight), weight, data, values), data)
 
 
 def test_only_its_own_parts_are_taken():
@@ -300,15 +300,23 @@ def test_mixed_checkpoints_tell_the_algorithm_of_each_module():
 
 
 def test_what_is_asked_for():
-    eight, four = ModelOpt.preset(Wanted(8, "F16"), {}), ModelOpt.preset(Wanted(4, quant_type="nvfp4"), {})
+    eight, four = (
+        ModelOpt.from_options(FormatOptions(8, "F16"), {}),
+        ModelOpt.from_options(FormatOptions(4, quant_type="nvfp4"), {}),
+    )
     assert (type(eight), eight.block, eight.rank, eight.dtype, eight.bits) == (ModelOpt, ROW, 1, "F16", 8)
     assert (type(four), four.block, four.bits, four.fused, eight.fused) == (ModelOptFP4, (1, 16), 4, True, False)
     assert four.refusal(TensorSpec("BF16", (3, 64))) is None and eight.refusal(TensorSpec("BF16", (3, 5))) is None
     assert "groups of 16" in four.refusal(TensorSpec("BF16", (3, 40)))
     assert "matrices" in four.refusal(TensorSpec("BF16", (3, 4, 32)))
-    for wanted in (Wanted(3), Wanted(4, quant_type="fp8"), Wanted(8, double_quant=True), Wanted(8, group_size=16)):
+    for wanted in (
+        FormatOptions(3),
+        FormatOptions(4, quant_type="fp8"),
+        FormatOptions(8, double_quant=True),
+        FormatOptions(8, group_size=16),
+    ):
         with pytest.raises(UnsupportedError, match="modelopt"):
-            ModelOpt.preset(wanted, {})
+            ModelOpt.from_options(wanted, {})
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)

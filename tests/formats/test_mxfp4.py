@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_merge import formats
 from lora_merge.errors import InputError, UnsupportedError
-from lora_merge.formats.base import GONE, Wanted
+from lora_merge.formats.base import GONE, FormatOptions
 from lora_merge.formats.mxfp4 import MXFP4
 from lora_merge.spec import TensorSpec
 
@@ -277,21 +277,25 @@ def test_blocks_without_their_scales_are_damaged(scales):
 
 def test_only_experts_of_gpt_oss_are_written():
     weights = {module: TensorSpec("BF16", (2, 64, 96)) for module in PROJECTIONS}
-    assert MXFP4.preset(Wanted(4), weights) == MXFP4()
-    assert MXFP4.preset(Wanted(4, quant_type="mxfp4", group_size=32), weights) == MXFP4()
+    assert MXFP4.from_options(FormatOptions(4), weights) == MXFP4()
+    assert MXFP4.from_options(FormatOptions(4, quant_type="mxfp4", group_size=32), weights) == MXFP4()
     linear = {"model.layers.0.self_attn.q_proj": TensorSpec("BF16", (64, 64))}
     for wanted, given_weights, reason in [
-        (Wanted(8), weights, "--bits 4"),
-        (Wanted(4, quant_type="nf4"), weights, "--quant-type"),
-        (Wanted(4, double_quant=True), weights, "--double-quant"),
-        (Wanted(4, group_size=64), weights, "blocks of 32, not of 64"),
-        (Wanted(4), {}, "found none"),
-        (Wanted(4), weights | linear, r"found model\.layers\.0\.self_attn\.q_proj; write --format compressed-tensors"),
-        (Wanted(4), {PROJECTIONS[0]: TensorSpec("BF16", (2, 48, 64))}, "down_proj: 48 inputs do not divide"),
-        (Wanted(4), {PROJECTIONS[0]: TensorSpec("BF16", (64, 64))}, r"down_proj: mxfp4 holds stacks"),
+        (FormatOptions(8), weights, "--bits 4"),
+        (FormatOptions(4, quant_type="nf4"), weights, "--quant-type"),
+        (FormatOptions(4, double_quant=True), weights, "--double-quant"),
+        (FormatOptions(4, group_size=64), weights, "blocks of 32, not of 64"),
+        (FormatOptions(4), {}, "found none"),
+        (
+            FormatOptions(4),
+            weights | linear,
+            r"found model\.layers\.0\.self_attn\.q_proj; write --format compressed-tensors",
+        ),
+        (FormatOptions(4), {PROJECTIONS[0]: TensorSpec("BF16", (2, 48, 64))}, "down_proj: 48 inputs do not divide"),
+        (FormatOptions(4), {PROJECTIONS[0]: TensorSpec("BF16", (64, 64))}, r"down_proj: mxfp4 holds stacks"),
     ]:
         with pytest.raises(UnsupportedError, match=reason):
-            MXFP4.preset(wanted, given_weights)
+            MXFP4.from_options(wanted, given_weights)
     assert MXFP4.quantizes(PROJECTIONS[1], CONFIG) is True
     for module in (f"{EXPERTS}.gate_up_proj_bias", "model.layers.0.mlp.router", "lm_head"):
         assert MXFP4.quantizes(module, CONFIG) is False

@@ -9,7 +9,7 @@ import pytest
 from lora_merge.models import keys
 from lora_merge.models.keys import Resolver, fits, spellings
 from lora_merge.models.skeleton import NoSkeleton, Skeleton
-from lora_merge.spec import Target, TensorSpec
+from lora_merge.spec import Location, TensorSpec
 
 Shape = tuple[int, ...]
 
@@ -56,16 +56,16 @@ Q = "self_attn.q_proj"
 def test_each_rung_finds_the_tensor(stored: str, module: str, how: str) -> None:
     decoys = {"model.layers.1.self_attn.k_proj.weight": (8, 4), "other.layers.0.norm.weight": (4,)}
     found = resolver({stored: (8, 4)} | decoys).resolve(module, "weight", (8, 4))
-    assert found.targets == (Target(stored),)
+    assert found.locations == (Location(stored),)
     assert found.how == how
     assert (found.note is not None) == (how == "suffix")
 
 
 def test_biases_and_own_parameter_names() -> None:
     found = resolver({"a.LayerNorm.gamma": (4,), "attn.in_proj_weight": (12, 4), "top": (2,)})
-    assert found.resolve("a.LayerNorm", "weight", (4,)).targets == (Target("a.LayerNorm.gamma"),)
-    assert found.resolve("attn", "in_proj_weight", (12, 4)).targets == (Target("attn.in_proj_weight"),)
-    assert found.resolve("", "top").targets == (Target("top"),)
+    assert found.resolve("a.LayerNorm", "weight", (4,)).locations == (Location("a.LayerNorm.gamma"),)
+    assert found.resolve("attn", "in_proj_weight", (12, 4)).locations == (Location("attn.in_proj_weight"),)
+    assert found.resolve("", "top").locations == (Location("top"),)
 
 
 @pytest.mark.parametrize(
@@ -79,46 +79,46 @@ def test_biases_and_own_parameter_names() -> None:
 )
 def test_no_match_from_too_little(module: str) -> None:
     shapes = {"model.layers.0.self_attn.q_proj.weight": (8, 4), "x.blocks.0.self_attn.q_proj.weight": (8, 4)}
-    assert resolver(shapes).resolve(module, "weight", (8, 4)).targets == ()
+    assert resolver(shapes).resolve(module, "weight", (8, 4)).locations == ()
 
 
 def test_a_wrong_shape_is_no_match_and_is_told() -> None:
     found = resolver({"model.layers.0.self_attn.q_proj.weight": (8, 4)})
     for module in ("model.layers.0.self_attn.q_proj", "layers.0.self_attn.q_proj", "x.y.layers.0.self_attn.q_proj"):
         answer = found.resolve(module, "weight", (16, 4))
-        assert answer.targets == ()
+        assert answer.locations == ()
         assert answer.note and "[8, 4]" in answer.note and "[16, 4]" in answer.note
 
 
 def test_a_name_of_another_shape_ends_the_search() -> None:
     shapes = {"layers.0.self_attn.q_proj.weight": (8, 4), "thinker.layers.0.self_attn.q_proj.weight": (16, 4)}
-    assert resolver(shapes).resolve("model.layers.0.self_attn.q_proj", "weight", (16, 4)).targets == ()
+    assert resolver(shapes).resolve("model.layers.0.self_attn.q_proj", "weight", (16, 4)).locations == ()
 
 
 def test_the_word_before_the_number_must_agree() -> None:
     shapes = {"model.layers.0.self_attn.q_proj.weight": (8, 4)}
-    assert resolver(shapes).resolve("model.blocks.0.self_attn.q_proj", "weight", (8, 4)).targets == ()
+    assert resolver(shapes).resolve("model.blocks.0.self_attn.q_proj", "weight", (8, 4)).locations == ()
 
 
 def test_two_tensors_that_end_alike_are_no_match() -> None:
     shapes = {f"{lead}.layers.0.self_attn.q_proj.weight": (8, 4) for lead in ("first", "second")}
     answer = resolver(shapes).resolve("x.layers.0.self_attn.q_proj", "weight", (8, 4))
-    assert answer.targets == () and answer.note and "first.layers" in answer.note and "second.layers" in answer.note
+    assert answer.locations == () and answer.note and "first.layers" in answer.note and "second.layers" in answer.note
     # ... unless only one of them has the shape
     shapes["second.layers.0.self_attn.q_proj.weight"] = (6, 4)
     answer = resolver(shapes).resolve("x.layers.0.self_attn.q_proj", "weight", (8, 4))
-    assert answer.targets == (Target("first.layers.0.self_attn.q_proj.weight"),)
+    assert answer.locations == (Location("first.layers.0.self_attn.q_proj.weight"),)
 
 
 @pytest.mark.parametrize("lead", ["vision_model.encoder", "audio_tower", "mtp", "stages.1"])
 def test_the_suffix_never_crosses_into_a_tower(lead: str) -> None:
     shapes = {f"{lead}.layers.0.self_attn.q_proj.weight": (8, 4)}
-    assert resolver(shapes).resolve("text.layers.0.self_attn.q_proj", "weight", (8, 4)).targets == ()
+    assert resolver(shapes).resolve("text.layers.0.self_attn.q_proj", "weight", (8, 4)).locations == ()
 
 
 def test_two_prefixes_that_both_fit_are_no_match() -> None:
     shapes = {"bert.encoder.layer.0.x.weight": (8, 4), "roberta.encoder.layer.0.x.weight": (8, 4)}
-    assert resolver(shapes).resolve("encoder.layer.0.x", "weight", (8, 4)).targets == ()
+    assert resolver(shapes).resolve("encoder.layer.0.x", "weight", (8, 4)).locations == ()
 
 
 @pytest.mark.parametrize("gate, up, down", [("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")])
@@ -130,18 +130,18 @@ def test_fused_experts_lie_in_per_expert_tensors(gate: str, up: str, down: str, 
         shapes |= {f"{block}.{expert}.{gate}.weight": (6, 4), f"{block}.{expert}.{up}.weight": (6, 4)}
         shapes[f"{block}.{expert}.{down}.weight"] = (4, 6)
     found = resolver(shapes, "mixtral")
-    fused = found.resolve(lead, "gate_up_proj", (11, 12, 4)).targets
+    fused = found.resolve(lead, "gate_up_proj", (11, 12, 4)).locations
     assert len(fused) == 22
     assert fused[20:] == (
-        Target(f"{block}.10.{gate}.weight", expert=10, rows=(0, 6)),
-        Target(f"{block}.10.{up}.weight", expert=10, rows=(6, 12)),
+        Location(f"{block}.10.{gate}.weight", expert=10, rows=(0, 6)),
+        Location(f"{block}.10.{up}.weight", expert=10, rows=(6, 12)),
     )
-    assert found.resolve(lead, "down_proj", (11, 4, 6)).targets[2] == Target(f"{block}.2.{down}.weight", expert=2)
-    assert found.resolve(lead, "down_proj", (11, 6, 4)).targets, "either orientation of the last two dimensions"
-    assert found.resolve(lead, "down_proj").targets, "a shape that is not known cannot be wrong"
+    assert found.resolve(lead, "down_proj", (11, 4, 6)).locations[2] == Location(f"{block}.2.{down}.weight", expert=2)
+    assert found.resolve(lead, "down_proj", (11, 6, 4)).locations, "either orientation of the last two dimensions"
+    assert found.resolve(lead, "down_proj").locations, "a shape that is not known cannot be wrong"
     for wrong in ((10, 4, 6), (11, 4, 8)):
         answer = found.resolve(lead, "down_proj", wrong)
-        assert answer.targets == () and answer.note
+        assert answer.locations == () and answer.note
 
 
 def test_one_expert_lies_within_a_stacked_tensor() -> None:
@@ -150,14 +150,17 @@ def test_one_expert_lies_within_a_stacked_tensor() -> None:
     lead = "model.layers.0.mlp.experts.2"
     stack = "model.layers.0.mlp.experts"
     gate = found.resolve(f"{lead}.gate_proj", "weight", (6, 4))
-    assert gate.targets == (Target(f"{stack}.gate_up_proj", within=(24, 30)),)
-    assert found.resolve(f"{lead}.up_proj", "weight", (6, 4)).targets[0].within == (30, 36)
-    assert found.resolve(f"{lead}.down_proj", "weight", (4, 6)).targets[0].within == (8, 12)
-    assert found.resolve("model.layers.0.block_sparse_moe.experts.2.w2", "weight", (4, 6)).targets[0].within == (8, 12)
-    assert found.resolve("model.layers.0.mlp.experts.3.down_proj", "weight", (4, 6)).targets == ()
-    assert found.resolve(f"{lead}.down_proj", "weight", (6, 4)).targets == ()
+    assert gate.locations == (Location(f"{stack}.gate_up_proj", within=(24, 30)),)
+    assert found.resolve(f"{lead}.up_proj", "weight", (6, 4)).locations[0].within == (30, 36)
+    assert found.resolve(f"{lead}.down_proj", "weight", (4, 6)).locations[0].within == (8, 12)
+    assert found.resolve("model.layers.0.block_sparse_moe.experts.2.w2", "weight", (4, 6)).locations[0].within == (
+        8,
+        12,
+    )
+    assert found.resolve("model.layers.0.mlp.experts.3.down_proj", "weight", (4, 6)).locations == ()
+    assert found.resolve(f"{lead}.down_proj", "weight", (6, 4)).locations == ()
     stored_in_out = resolver(shapes, "gpt_oss")
-    assert stored_in_out.resolve(f"{lead}.down_proj", "weight", (4, 6)).targets == ()
+    assert stored_in_out.resolve(f"{lead}.down_proj", "weight", (4, 6)).locations == ()
 
 
 def test_split_and_fused_projections_are_told_apart() -> None:
@@ -171,7 +174,7 @@ def test_split_and_fused_projections_are_told_apart() -> None:
 
 def test_the_skeleton_is_asked_last_and_once() -> None:
     calls = []
-    placed = {"model.odd.weight": (Target("strange.name"),), "model.bad.weight": (Target("strange.name"),)}
+    placed = {"model.odd.weight": (Location("strange.name"),), "model.bad.weight": (Location("strange.name"),)}
     shapes = {"model.odd.weight": (8, 4), "model.bad.weight": (9, 9)}
     built = Skeleton("OddModel", "model", shapes, (), {}, placed, {"model.no.weight": "stored in another layout"})
 
@@ -182,14 +185,14 @@ def test_the_skeleton_is_asked_last_and_once() -> None:
     tensors = {"strange.name": TensorSpec("F32", (8, 4)), "model.plain.weight": TensorSpec("F32", (8, 4))}
     found = Resolver(tensors, None, build)
     assert found.resolve("model.plain", "weight", (8, 4)).how == "name"
-    assert found.resolve("model.plain", "weight", (9, 9)).targets == ()
+    assert found.resolve("model.plain", "weight", (9, 9)).locations == ()
     assert not calls, "a name that exists is not looked for elsewhere"
     for module in ("model.odd", "odd"):
         answer = found.resolve(module, "weight", (8, 4))
-        assert answer.targets == (Target("strange.name"),) and answer.how == "transformers"
+        assert answer.locations == (Location("strange.name"),) and answer.how == "transformers"
     assert len(calls) == 1
     answer = found.resolve("model.bad", "weight", (8, 4))
-    assert answer.targets == () and answer.note and "[8, 4]" in answer.note
+    assert answer.locations == () and answer.note and "[8, 4]" in answer.note
     assert found.resolve("model.no", "weight").note == "stored in another layout"
 
 
@@ -198,8 +201,8 @@ def test_why_there_is_no_skeleton_ends_in_the_note() -> None:
         raise NoSkeleton("its own code")
 
     answer = Resolver(base(), None, build).resolve("model.x", "weight")
-    assert answer.targets == () and answer.note == "its own code"
-    assert Resolver(base(), None, lambda: None).resolve("model.x", "weight").targets == ()
+    assert answer.locations == () and answer.note == "its own code"
+    assert Resolver(base(), None, lambda: None).resolve("model.x", "weight").locations == ()
 
 
 def test_suggestions_are_near_names_with_shapes() -> None:
@@ -232,11 +235,11 @@ def test_fits(stored: Shape, shape: Shape | None, ok: bool) -> None:
 
 def test_a_vocabulary_may_have_other_rows() -> None:
     found = resolver({"model.embed_tokens.weight": (40, 4), "lm_head.weight": (40, 4), "model.x.weight": (40, 4)})
-    assert found.resolve("model.embed_tokens", "weight", (48, 4)).targets
-    assert found.resolve("model.embed_tokens", "weight", (4, 48)).targets
-    assert found.resolve("lm_head", "weight", (48, 4)).targets
-    assert not found.resolve("lm_head", "weight", (48, 5)).targets
-    assert not found.resolve("model.x", "weight", (48, 4)).targets
+    assert found.resolve("model.embed_tokens", "weight", (48, 4)).locations
+    assert found.resolve("model.embed_tokens", "weight", (4, 48)).locations
+    assert found.resolve("lm_head", "weight", (48, 4)).locations
+    assert not found.resolve("lm_head", "weight", (48, 5)).locations
+    assert not found.resolve("model.x", "weight", (48, 4)).locations
 
 
 def test_spellings_never_yield_the_name_itself() -> None:
@@ -256,9 +259,9 @@ def test_thirty_six_thousand_experts_take_seconds() -> None:
     found = Resolver(tensors, {"model_type": "qwen3_moe"}, lambda: None)
     start = time.process_time()
     assert all(found.resolve(name, "weight", (4, 4)).how == "name" for name in names)
-    assert all(found.resolve(f"model.layers.{n}.mlp.experts", "gate_up_proj", (128, 8, 4)).targets for n in range(94))
+    assert all(found.resolve(f"model.layers.{n}.mlp.experts", "gate_up_proj", (128, 8, 4)).locations for n in range(94))
     assert all(found.resolve(f"odd.{name}", "weight", (4, 4)).how == "suffix" for name in names[:3000])
-    assert not any(found.resolve(f"{name}_none", "weight", (4, 4)).targets for name in names[:3000])
+    assert not any(found.resolve(f"{name}_none", "weight", (4, 4)).locations for name in names[:3000])
     assert time.process_time() - start < 6
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 
 from lora_merge.models.renaming import CODE_PARTS, hidden, strays
-from lora_merge.spec import Target
+from lora_merge.spec import Location
 
 
 @dataclass
@@ -35,8 +35,8 @@ def test_a_module_that_a_list_would_lose_gets_a_pattern(renaming, module):
 
 
 def test_codes_whose_weight_alone_is_renamed_are_found():
-    places = {f"{name}.weight": (Target(f"old.{name}.weight"),) for name in ("all", "mark", "any")}
-    places |= {"same.weight": (Target("same.weight"),), "cut.weight": (Target("a.weight"), Target("b.weight"))}
+    places = {f"{name}.weight": (Location(f"old.{name}.weight"),) for name in ("all", "mark", "any")}
+    places |= {"same.weight": (Location("same.weight"),), "cut.weight": (Location("a.weight"), Location("b.weight"))}
     mapping = [
         Renaming(r"^old\.all\.", "all."), Renaming(r"^old\.mark\.weight$", "mark.weight"),
         Renaming(r"^old\.any\.weight", "any.weight"),

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from lora_merge.models import skeleton as sk
 from lora_merge.models.keys import Resolver
 from lora_merge.models.skeleton import NoSkeleton, Skeleton, build
-from lora_merge.spec import Target, TensorSpec
+from lora_merge.spec import Location, TensorSpec
 
 torch.set_num_threads(1)
 
@@ -93,7 +93,7 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return Saved(MODELS[request.param], tmp_path_factory.mktemp(request.param))
 
 
-def composed(values: dict[str, torch.Tensor], targets: tuple[Target, ...], shape: tuple[int, ...]) -> torch.Tensor:
+def composed(values: dict[str, torch.Tensor], targets: tuple[Location, ...], shape: tuple[int, ...]) -> torch.Tensor:
     """The parameter that the targets say is spread over the stored tensors; untold elements stay NaN."""
     whole = torch.full(shape, float("nan"))
     for target in targets:
@@ -127,7 +127,7 @@ def test_our_rules_agree_with_the_mapping_and_need_it_nowhere(saved: Saved) -> N
         wanted = skeleton.disk_tensors(name)
         found = rules.resolve(module, parameter, shape)
         if wanted:
-            assert found.targets == wanted, (name, found)
+            assert found.locations == wanted, (name, found)
             assert found.how in ("name", "prefix", "rename")
 
 
@@ -146,7 +146,7 @@ def test_a_headless_checkpoint_gains_the_prefix(tmp_path: Path) -> None:
     saved = Saved(MODELS["gpt2"], tmp_path)
     bare = {name.removeprefix("transformer."): spec for name, spec in saved.specs.items()}
     skeleton = build(saved.config, bare)
-    assert skeleton.disk_tensors("transformer.h.1.attn.c_attn.weight") == (Target("h.1.attn.c_attn.weight"),)
+    assert skeleton.disk_tensors("transformer.h.1.attn.c_attn.weight") == (Location("h.1.attn.c_attn.weight"),)
 
 
 @pytest.mark.parametrize(
@@ -199,13 +199,13 @@ def test_split_and_joined_matrices_are_spans_of_rows() -> None:
     parameters = {"a.q.weight": (2, 4), "a.k.weight": (2, 4), "a.v.weight": (2, 4), "a.xy": (5, 4)}
     chunk = Converter([Chunk(dim=0)], ["qkv"], ["q", "k", "v"])
     assert sk.compose(chunk, "a.q.weight", {"qkv": ["a.qkv.weight"]}, parameters, tensors) == {
-        "a.q.weight": (Target("a.qkv.weight", within=(0, 2)),),
-        "a.k.weight": (Target("a.qkv.weight", within=(2, 4)),),
-        "a.v.weight": (Target("a.qkv.weight", within=(4, 6)),),
+        "a.q.weight": (Location("a.qkv.weight", within=(0, 2)),),
+        "a.k.weight": (Location("a.qkv.weight", within=(2, 4)),),
+        "a.v.weight": (Location("a.qkv.weight", within=(4, 6)),),
     }
     join = Converter([Concatenate(dim=0)], ["x", "y"], ["xy"])
     assert sk.compose(join, "a.xy", {"x": ["a.x"], "y": ["a.y"]}, parameters, tensors) == {
-        "a.xy": (Target("a.x", rows=(0, 2)), Target("a.y", rows=(2, 5)))
+        "a.xy": (Location("a.x", rows=(0, 2)), Location("a.y", rows=(2, 5)))
     }
     strange = sk.compose(Converter([Step()], ["x"], ["xy"]), "a.xy", {"x": ["a.x"]}, parameters, tensors)
     assert strange == "a.xy is stored in another layout (Step of a.x)"

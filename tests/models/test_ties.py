@@ -16,7 +16,7 @@ from lora_merge.errors import AdapterError, UnsupportedError
 from lora_merge.models.config_paths import vocab_paths
 from lora_merge.models.skeleton import Skeleton
 from lora_merge.models.ties import HEADED, TIED_BY_DEFAULT, Extra, Tie, TieAction, Touch, tied, untie
-from lora_merge.spec import Target, TensorSpec
+from lora_merge.spec import Location, TensorSpec
 
 torch.set_num_threads(1)
 
@@ -92,7 +92,7 @@ def test_a_skeleton_helps_with_names_that_no_table_has() -> None:
     config = {"architectures": ["OddForCausalLM"], "model_type": "odd"}
     tensors = specs("odd.tokens")
     tie = {"lm_head.weight": "odd.tokens"}
-    skeleton = Skeleton("Odd", "odd", {}, (), tie, {"odd.tokens": (Target("odd.tokens"),)}, {})
+    skeleton = Skeleton("Odd", "odd", {}, (), tie, {"odd.tokens": (Location("odd.tokens"),)}, {})
     assert tied(config, tensors) is None
     found = tied(config, tensors, skeleton)
     assert found and (found.embedding, found.head) == ("odd.tokens", H)

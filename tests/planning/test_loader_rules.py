@@ -7,9 +7,9 @@ from lora_merge.errors import UnsupportedError
 from lora_merge.formats import QUANTIZED
 from lora_merge.formats.base import Loader
 from lora_merge.models.skeleton import Skeleton
-from lora_merge.planning import output_formats as targets
-from lora_merge.planning.loaders import Fitted, fitted, lost
-from lora_merge.spec import Target
+from lora_merge.planning import output_formats
+from lora_merge.planning.loaders import LoaderFit, fitted, unfilled
+from lora_merge.spec import Location
 
 PACKED = QUANTIZED["compressed-tensors"].loader
 PROJECTIONS = [f"model.experts.{number}.{name}" for number in (0, 1) for name in ("up", "down")]
@@ -17,7 +17,7 @@ PROJECTIONS = [f"model.experts.{number}.{name}" for number in (0, 1) for name in
 
 def model(*linears, **words):
     """A skeleton whose linears are stored under their own names."""
-    places = {f"{name}.weight": (Target(f"{name}.weight"),) for name in linears} | words.pop("places", {})
+    places = {f"{name}.weight": (Location(f"{name}.weight"),) for name in linears} | words.pop("places", {})
     shapes = dict.fromkeys(places, (8, 8))
     return Skeleton("Made", "model", shapes, tuple(linears), {}, places, {}, **words)
 
@@ -25,14 +25,14 @@ def model(*linears, **words):
 def experts():
     """Two experts, stored one by one, that the class has as stacks."""
     places = {
-        f"model.experts.{name}_proj": tuple(Target(f"model.experts.{n}.{name}.weight", expert=n) for n in (0, 1))
+        f"model.experts.{name}_proj": tuple(Location(f"model.experts.{n}.{name}.weight", expert=n) for n in (0, 1))
         for name in ("up", "down")
     }
     return model("model.q", "head", places=places, experts={"model.experts": "MadeExperts"})
 
 
 def test_without_a_loader_every_module_is_written():
-    assert fitted(None, None, (), ["a", "b"], ["c"]) == Fitted(("a", "b"), ("c",), {})
+    assert fitted(None, None, (), ["a", "b"], ["c"]) == LoaderFit(("a", "b"), ("c",), {})
 
 
 def test_derived_classes_and_modules_in_float32_stay_plain():
@@ -63,7 +63,7 @@ def test_what_the_loader_takes_for_a_plain_module_becomes_plain():
 
 
 def test_names_of_kept_modules_are_those_of_the_model():
-    skeleton = model(places={"model.head.weight": (Target("head.weight"),)})
+    skeleton = model(places={"model.head.weight": (Location("head.weight"),)})
     skeleton = Skeleton("Made", "model", skeleton.parameters, ("model.head",), {}, skeleton.places, {})
     assert fitted(Loader(), skeleton, (), [], ["head"]).kept == ("model.head",)
 
@@ -107,7 +107,7 @@ def test_without_a_skeleton_experts_are_known_by_name():
 
 
 def test_a_stack_that_the_loader_wants_apart_is_refused():
-    places = {"model.experts.gate_up_proj": (Target("model.experts.gate_up_proj"),)}
+    places = {"model.experts.gate_up_proj": (Location("model.experts.gate_up_proj"),)}
     skeleton = model("model.q", places=places, experts={"model.experts": "Llama4TextExperts"})
     for name in ("compressed-tensors", "bitsandbytes"):
         with pytest.raises(UnsupportedError, match=r"model\.experts: .* one by one, and they are stored as a stack"):
@@ -116,20 +116,23 @@ def test_a_stack_that_the_loader_wants_apart_is_refused():
 
 
 def test_what_a_loader_cannot_put_together_is_told():
-    conv = {"m.conv.weight": (Target("m.q_conv.weight", rows=(0, 4)), Target("m.k_conv.weight", rows=(4, 8)))}
-    cut = {"m.q.weight": (Target("m.qk.weight", within=(0, 4)),), "m.k.weight": (Target("m.qk.weight", within=(4, 8)),)}
+    conv = {"m.conv.weight": (Location("m.q_conv.weight", rows=(0, 4)), Location("m.k_conv.weight", rows=(4, 8)))}
+    cut = {
+        "m.q.weight": (Location("m.qk.weight", within=(0, 4)),),
+        "m.k.weight": (Location("m.qk.weight", within=(4, 8)),),
+    }
     joined, divided = model("m.o", places=conv), model("m.o", places=cut)
-    assert lost(PACKED, joined, ["weight_packed", "weight_scale"], ["m.o"]) == ["m.conv.weight"]
-    assert lost(PACKED, joined, ["weight_packed"], ["m.o", "m.q_conv", "m.k_conv"]) == []
-    assert lost(PACKED, joined, ["weight", "weight_scale"], ["m.o"]) == []
-    assert lost(PACKED, divided, ["weight", "weight_scale"], ["m.o"]) == ["m.q.weight", "m.k.weight"]
-    assert lost(Loader(), divided, ["weight"], ["m.o"]) == lost(None, joined, ["weight_packed"], []) == []
-    assert lost(PACKED, None, ["weight_packed"], []) == []
+    assert unfilled(PACKED, joined, ["weight_packed", "weight_scale"], ["m.o"]) == ["m.conv.weight"]
+    assert unfilled(PACKED, joined, ["weight_packed"], ["m.o", "m.q_conv", "m.k_conv"]) == []
+    assert unfilled(PACKED, joined, ["weight", "weight_scale"], ["m.o"]) == []
+    assert unfilled(PACKED, divided, ["weight", "weight_scale"], ["m.o"]) == ["m.q.weight", "m.k.weight"]
+    assert unfilled(Loader(), divided, ["weight"], ["m.o"]) == unfilled(None, joined, ["weight_packed"], []) == []
+    assert unfilled(PACKED, None, ["weight_packed"], []) == []
 
 
 def test_what_no_loader_opens_is_not_written(tmp_path, tiny_llama, monkeypatch):
     """Servers have loaders of their own for compressed-tensors: there it is a note."""
-    monkeypatch.setattr(targets, "lost", lambda *_: ["model.o.weight"])
+    monkeypatch.setattr(output_formats, "unfilled", lambda *_: ["model.o.weight"])
     found = lora_merge.plan(tiny_llama / "base", [], tmp_path / "out", bits=8, format="compressed-tensors")
     assert any("cannot open this output: it does not fill model.o.weight" in note for note in found.notes)
     with pytest.raises(UnsupportedError, match="cannot open this output"):

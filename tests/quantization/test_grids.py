@@ -140,7 +140,7 @@ def test_decoding_is_bit_for_bit_that_of_the_dtype(dtype):
 def test_coding_divides_in_the_dtype_of_the_library():
     rows = normal(64, 128).bfloat16()
     scale = rows.abs().amax(1, keepdim=True) / 127.5
-    grid = Affine(scale=scale, group=128, low=-128, high=127, coding=torch.bfloat16)
+    grid = Affine(scale=scale, group=128, low=-128, high=127, compute_dtype=torch.bfloat16)
     expected = torch.clamp(rows / scale, -128, 127).round().to(torch.int8)
     assert torch.equal(grid.nearest(rows.float()), expected)
     wide = Affine(scale=scale, group=128, low=-128, high=127).nearest(rows.float())

@@ -57,10 +57,10 @@ def said(parts):
 
 def settled(format, weight, rows):
     seen = None
-    if format.needs_survey:
+    if format.needs_observation:
         step = format.rows_at_once(weight)
-        seen = torch.cat([format.survey(rows[start : start + step]) for start in range(0, len(rows), step)])
-    return format.settled(weight, seen=seen)
+        seen = torch.cat([format.observe(rows[start : start + step]) for start in range(0, len(rows), step)])
+    return format.for_weight(weight, seen=seen)
 
 
 def fresh(format, weight, rows, step=None):

@@ -16,7 +16,7 @@ from torch import nn
 
 from lora_merge.adapters import read_adapter
 from lora_merge.adapters.base import Needs, Options, Patch, Reading
-from lora_merge.spec import Target, TensorSpec
+from lora_merge.spec import Location, TensorSpec
 
 torch.set_num_threads(1)
 
@@ -62,7 +62,7 @@ def merge_reading(
     for claim in sorted(reading.claims, key=lambda claim: claim.order):
         name = f"{claim.module}.{claim.parameter}"
         like = TensorSpec(DTYPES[dtypes[name]], tuple(merged[name].shape))
-        patch = claim.build(Target(name), like)
+        patch = claim.build(Location(name), like)
         merged[name] = apply(patch, merged[name], factors.__getitem__, block)
     return {name: tensor.to(dtypes[name]) for name, tensor in merged.items()}
 

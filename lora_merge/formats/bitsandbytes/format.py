@@ -21,7 +21,7 @@
     4 bit  w = quant_map[nibble] * absmax                           in float32, then rounded to the dtype of quant_state
            absmax = nested_quant_map[code] * nested_absmax + offset in float32, where it is doubly quantized
 
-Conv1D weights (GPT-2) are saved turned to `[out, in]`.
+Conv1D weights (GPT-2) are saved transposed to `[out, in]`.
 https://github.com/huggingface/transformers/blob/main/src/transformers/integrations/bitsandbytes.py
 """
 
@@ -34,7 +34,17 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_merge.errors import InputError, UnsupportedError, printable
-from lora_merge.formats.base import SECTION, ConfigPath, Cut, Loader, Parts, Quantized, ReadPart, Wanted, shown
+from lora_merge.formats.base import (
+    SECTION,
+    ByteRange,
+    ConfigPath,
+    FormatOptions,
+    Loader,
+    Parts,
+    Quantized,
+    ReadPart,
+    shown,
+)
 from lora_merge.formats.bitsandbytes.config import METHOD, check_kept, section
 from lora_merge.formats.bitsandbytes.grids import (
     STEP,
@@ -79,11 +89,15 @@ class Bitsandbytes(Quantized):
         "weight", "weight.absmax", "weight.quant_map", QUANT_STATE + "nf4", QUANT_STATE + "fp4",
         "weight.nested_absmax", "weight.nested_quant_map", "SCB", "weight_format",
     )  # fmt: skip
-    marks: ClassVar[tuple[str, ...]] = ("SCB", "weight.absmax", QUANT_STATE + "nf4", QUANT_STATE + "fp4")
+    identifying_parts: ClassVar[tuple[str, ...]] = ("SCB", "weight.absmax", QUANT_STATE + "nf4", QUANT_STATE + "fp4")
 
     @classmethod
     def detect(cls, parts: Parts, config: Mapping[str, Any], module: str, read: ReadPart) -> Bitsandbytes | None:
-        if "weight" not in parts or not set(parts) <= set(cls.part_names) or not set(parts) & set(cls.marks):
+        if (
+            "weight" not in parts
+            or not set(parts) <= set(cls.part_names)
+            or not set(parts) & set(cls.identifying_parts)
+        ):
             return None
         found: LLMInt8 | FourBit
         if "SCB" in parts:
@@ -100,7 +114,7 @@ class Bitsandbytes(Quantized):
         return found
 
     @classmethod
-    def preset(cls, wanted: Wanted, weights: Mapping[str, TensorSpec]) -> Bitsandbytes:
+    def from_options(cls, wanted: FormatOptions, weights: Mapping[str, TensorSpec]) -> Bitsandbytes:
         if wanted.dtype not in NAMES:
             raise UnsupportedError(f"bitsandbytes has no weights in {wanted.dtype}; choose a --dtype")
         if wanted.bits == 8:
@@ -167,7 +181,7 @@ class LLMInt8(Bitsandbytes):
     def limit(self) -> float:
         return LIMITS["F16"]
 
-    def settled(self, weight: TensorSpec, coding: str = "F32", seen: torch.Tensor | None = None) -> LLMInt8:
+    def for_weight(self, weight: TensorSpec, compute_dtype: str = "F32", seen: torch.Tensor | None = None) -> LLMInt8:
         return self
 
     def describe(self, weight: TensorSpec) -> dict[str, TensorSpec]:
@@ -186,11 +200,11 @@ class LLMInt8(Bitsandbytes):
     def rows_at_once(self, weight: TensorSpec) -> int:
         return 1
 
-    def slices(self, weight: TensorSpec, columns: int, start: int, stop: int) -> dict[str, Cut]:
+    def slices(self, weight: TensorSpec, columns: int, start: int, stop: int) -> dict[str, ByteRange]:
         size = BITS[self.scale] // 8
-        cuts = {"weight": Cut(start * columns, stop * columns), "SCB": Cut(start * size, stop * size)}
+        cuts = {"weight": ByteRange(start * columns, stop * columns), "SCB": ByteRange(start * size, stop * size)}
         if self.weight_format is not None:
-            cuts["weight_format"] = Cut(0, 1)
+            cuts["weight_format"] = ByteRange(0, 1)
         return cuts
 
     def fit(self, rows: torch.Tensor, start: int = 0) -> Int8Rows:
@@ -212,10 +226,12 @@ class LLMInt8(Bitsandbytes):
     def __str__(self) -> str:
         return "bitsandbytes int8"
 
-    def _grid(self, SCB: torch.Tensor, columns: int, coding: torch.dtype | None = None) -> Int8Rows:
-        """coding: None for scales that are kept, whose codes may be any."""
-        low = -127 if coding else -128
-        return Int8Rows(SCB=SCB, scale=SCB * STEP, group=max(1, columns), low=low, high=127, coding=coding)
+    def _grid(self, SCB: torch.Tensor, columns: int, compute_dtype: torch.dtype | None = None) -> Int8Rows:
+        """compute_dtype: None for scales that are kept, whose codes may be any."""
+        low = -127 if compute_dtype else -128
+        return Int8Rows(
+            SCB=SCB, scale=SCB * STEP, group=max(1, columns), low=low, high=127, compute_dtype=compute_dtype
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,14 +271,14 @@ class FourBit(Bitsandbytes):
         return ("weight.quant_map", "weight.nested_quant_map", self.state_part)
 
     @property
-    def needs_survey(self) -> bool:
+    def needs_observation(self) -> bool:
         return bool(self.nested_blocksize) and self.nesting is None
 
-    def survey(self, rows: torch.Tensor) -> torch.Tensor:
+    def observe(self, rows: torch.Tensor) -> torch.Tensor:
         """absmax of every block."""
         return block_absmax(rows, self.blocksize)
 
-    def settled(self, weight: TensorSpec, coding: str = "F32", seen: torch.Tensor | None = None) -> FourBit:
+    def for_weight(self, weight: TensorSpec, compute_dtype: str = "F32", seen: torch.Tensor | None = None) -> FourBit:
         settled = replace(self, shape=weight.shape)
         if seen is None or not self.nested_blocksize:
             return settled
@@ -298,21 +314,21 @@ class FourBit(Bitsandbytes):
         whole = math.lcm(self.blocksize * max(1, self.nested_blocksize), 2 * BITS[self.storage] // 8)
         return whole // math.gcd(whole, weight.matrix()[1])
 
-    def slices(self, weight: TensorSpec, columns: int, start: int, stop: int) -> dict[str, Cut]:
+    def slices(self, weight: TensorSpec, columns: int, start: int, stop: int) -> dict[str, ByteRange]:
         first, last = -(-start * columns // self.blocksize), -(-stop * columns // self.blocksize)
         size = 1 if self.nested_blocksize else 4
-        cuts = {part: Cut(0, spec.nbytes) for part, spec in self.describe(weight).items() if part in self.shared}
-        cuts["weight"] = Cut(self._bytes(start * columns), self._bytes(stop * columns))
-        cuts["weight.absmax"] = Cut(first * size, last * size)
+        cuts = {part: ByteRange(0, spec.nbytes) for part, spec in self.describe(weight).items() if part in self.shared}
+        cuts["weight"] = ByteRange(self._bytes(start * columns), self._bytes(stop * columns))
+        cuts["weight.absmax"] = ByteRange(first * size, last * size)
         if self.nested_blocksize:
             every = self.nested_blocksize
-            cuts["weight.nested_absmax"] = Cut(-(-first // every) * 4, -(-last // every) * 4)
+            cuts["weight.nested_absmax"] = ByteRange(-(-first // every) * 4, -(-last // every) * 4)
         return cuts
 
     def fit(self, rows: torch.Tensor, start: int = 0) -> Blocks:
         import torch
 
-        assert not self.needs_survey, "scales are doubly quantized as a whole, and were not all told"
+        assert not self.needs_observation, "scales are doubly quantized as a whole, and were not all told"
         absmax, columns = block_absmax(rows, self.blocksize), rows.shape[1]
         quant_map = torch.tensor(LEVELS[self.quant_type], device=rows.device)
         exact = spread(absmax, self.blocksize, rows.shape)

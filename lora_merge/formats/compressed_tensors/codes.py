@@ -40,7 +40,7 @@ def packed(codes: torch.Tensor, scheme: Scheme, dense: bool) -> torch.Tensor:
     """Codes `[n, columns]` as stored rows."""
     import torch
 
-    if scheme.coding == "fp4":
+    if scheme.number_type == "fp4":
         return codec.pack(_nibbles(codes), 4, torch.uint8)
     return offset_packed(codes, scheme.num_bits, dense) if scheme.format == PACK else codes
 
@@ -49,11 +49,11 @@ def unpacked(stored: torch.Tensor, scheme: Scheme, dense: bool, columns: int) ->
     """Undo `packed`. `stored`: uint8 bytes `[n, bytes]`, or words of 32 bits `[n, words]`."""
     import torch
 
-    if scheme.coding == "fp4":
+    if scheme.number_type == "fp4":
         return _indices(codec.unpack(stored, 4, columns))
     if scheme.format == PACK:
         return offset_unpacked(stored, scheme.num_bits, columns, dense)
-    return stored.view(torch.int8) if scheme.coding == "int" else stored
+    return stored.view(torch.int8) if scheme.number_type == "int" else stored
 
 
 def offset_packed(codes: torch.Tensor, bits: int, dense: bool, axis: int = -1) -> torch.Tensor:

@@ -33,7 +33,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from lora_merge.errors import InputError, UnsupportedError
-from lora_merge.formats.base import ConfigPath, Cut, Loader, Parts, Quantized, ReadPart, Wanted, shown
+from lora_merge.formats.base import ByteRange, ConfigPath, FormatOptions, Loader, Parts, Quantized, ReadPart, shown
 from lora_merge.formats.compressed_tensors import codes as layout
 from lora_merge.formats.compressed_tensors import scales as scales
 from lora_merge.formats.compressed_tensors.recipe import Recipe, quantization_config, section
@@ -56,7 +56,7 @@ class CompressedTensors(Quantized):
     """One scheme for one weight.
 
     dtype:   in which the weight decodes; also that of `weight_scale` where it is stored as a plain float.
-    coding:  in which `fit` and the nearest codes are computed.
+    compute_dtype:  in which `fit` and the nearest codes are computed.
     peak:    largest magnitude of all values that share one scale, where the scheme has such a scale.
     dense:   whether codes straddle words.
     shape:   of the weight; its parts may leave it open, and `weight_shape` must tell it.
@@ -65,7 +65,7 @@ class CompressedTensors(Quantized):
 
     scheme: Scheme
     dtype: str = "BF16"
-    coding: str = "F32"
+    compute_dtype: str = "F32"
     peak: float | None = None
     dense: bool = True
     shape: tuple[int, int] | None = None
@@ -80,7 +80,7 @@ class CompressedTensors(Quantized):
         loses_plain=("weight_packed",),
         served=True,
     )
-    marks: ClassVar[tuple[str, ...]] = ("weight_scale",)
+    identifying_parts: ClassVar[tuple[str, ...]] = ("weight_scale",)
     part_names: ClassVar[tuple[str, ...]] = (
         "weight_packed", "weight", "weight_scale", "weight_global_scale", "weight_zero_point", "weight_shape",
         "weight_g_idx",
@@ -112,7 +112,7 @@ class CompressedTensors(Quantized):
         )
 
     @classmethod
-    def preset(cls, wanted: Wanted, weights: Mapping[str, TensorSpec]) -> CompressedTensors:
+    def from_options(cls, wanted: FormatOptions, weights: Mapping[str, TensorSpec]) -> CompressedTensors:
         """One scheme for all weights: `int` has the largest group that divides them all, as some loaders need."""
         quant_type = wanted.quant_type or "int"
         size = wanted.group_size or uniform_group_size(weight.shape[-1] for weight in weights.values())
@@ -159,17 +159,19 @@ class CompressedTensors(Quantized):
         return self.scheme.format == NVFP4
 
     @property
-    def needs_survey(self) -> bool:
+    def needs_observation(self) -> bool:
         return self.scheme.strategy in ("tensor", "tensor_group") and self.peak is None
 
-    def survey(self, rows: torch.Tensor) -> torch.Tensor:
+    def observe(self, rows: torch.Tensor) -> torch.Tensor:
         """The largest magnitude."""
         return rows.abs().amax().view(1)
 
-    def settled(self, weight: TensorSpec, coding: str = "F32", seen: torch.Tensor | None = None) -> CompressedTensors:
+    def for_weight(
+        self, weight: TensorSpec, compute_dtype: str = "F32", seen: torch.Tensor | None = None
+    ) -> CompressedTensors:
         rows, columns = weight.shape
         peak = None if seen is None else seen.max().item()
-        return replace(self, coding=coding, peak=peak, shape=(rows, columns))
+        return replace(self, compute_dtype=compute_dtype, peak=peak, shape=(rows, columns))
 
     def describe(self, weight: TensorSpec) -> dict[str, TensorSpec]:
         rows, columns = weight.shape
@@ -178,7 +180,7 @@ class CompressedTensors(Quantized):
         marks = (1,) if scheme.strategy == "tensor" else (-(-rows // tall), groups)
         parts = {
             scheme.codes_part: TensorSpec(
-                CODES[scheme.coding], (rows, columns // 2 if scheme.coding == "fp4" else columns)
+                CODES[scheme.number_type], (rows, columns // 2 if scheme.number_type == "fp4" else columns)
             )
         }
         parts["weight_scale"] = TensorSpec(scales.FIXED.get(scheme.format, self.dtype), marks)
@@ -201,7 +203,7 @@ class CompressedTensors(Quantized):
         return TensorSpec(self.dtype, (rows, self._columns(stored, parts)))
 
     def _columns(self, stored: int, parts: Parts) -> int:
-        if self.scheme.coding == "fp4":
+        if self.scheme.number_type == "fp4":
             return stored * 2
         if self.scheme.format != PACK:
             return stored
@@ -230,40 +232,42 @@ class CompressedTensors(Quantized):
             return layout.together(self.bits, self.dense)
         return self._grain(weight.shape[1])[0]
 
-    def slices(self, weight: TensorSpec, columns: int, start: int, stop: int) -> dict[str, Cut]:
+    def slices(self, weight: TensorSpec, columns: int, start: int, stop: int) -> dict[str, ByteRange]:
         return {part: self._slice(part, spec, start, stop) for part, spec in self.describe(weight).items()}
 
-    def _slice(self, part: str, spec: TensorSpec, start: int, stop: int) -> Cut:
+    def _slice(self, part: str, spec: TensorSpec, start: int, stop: int) -> ByteRange:
         if part in self.shared:
-            return Cut(0, spec.nbytes)
+            return ByteRange(0, spec.nbytes)
         if part == "weight_zero_point" and self.scheme.format == PACK:
             start, stop = self._words(start), self._words(stop)
         elif part != self.scheme.codes_part:
             tall = self._grain(0)[0]
             start, stop = -(-start // tall), -(-stop // tall)
         row = spec.shape[1] * BITS[spec.dtype] // 8
-        return Cut(start * row, stop * row)
+        return ByteRange(start * row, stop * row)
 
     def fit(self, rows: torch.Tensor, start: int = 0) -> Grid:
-        assert not self.needs_survey, "a scale of the whole weight is asked for, and its peak was not told"
-        scheme, coding, dtype = self.scheme, torch_dtype(self.coding), torch_dtype(self.dtype)
+        assert not self.needs_observation, "a scale of the whole weight is asked for, and its peak was not told"
+        scheme, compute_dtype, dtype = self.scheme, torch_dtype(self.compute_dtype), torch_dtype(self.dtype)
         tall, wide = self._grain(rows.shape[1])
         if scheme.strategy == "tensor":
             most = rows.new_full((len(rows), 1), cast(float, self.peak))
-        if scheme.coding == "int":
+        if scheme.number_type == "int":
             low, high = (-most, most) if scheme.strategy == "tensor" else scales.extremes(rows, wide)
-            return self._grid(*scales.integer(low, high, self.bits, scheme.symmetric, coding, dtype), rows.shape[1])
+            return self._grid(
+                *scales.integer(low, high, self.bits, scheme.symmetric, compute_dtype, dtype), rows.shape[1]
+            )
         if scheme.strategy != "tensor":
             most = scales.largest(rows, wide, tall)
         if scheme.format == NVFP4:
-            whole = scales.global_scale(cast(float, self.peak), coding).to(rows.device)
-            return self._grid(scales.grouped_e4m3(most, whole, coding) / whole, None, rows.shape[1], whole)
+            whole = scales.global_scale(cast(float, self.peak), compute_dtype).to(rows.device)
+            return self._grid(scales.grouped_e4m3(most, whole, compute_dtype) / whole, None, rows.shape[1], whole)
         if scheme.format in scales.FIXED:
-            return self._grid(scales.power_of_two(most, self.bits, coding), None, rows.shape[1])
-        return self._grid(scales.floating(most, coding, dtype), None, rows.shape[1])
+            return self._grid(scales.power_of_two(most, self.bits, compute_dtype), None, rows.shape[1])
+        return self._grid(scales.floating(most, compute_dtype, dtype), None, rows.shape[1])
 
     def refinable(self, grid: Grid) -> bool:
-        return self.scheme.coding == "int" and self.scheme.strategy in ("group", "channel")
+        return self.scheme.number_type == "int" and self.scheme.strategy in ("group", "channel")
 
     def unpack(self, parts: Mapping[str, torch.Tensor], rows: int, columns: int) -> tuple[torch.Tensor, Grid]:
         scheme, wide = self.scheme, self._grain(columns)[1]
@@ -357,14 +361,23 @@ class CompressedTensors(Quantized):
         from lora_merge.quantization.grids import Affine, Float8
 
         group, dtype = self._grain(columns)[1], torch_dtype(self.dtype)
-        coding = None if self.coding == "F32" else torch_dtype(self.coding)
-        if self.scheme.coding == "fp4":
+        compute_dtype = None if self.compute_dtype == "F32" else torch_dtype(self.compute_dtype)
+        if self.scheme.number_type == "fp4":
             return scales.fp4(scale, group, dtype, whole)
-        if self.scheme.coding == "fp8":
-            return Float8(kind=torch_dtype("F8_E4M3"), scale=scale, group=group, dtype=dtype, coding=coding)
+        if self.scheme.number_type == "fp8":
+            return Float8(
+                kind=torch_dtype("F8_E4M3"), scale=scale, group=group, dtype=dtype, compute_dtype=compute_dtype
+            )
         half = 1 << self.bits - 1
         return Affine(
-            low=-half, high=half - 1, scale=scale, zero=zero, group=group, index=index, dtype=dtype, coding=coding
+            low=-half,
+            high=half - 1,
+            scale=scale,
+            zero=zero,
+            group=group,
+            index=index,
+            dtype=dtype,
+            compute_dtype=compute_dtype,
         )
 
 

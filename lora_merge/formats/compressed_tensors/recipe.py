@@ -1,6 +1,6 @@
 """`quantization_config` of compressed-tensors: which module has which scheme; and the one that an output needs.
 
-Targets and ignored modules are named in full, by `re:` and a pattern that matches from the start, or by class.
+OutputFormats and ignored modules are named in full, by `re:` and a pattern that matches from the start, or by class.
 https://github.com/vllm-project/compressed-tensors/blob/main/src/compressed_tensors/utils/match.py
 """
 

@@ -60,7 +60,7 @@ def fp4(scale: torch.Tensor, group: int, dtype: torch.dtype | None = None, whole
 
 
 def integer(
-    low: torch.Tensor, high: torch.Tensor, bits: int, symmetric: bool, coding: torch.dtype, dtype: torch.dtype
+    low: torch.Tensor, high: torch.Tensor, bits: int, symmetric: bool, compute_dtype: torch.dtype, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scales and zero points (signed) for groups whose values reach from `low` to `high`, zero included.
 
@@ -68,25 +68,25 @@ def integer(
     """
     import torch
 
-    low, high = low.clamp(max=0).to(coding), high.clamp(min=0).to(coding)
-    steps = torch.tensor(2.0**bits - 1, dtype=coding)
+    low, high = low.clamp(max=0).to(compute_dtype), high.clamp(min=0).to(compute_dtype)
+    steps = torch.tensor(2.0**bits - 1, dtype=compute_dtype)
     if symmetric:
         return _not_zero((torch.maximum(-low, high) / (steps / 2)).to(dtype)), None
     scale = ((high - low) / steps).to(dtype)
     bottom = -(2.0 ** (bits - 1))
     # 0 / 0 in a group of zeros: any zero point will do, the library's NaN becomes the integer 0.
-    zero = (bottom - low / scale.to(coding)).clamp(bottom, -bottom - 1).nan_to_num(0).round()
+    zero = (bottom - low / scale.to(compute_dtype)).clamp(bottom, -bottom - 1).nan_to_num(0).round()
     return _not_zero(scale), zero.float()
 
 
-def floating(most: torch.Tensor, coding: torch.dtype, dtype: torch.dtype) -> torch.Tensor:
+def floating(most: torch.Tensor, compute_dtype: torch.dtype, dtype: torch.dtype) -> torch.Tensor:
     """Scales that take the largest magnitudes `most` to 448, in `dtype`."""
     import torch
 
-    return _not_zero((most.to(coding) / torch.tensor(LARGEST_E4M3, dtype=coding)).to(dtype))
+    return _not_zero((most.to(compute_dtype) / torch.tensor(LARGEST_E4M3, dtype=compute_dtype)).to(dtype))
 
 
-def power_of_two(most: torch.Tensor, bits: int, coding: torch.dtype) -> torch.Tensor:
+def power_of_two(most: torch.Tensor, bits: int, compute_dtype: torch.dtype) -> torch.Tensor:
     """Microscaling: the power of two below the largest magnitude, or above it from 1.75 times on, over that of the
     largest element. float32."""
     import torch
@@ -94,24 +94,24 @@ def power_of_two(most: torch.Tensor, bits: int, coding: torch.dtype) -> torch.Te
     words = most.view(torch.int32)
     exponent = ((words + (1 << 21)) >> 23) - MX_OFFSETS[bits]
     scale = two_to(exponent.clamp(0, 254))
-    tiny = scale.to(coding) == 0  # beyond half precision the library falls back to 1
+    tiny = scale.to(compute_dtype) == 0  # beyond half precision the library falls back to 1
     return scale.masked_fill(tiny, 1.0)
 
 
-def global_scale(peak: float, coding: torch.dtype) -> torch.Tensor:
+def global_scale(peak: float, compute_dtype: torch.dtype) -> torch.Tensor:
     """NVFP4: what takes the largest magnitude of the whole weight to 448 * 6. float32 scalar."""
     import torch
 
-    most = torch.tensor(peak).to(coding).clamp(min=torch.finfo(coding).tiny)
+    most = torch.tensor(peak).to(compute_dtype).clamp(min=torch.finfo(compute_dtype).tiny)
     scale = LARGEST_E4M3 * E2M1[-1] / most
     return scale.nan_to_num(nan=1.0, posinf=1.0, neginf=1.0).float()
 
 
-def grouped_e4m3(most: torch.Tensor, whole: torch.Tensor, coding: torch.dtype) -> torch.Tensor:
+def grouped_e4m3(most: torch.Tensor, whole: torch.Tensor, compute_dtype: torch.dtype) -> torch.Tensor:
     """NVFP4: the scale of every group before division by the global scale; an e4m3 number, float32."""
     import torch
 
-    scale = whole * (most.to(coding) / torch.tensor(E2M1[-1], dtype=coding)).float()
+    scale = whole * (most.to(compute_dtype) / torch.tensor(E2M1[-1], dtype=compute_dtype)).float()
     scale = scale.clamp(-LARGEST_E4M3, LARGEST_E4M3).to(torch.float8_e4m3fn).float()
     return scale.masked_fill(scale == 0, LEAST_E4M3)
 

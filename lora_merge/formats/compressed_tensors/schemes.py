@@ -80,14 +80,14 @@ class Scheme:
         if self.strategy not in STRATEGIES[self.format]:
             return f"{self.format} with strategy {self.strategy} is not read"
         widths = range(2, 9) if self.type == "int" else (4,) if self.format in (NVFP4, MXFP4) else (8,)
-        if self.num_bits not in widths or (self.type == "int") != (self.coding == "int"):
+        if self.num_bits not in widths or (self.type == "int") != (self.number_type == "int"):
             return f"{self.format} with {self.num_bits}-bit {self.type} weights is not read"
         if self.type == "float" and not self.symmetric:
             return "float weights with a zero point are not read"
         return None
 
     @property
-    def coding(self) -> str:
+    def number_type(self) -> str:
         """What a code is: "int", "fp8" or "fp4"."""
         if self.format in (NVFP4, MXFP4):
             return "fp4"

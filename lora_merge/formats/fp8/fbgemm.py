@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lora_merge.formats.base import ConfigPath, Loader, Parts, ReadPart, Wanted
+from lora_merge.formats.base import ConfigPath, FormatOptions, Loader, Parts, ReadPart
 from lora_merge.formats.fp8.fine_grained import FP8, ROW, SECTION, quantization, still_skipped
 from lora_merge.spec import TensorSpec
 
@@ -34,7 +34,7 @@ class FbgemmFP8(FP8):
     block: tuple[int, int] = ROW
 
     name: ClassVar[str] = "fbgemm_fp8"
-    marks: ClassVar[tuple[str, ...]] = ("weight_scale",)
+    identifying_parts: ClassVar[tuple[str, ...]] = ("weight_scale",)
     part_names: ClassVar[tuple[str, ...]] = ("weight", "weight_scale")
     beside: ClassVar[tuple[str, ...]] = ("input_scale_ub",)
     loader: ClassVar[Loader | None] = Loader(by_end=True, own_experts=True)
@@ -47,8 +47,8 @@ class FbgemmFP8(FP8):
         return super(FbgemmFP8, cls).detect(parts, config, module, read)
 
     @classmethod
-    def preset(cls, wanted: Wanted, weights: Mapping[str, TensorSpec]) -> Self:
-        FP8.preset(wanted, weights)
+    def from_options(cls, wanted: FormatOptions, weights: Mapping[str, TensorSpec]) -> Self:
+        FP8.from_options(wanted, weights)
         return cls(dtype=wanted.dtype)
 
     @classmethod

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from lora_merge.errors import InputError, UnsupportedError, quoted
-from lora_merge.formats.base import ConfigPath, Cut, Loader, Parts, Quantized, ReadPart, Wanted, shown
+from lora_merge.formats.base import ByteRange, ConfigPath, FormatOptions, Loader, Parts, Quantized, ReadPart, shown
 from lora_merge.formats.compressed_tensors.scales import largest
 from lora_merge.formats.fp8 import scales as scales
 from lora_merge.formats.plain import LIMITS
@@ -63,7 +63,7 @@ class FP8(Quantized):
     block:   rows and columns that share a scale; 0: all of them.
     power:   whether scales are powers of two.
     dtype:   of the model, in which loaders hold the weight without its codes.
-    coding:  dtype of the weight that is being converted; only the bytes of ModelOpt depend on it.
+    compute_dtype:  dtype of the weight that is being converted; only the bytes of ModelOpt depend on it.
     peak:    largest magnitude of the weight, where it has but one scale.
     whole_blocks: whether weights that leave short blocks at their edges are refused.
     """
@@ -75,14 +75,14 @@ class FP8(Quantized):
     block: tuple[int, int] = BLOCK
     power: bool = False
     dtype: str = "BF16"
-    coding: str = "F32"
+    compute_dtype: str = "F32"
     peak: float | None = None
     whole_blocks: bool = False
 
     name: ClassVar[str] = "fp8"
     codes_part: ClassVar[str] = "weight"
-    marks: ClassVar[tuple[str, ...]] = (INVERSE, "weight_scale", "scale", "qscale_weight")
-    part_names: ClassVar[tuple[str, ...]] = (codes_part, *marks)
+    identifying_parts: ClassVar[tuple[str, ...]] = (INVERSE, "weight_scale", "scale", "qscale_weight")
+    part_names: ClassVar[tuple[str, ...]] = (codes_part, *identifying_parts)
     beside: ClassVar[tuple[str, ...]] = ("input_scale", "activation_scale", "qscale_act")
     """Measured scales of what goes into the linear. A merge leaves them as they are, though it moves what they were
     measured on."""
@@ -99,7 +99,7 @@ class FP8(Quantized):
 
         Raises InputError where the scales fit no block, UnsupportedError for the 8-bit floats of other machines.
         """
-        marks = [part for part in cls.marks if part in parts]
+        marks = [part for part in cls.identifying_parts if part in parts]
         codes = parts.get(cls.codes_part)
         if not marks or not codes or not codes.dtype.startswith("F8_"):
             return None
@@ -146,7 +146,7 @@ class FP8(Quantized):
         return found
 
     @classmethod
-    def preset(cls, wanted: Wanted, weights: Mapping[str, TensorSpec]) -> Self:
+    def from_options(cls, wanted: FormatOptions, weights: Mapping[str, TensorSpec]) -> Self:
         if wanted.bits != 8 or wanted.quant_type not in (None, "fp8") or wanted.double_quant:
             kind = f" {wanted.quant_type}" if wanted.quant_type else ""
             raise UnsupportedError(f"fp8 has 8-bit floats, not {wanted.bits} bits{kind}; leave out --quant-type")
@@ -198,16 +198,16 @@ class FP8(Quantized):
         return (self.part,) if self._single else ()
 
     @property
-    def needs_survey(self) -> bool:
+    def needs_observation(self) -> bool:
         return self._single and self.peak is None
 
-    def survey(self, rows: torch.Tensor) -> torch.Tensor:
+    def observe(self, rows: torch.Tensor) -> torch.Tensor:
         """The largest magnitude."""
         return rows.abs().amax().view(1)
 
-    def settled(self, weight: TensorSpec, coding: str = "F32", seen: torch.Tensor | None = None) -> Self:
+    def for_weight(self, weight: TensorSpec, compute_dtype: str = "F32", seen: torch.Tensor | None = None) -> Self:
         peak = None if seen is None else seen.max().item()
-        return replace(self, coding=coding, peak=peak, whole_blocks=False)
+        return replace(self, compute_dtype=compute_dtype, peak=peak, whole_blocks=False)
 
     def describe(self, weight: TensorSpec) -> dict[str, TensorSpec]:
         return {
@@ -231,14 +231,14 @@ class FP8(Quantized):
     def rows_at_once(self, weight: TensorSpec) -> int:
         return self._tall
 
-    def slices(self, weight: TensorSpec, columns: int, start: int, stop: int) -> dict[str, Cut]:
+    def slices(self, weight: TensorSpec, columns: int, start: int, stop: int) -> dict[str, ByteRange]:
         tall, wide = self._tall, self._wide(columns)
         mark = -(-columns // wide) * BITS[self.scale] // 8
-        marks = Cut(0, mark) if self._single else Cut(-(-start // tall) * mark, -(-stop // tall) * mark)
-        return {self.codes_part: Cut(start * columns, stop * columns), self.part: marks}
+        marks = ByteRange(0, mark) if self._single else ByteRange(-(-start // tall) * mark, -(-stop // tall) * mark)
+        return {self.codes_part: ByteRange(start * columns, stop * columns), self.part: marks}
 
     def fit(self, rows: torch.Tensor, start: int = 0) -> Grid:
-        assert not self.needs_survey, "a scale of the whole weight is asked for, and its peak was not told"
+        assert not self.needs_observation, "a scale of the whole weight is asked for, and its peak was not told"
         if self._single:
             most = rows.new_full((len(rows), 1), cast(float, self.peak))
         else:
@@ -311,11 +311,11 @@ class FP8Experts(FP8):
 
     name: ClassVar[str] = FP8.name
     codes_part: ClassVar[str] = ""
-    marks: ClassVar[tuple[str, ...]] = (STACK_SCALES,)
+    identifying_parts: ClassVar[tuple[str, ...]] = (STACK_SCALES,)
     part_names: ClassVar[tuple[str, ...]] = ("", STACK_SCALES)
     beside: ClassVar[tuple[str, ...]] = ("_activation_scale",)
-    joint: ClassVar[str] = ""
-    logical: ClassVar[str] = ""
+    separator: ClassVar[str] = ""
+    weight_suffix: ClassVar[str] = ""
     stacked: ClassVar[bool] = True
 
     @classmethod

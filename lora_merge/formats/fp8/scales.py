@@ -27,7 +27,7 @@ HIGHEST = 254
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Scaled8(Float8):
-    """Float8 codes whose places are products of float32, in the end rounded to `coding`.
+    """Float8 codes whose places are products of float32, in the end rounded to `compute_dtype`.
 
     inverse: what rows are multiplied by, `[n, groups]`; None: they are divided by `scale`.
     """

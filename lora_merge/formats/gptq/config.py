@@ -35,7 +35,7 @@ BLOCKS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class GptqOptions:
     """What a config says of one module. desc_act: columns name their group; gptqmodel: it wrote the file."""
 
     bits: int | None = None
@@ -46,7 +46,7 @@ class Said:
     gptqmodel: bool = False
 
     @classmethod
-    def of(cls, body: Mapping[str, Any], module: str) -> Said:
+    def of(cls, body: Mapping[str, Any], module: str) -> GptqOptions:
         """Raises UnsupportedError for layouts that are not read, InputError for patterns and values that are none."""
         layout = str(body.get("checkpoint_format") or body.get("format") or METHOD).lower()
         if layout not in VERSIONS:
@@ -85,7 +85,7 @@ class Said:
         """Whether version 1's zero points of this width were lowered a word at a time."""
         return self.version == 1 and self.gptqmodel and WORD % bits == 0
 
-    def agrees(self, other: Said) -> bool:
+    def agrees(self, other: GptqOptions) -> bool:
         """Whether a loader that is told the one decodes the other."""
         return (self.bits, self.group_size, self.version) == (other.bits, other.group_size, other.version)
 
@@ -98,7 +98,9 @@ def section(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return next((body for _, body in sections(config) if isinstance(body, Mapping)), {})
 
 
-def changed_section(written: Mapping[str, Said], kept: Sequence[str], config: Mapping[str, Any]) -> dict[str, Any]:
+def changed_section(
+    written: Mapping[str, GptqOptions], kept: Sequence[str], config: Mapping[str, Any]
+) -> dict[str, Any]:
     """`quantization_config` for these modules: that of the base where it holds for them, else a new one.
 
     Raises UnsupportedError for what transformers' loader cannot be told.
@@ -106,7 +108,9 @@ def changed_section(written: Mapping[str, Said], kept: Sequence[str], config: Ma
     body = section(config)
     if str(body.get("quant_method", METHOD)).lower() != METHOD:
         body = {}
-    if body and all(_quantizes(body, name) and Said.of(body, name).agrees(said) for name, said in written.items()):
+    if body and all(
+        _quantizes(body, name) and GptqOptions.of(body, name).agrees(said) for name, said in written.items()
+    ):
         told = not any(_quantizes(body, name) for name in beside(written, kept))
         return {**body, "quant_method": METHOD, **({} if told else _blocks(list(written), kept))}
     said = _only(written)
@@ -128,9 +132,9 @@ def changed_section(written: Mapping[str, Said], kept: Sequence[str], config: Ma
     }
 
 
-def _only(written: Mapping[str, Said]) -> Said:
+def _only(written: Mapping[str, GptqOptions]) -> GptqOptions:
     """What is the same for all modules."""
-    found: dict[tuple[Any, ...], tuple[str, Said]] = {}
+    found: dict[tuple[Any, ...], tuple[str, GptqOptions]] = {}
     for module, said in written.items():
         found.setdefault((said.bits, said.group_size, said.version), (module, said))
     if len(found) > 1:

@@ -1,4 +1,4 @@
-"""GPTQ: a scale and a zero point for each group of columns, the whole stored turned round, `[in, out]`.
+"""GPTQ: a scale and a zero point for each group of columns, the whole stored transposed, `[in, out]`.
 
 part     dtype         shape                  meaning
 qweight  I32           [in*bits/32, out]      codes 0 to 2^bits - 1: each column of words is a stream of bits
@@ -23,9 +23,9 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_merge.errors import InputError, UnsupportedError
-from lora_merge.formats.base import SECTION, ConfigPath, Cut, Loader, Parts, Quantized, ReadPart, Wanted
+from lora_merge.formats.base import SECTION, ByteRange, ConfigPath, FormatOptions, Loader, Parts, Quantized, ReadPart
 from lora_merge.formats.compressed_tensors.schemes import uniform_group_size
-from lora_merge.formats.gptq.config import Said, changed_section, section
+from lora_merge.formats.gptq.config import GptqOptions, changed_section, section
 from lora_merge.formats.plain import LIMITS
 from lora_merge.formats.raw import fill, numbers, torch_dtype
 from lora_merge.quantization import bits as codec
@@ -68,7 +68,7 @@ class GPTQ(Quantized):
     name: ClassVar[str] = "gptq"
     loader: ClassVar[Loader | None] = Loader(derived=False)
     part_names: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales", "g_idx")
-    marks: ClassVar[tuple[str, ...]] = ("qweight",)
+    identifying_parts: ClassVar[tuple[str, ...]] = ("qweight",)
     own_file: ClassVar[str | None] = "quantize_config.json"
 
     @classmethod
@@ -77,10 +77,10 @@ class GPTQ(Quantized):
         body = section(config)
         if str(body.get("quant_method", cls.name)).lower() != cls.name:
             return None
-        return cls.of(parts, Said.of(body, module), module, read)
+        return cls.of(parts, GptqOptions.of(body, module), module, read)
 
     @classmethod
-    def of(cls, parts: Parts, said: Said, module: str, read: ReadPart) -> GPTQ | None:
+    def of(cls, parts: Parts, said: GptqOptions, module: str, read: ReadPart) -> GPTQ | None:
         """The format of these parts, where config.json says the rest; None where they are laid out otherwise."""
         if not {"qweight", "qzeros", "scales"} <= parts.keys() or any(
             len(spec.shape) != 1 + (part != "g_idx") for part, spec in parts.items()
@@ -115,7 +115,7 @@ class GPTQ(Quantized):
         return self if g_idx == struct.pack(f"<{columns}i", *side_by_side) else replace(self, order=g_idx)
 
     @classmethod
-    def preset(cls, wanted: Wanted, weights: Mapping[str, TensorSpec]) -> GPTQ:
+    def from_options(cls, wanted: FormatOptions, weights: Mapping[str, TensorSpec]) -> GPTQ:
         if wanted.bits not in WIDTHS:
             widths = ", ".join(map(str, WIDTHS))
             raise UnsupportedError(f"GPTQ has {widths} bits, not {wanted.bits}; choose one of these --bits")
@@ -138,8 +138,10 @@ class GPTQ(Quantized):
         said = {module: format._said() for module, format in written.items()}
         return {**cls.plain_changes(config), (SECTION,): changed_section(said, kept, config)}
 
-    def _said(self) -> Said:
-        return Said(self.bits, self.group_size, self.sym, self.version, self.order is not None, gptqmodel=self.carry)
+    def _said(self) -> GptqOptions:
+        return GptqOptions(
+            self.bits, self.group_size, self.sym, self.version, self.order is not None, gptqmodel=self.carry
+        )
 
     @property
     def limit(self) -> float:
@@ -150,7 +152,7 @@ class GPTQ(Quantized):
     def shared(self) -> tuple[str, ...]:
         return ("g_idx",)
 
-    def settled(self, weight: TensorSpec, coding: str = "F32", seen: torch.Tensor | None = None) -> GPTQ:
+    def for_weight(self, weight: TensorSpec, compute_dtype: str = "F32", seen: torch.Tensor | None = None) -> GPTQ:
         return self
 
     def describe(self, weight: TensorSpec) -> dict[str, TensorSpec]:
@@ -181,12 +183,12 @@ class GPTQ(Quantized):
     def rows_at_once(self, weight: TensorSpec) -> int:
         return WORD // math.gcd(WORD, self.bits)
 
-    def slices(self, weight: TensorSpec, columns: int, start: int, stop: int) -> dict[str, Cut]:
+    def slices(self, weight: TensorSpec, columns: int, start: int, stop: int) -> dict[str, ByteRange]:
         cuts = {}
         for part, spec in self.describe(weight).items():
             line = spec.shape[-1] * BITS[spec.dtype] // 8
             begin, end = start * line // weight.shape[0], stop * line // weight.shape[0]
-            cuts[part] = Cut(0, line) if part == "g_idx" else Cut(begin, end, spec.shape[0], line)
+            cuts[part] = ByteRange(0, line) if part == "g_idx" else ByteRange(begin, end, spec.shape[0], line)
         return cuts
 
     def fit(self, rows: torch.Tensor, start: int = 0) -> Affine:
@@ -282,7 +284,7 @@ class GPTQ(Quantized):
         return Affine(low=0, high=self._top, scale=scale, zero=zero, group=self._group(columns), index=index)
 
 
-def _refuse_planes(bits: int, said: Said, module: str) -> None:
+def _refuse_planes(bits: int, said: GptqOptions, module: str) -> None:
     if said.gptqmodel and bits not in WIDTHS:
         raise UnsupportedError(
             f"{module}: gptqmodel keeps {bits} bits in planes, which are not read; take the checkpoint that it was "
