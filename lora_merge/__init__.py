@@ -3,7 +3,7 @@
     import lora_merge
     result = lora_merge.merge("base", ["adapter"], "out")
 
-The functions take the words of the command line as keyword arguments, print nothing, and raise the errors of
+The functions take the options of the command line as keywords, print nothing, and raise the errors of
 `lora_merge.errors`. torch is imported by the first call, not by this import.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as _version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 try:
     __version__ = _version("lora-merge")
@@ -19,23 +19,32 @@ except PackageNotFoundError:  # run from a source folder that is not installed
     __version__ = "0+unknown"
 
 if TYPE_CHECKING:
-    from lora_merge.api import Progress, inspect, merge, plan
-    from lora_merge.proving import verify
-    from lora_merge.results import InspectedTensor, Inspection, MergedWeight, MergeResult, PlannedWeight, PlanResult
+    from lora_merge.progress import Progress
+    from lora_merge.public import inspect, merge, plan, verify
+    from lora_merge.results import (
+        InspectedTensor,
+        Inspection,
+        MergedWeight,
+        MergeResult,
+        PlannedWeight,
+        PlanResult,
+        TotalSurvival,
+    )
     from lora_merge.verification.integrity import Verification
 
 __all__ = [
     "InspectedTensor", "Inspection", "MergeResult", "MergedWeight", "PlanResult", "PlannedWeight", "Progress",
-    "Verification", "__version__", "inspect", "merge", "plan", "verify",
+    "TotalSurvival", "Verification", "__version__", "inspect", "merge", "plan", "verify",
 ]  # fmt: skip
 
-_HOMES = {"Verification": "lora_merge.verification.integrity", "verify": "lora_merge.proving"}
-_HOMES |= dict.fromkeys(("Progress", "inspect", "merge", "plan"), "lora_merge.api")
+_HOMES = {"Progress": "lora_merge.progress", "Verification": "lora_merge.verification.integrity"}
+_HOMES |= dict.fromkeys(("inspect", "merge", "plan", "verify"), "lora_merge.public")
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module 'lora_merge' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_HOMES.get(name, "lora_merge.results")), name)
+    found: object = getattr(import_module(_HOMES.get(name, "lora_merge.results")), name)
+    return found

@@ -1,11 +1,10 @@
-"""The command line: words to a Request, errors to exit codes. No logic, and no torch until a command needs it."""
+"""The command line: options to a Request, errors to exit codes. No logic, and no torch until a command needs it."""
 
 from __future__ import annotations
 
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from signal import SIGINT
 from typing import Any, NoReturn
@@ -23,6 +22,7 @@ from lora_merge.report import (
     show_verification,
 )
 from lora_merge.request import (
+    DEFAULTS,
     DTYPES,
     FORMATS,
     QUANT_TYPES,
@@ -39,7 +39,6 @@ from lora_merge.system.stopping import Stop, Stopped
 from lora_merge.system.streams import divert, printing, secure
 
 COMMANDS = ("inspect", "verify")
-DEFAULTS = {field.name: field.default for field in fields(Request)}
 SECTIONS = {
     "Inputs": ("weight", "alpha", "base_is_residual", "trained_on", "adapter_base", "allow_unused"),
     "Output": (
@@ -145,7 +144,7 @@ def chosen(word: str, known: tuple[str, ...], text: str) -> Callable[[Any], Any]
 @click.option("--double-quant", is_flag=True, help="Quantize the scales too (bitsandbytes).")
 @click.option("--group-size", type=int, help="Weights of a row that share a scale; -1: all of them.")
 @click.option("--keep", metavar="REGEX", multiple=True, help="Modules that stay, or become, plain; repeatable.")
-@click.option("--max-shard-size", type=Size(), help="ByteRange shards at this size. Default: as the base is cut.")
+@click.option("--max-shard-size", type=Size(), help="Cut shards at this size. Default: as the base is cut.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT where it is an earlier output; nothing else ever is.")
 @click.option("--verify/--no-verify", default=False, help="Read OUT again before it is published.")
 @chosen("--rounding", ROUNDINGS, "How merged weights become codes; auto chooses for each by measuring.")
@@ -168,7 +167,7 @@ def chosen(word: str, known: tuple[str, ...], text: str) -> Callable[[Any], Any]
 @with_shared
 @click.pass_obj
 def merge(
-    stop: Stop, /, paths: tuple[Path, ...], dry_run: bool, as_json: bool, quiet: bool, verbose: bool, **words: Any
+    stop: Stop, /, paths: tuple[Path, ...], dry_run: bool, as_json: bool, quiet: bool, verbose: bool, **options: Any
 ) -> None:
     """Merge adapters into a checkpoint, working on the weight files alone.
 
@@ -177,9 +176,9 @@ def merge(
     """
     if len(paths) < 2:
         raise UsageError("BASE and OUT are both needed: lora-merge BASE ADAPTER OUT")
-    words.pop("debug", None)
-    words["bits"] = int(words["bits"]) if words["bits"] else None
-    request = Request(base=paths[0], adapters=paths[1:-1], out=paths[-1], **words)
+    options.pop("debug", None)
+    options["bits"] = int(options["bits"]) if options["bits"] else None
+    request = Request.of(paths[0], paths[1:-1], paths[-1], **options)
     check_imports(COMPUTING, "torch")
     from lora_merge import api
 
@@ -204,9 +203,9 @@ def inspect(path: Path, as_json: bool, quiet: bool, debug: bool, verbose: bool) 
     check_imports(("lora_merge.api",), "")
     from lora_merge import api
 
-    found = api.inspect(path)
+    inspection = api.inspect(path)
     with printing("what was found"):
-        show_inspection(found, as_json=as_json, verbose=verbose)
+        show_inspection(inspection, as_json=as_json, verbose=verbose)
 
 
 @app.command(short_help="Prove a finished output: digests, index, finiteness; or recompute it.")
@@ -225,18 +224,18 @@ def verify(
     debug: bool,
 ) -> None:
     """Read a finished output again and prove it against its own record, and against its inputs where given."""
-    check_imports(*((COMPUTING, "torch") if base else (("lora_merge.proving",), "")))
-    from lora_merge import proving
+    check_imports(*((COMPUTING, "torch") if base else (("lora_merge.public",), "")))
+    from lora_merge import public
 
     with Reporter(quiet=quiet or as_json) as reporter:
-        result = proving.verify(out, base=base, adapters=adapter, adapter_base=adapter_base, progress=reporter)
+        result = public.verify(out, base=base, adapters=adapter, adapter_base=adapter_base, progress=reporter)
     if not quiet or as_json:
         with printing(f"{printable(out)}: proves right; only the report"):
             show_verification(result, as_json=as_json)
 
 
 def run(args: list[str] | None = None, stop: Stop | None = None) -> int:
-    """The exit code of one command line; errors are told on stderr. Raises Stopped soon after `stop` was asked."""
+    """The exit code of one command line; errors go to stderr. Raises Stopped soon after `stop` was asked."""
     words = sys.argv[1:] if args is None else args
     stop = stop or Stop()
     try:
@@ -249,7 +248,7 @@ def run(args: list[str] | None = None, stop: Stop | None = None) -> int:
         error.show()
         return 2
     except LoraMergeError as error:
-        return _told(error, error.exit_code, words)
+        return _report(error, error.exit_code, words)
     except (KeyboardInterrupt, click.Abort):
         print(farewell(SIGINT, stop), file=sys.stderr)
         return 130
@@ -258,10 +257,12 @@ def run(args: list[str] | None = None, stop: Stop | None = None) -> int:
         return 0
     except OSError as error:
         bare = error.filename is None
-        return _told(StorageError(f"reading or writing failed: {error.strerror or error}") if bare else error, 8, words)
+        return _report(
+            StorageError(f"reading or writing failed: {error.strerror or error}") if bare else error, 8, words
+        )
 
 
-def _told(error: BaseException, code: int, words: list[str]) -> int:
+def _report(error: BaseException, code: int, words: list[str]) -> int:
     if "--debug" in words:
         traceback.print_exception(error)
     text = str(error) or type(error).__name__

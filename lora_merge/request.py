@@ -1,90 +1,89 @@
-"""What the user asked for: the words of the command line as one frozen value."""
+"""What the user asked for: the recipe, which decides every byte of the output, and how it is to be run."""
 
 from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any, Literal, TypeAlias, get_args
 
 from lora_merge.errors import UsageError, quoted
 
-DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-WIDTHS = (2, 3, 4, 5, 6, 7, 8, 16)
-FORMATS = (
-    "plain", "chatglm", "compressed-tensors", "bitsandbytes", "gptq", "awq", "fp8", "fbgemm_fp8", "modelopt", "mxfp4",
-)  # fmt: skip
+Bits: TypeAlias = Literal[2, 3, 4, 5, 6, 7, 8, 16]
+DtypeName: TypeAlias = Literal["float32", "bfloat16", "float16"]
+FormatName: TypeAlias = Literal[
+    "plain", "chatglm", "compressed-tensors", "bitsandbytes", "gptq", "awq", "fp8", "fbgemm_fp8", "modelopt", "mxfp4"
+]
+QuantType: TypeAlias = Literal["int", "fp8", "nf4", "fp4", "nvfp4", "mxfp4", "mxfp8"]
+Rounding: TypeAlias = Literal["auto", "nearest", "stochastic", "dither", "adapter-aware"]
+Scales: TypeAlias = Literal["auto", "keep", "fresh"]
+TrainedOn: TypeAlias = Literal["as-is", "nf4", "fp4", "int8"]
+
+WIDTHS: tuple[Bits, ...] = get_args(Bits)
+DTYPES: dict[str, str] = dict(zip(get_args(DtypeName), ("F32", "BF16", "F16"), strict=True))
+"""Words of `--dtype`, and the names that the header of a safetensors file has for them."""
+FORMATS: tuple[FormatName, ...] = get_args(FormatName)
 """What `--format` takes: the formats that can be written, by the names under which config.json has them."""
-QUANT_TYPES = ("int", "fp8", "nf4", "fp4", "nvfp4", "mxfp4", "mxfp8")
-ROUNDINGS = ("auto", "nearest", "stochastic", "dither", "adapter-aware")
-SCALES = ("auto", "keep", "fresh")
+QUANT_TYPES: tuple[QuantType, ...] = get_args(QuantType)
+ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
+SCALES: tuple[Scales, ...] = get_args(Scales)
+TRAINED_ON: tuple[TrainedOn, ...] = get_args(TrainedOn)
 SAME = "same"
 """What `--adapter-base` says of an adapter that was trained on BASE itself."""
-TRAINED_ON = ("as-is", "nf4", "fp4", "int8")
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
 STRONGEST = 1e15
 """No weight and no alpha is further from 0. Then a strength, a weight times an alpha divided by a rank, is a number of
 float32, and where something overflows it is the merged weight, which is looked at."""
-WHOLE = {
+INTEGERS = {
     "bits": (2, 16), "group_size": (-1, 2**20), "seed": (-(2**63), 2**63 - 1), "threads": (1, 1024),
     "max_memory": (1, 2**63 - 1), "max_shard_size": (1, 2**63 - 1),
 }  # fmt: skip
-"""Words that are whole numbers, with the least and the largest."""
-FLAGS = ("double_quant", "base_is_residual", "resume", "restart", "overwrite", "verify")
-TEXTS = ("scales", "rounding", "trained_on", "device")
-TEXTS_OR_NONE = ("format", "dtype", "quant_type", "adapter_base", "allow_unused")
+"""Options that are integers, with the least and the largest value."""
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """One merge: inputs, output, and every choice. Sizes in bytes; None means the default that the README states.
+class Recipe:
+    """Everything that decides the bytes of an output: the inputs and the choices. None means the default.
 
-    Raises UsageError that names the option where a value is of another kind, not finite, or out of its range.
+    max_shard_size: bytes. `README.md` says what each choice means. Raises UsageError that names the option where a
+    value is of another type, not finite, or out of its range.
     """
 
     base: Path
     adapters: tuple[Path, ...]
-    out: Path | None
-    bits: int | None = None
-    format: str | None = None
-    dtype: str | None = None
-    quant_type: str | None = None
+    bits: Bits | None = None
+    format: FormatName | None = None
+    dtype: DtypeName | None = None
+    quant_type: QuantType | None = None
     double_quant: bool = False
     group_size: int | None = None
-    scales: str = "auto"
-    rounding: str = "auto"
+    scales: Scales = "auto"
+    rounding: Rounding = "auto"
     seed: int = 0
     keep: tuple[str, ...] = ()
-    trained_on: str = "as-is"
+    trained_on: TrainedOn = "as-is"
     adapter_base: str | None = None
-    min_survival: float = 0.3
     weight: tuple[float, ...] = ()
     alpha: float | None = None
     base_is_residual: bool = False
     allow_unused: str | None = None
     max_shard_size: int | None = None
-    device: str = "auto"
-    max_memory: int | None = None
-    threads: int | None = None
-    resume: bool = False
-    restart: bool = False
-    overwrite: bool = False
-    verify: bool = False
 
     def __post_init__(self) -> None:
-        self._check_kinds()
-        self._check_numbers()
+        self._check_types()
         if self.weight and len(self.weight) != len(self.adapters):
             raise UsageError(f"--weight: {len(self.weight)} given for {len(self.adapters)} adapters; give one for each")
-        for option, value, known in (
-            ("bits", self.bits, WIDTHS), ("format", self.format, FORMATS), ("dtype", self.dtype, tuple(DTYPES)),
-            ("quant-type", self.quant_type, QUANT_TYPES), ("rounding", self.rounding, ROUNDINGS),
-            ("scales", self.scales, SCALES), ("trained-on", self.trained_on, TRAINED_ON),
+        for name, known in (
+            ("bits", WIDTHS), ("format", FORMATS), ("dtype", tuple(DTYPES)), ("quant_type", QUANT_TYPES),
+            ("rounding", ROUNDINGS), ("scales", SCALES), ("trained_on", TRAINED_ON),
         ):  # fmt: skip
+            value = getattr(self, name)
             if value is not None and value not in known:
-                raise UsageError(f"--{option}: {value!r} is not one of {', '.join(map(str, known))}")
+                raise UsageError(f"{option(name)}: {value!r} is not one of {', '.join(map(str, known))}")
         if self.format == "plain" and self.bits not in (None, 16):
             raise UsageError(f"--format plain has 16 bits or what --dtype says, not {self.bits}")
         if self.bits == 16 and self.format not in (None, "plain"):
@@ -93,47 +92,37 @@ class Request:
             raise UsageError(f"--group-size: {self.group_size} is neither a positive number nor -1 (one per row)")
         if self.bits == 16 and self.dtype == "float32":
             raise UsageError("--bits 16 and --dtype float32 exclude each other")
-        if self.resume and self.restart:
-            raise UsageError("--resume and --restart exclude each other")
-        for option, patterns in (("allow-unused", (self.allow_unused,)), ("keep", self.keep)):
+        for name, patterns in (("allow_unused", (self.allow_unused,)), ("keep", self.keep)):
             for pattern in filter(None, patterns):
                 try:
                     re.compile(pattern)
                 except re.error as error:
-                    raise UsageError(f"--{option}: {pattern!r} is not a regular expression: {error}") from None
+                    raise UsageError(f"{option(name)}: {pattern!r} is not a regular expression: {error}") from None
 
-    def _check_kinds(self) -> None:
-        for name in FLAGS:
-            if not isinstance(getattr(self, name), bool):
-                raise UsageError(f"{option(name)}: {quoted(getattr(self, name))} is neither true nor false")
-        for name in (*TEXTS, *TEXTS_OR_NONE):
-            found = getattr(self, name)
-            if not isinstance(found, str) and not (found is None and name in TEXTS_OR_NONE):
-                raise UsageError(f"{option(name)}: {quoted(found)} is not a text")
+    def _check_types(self) -> None:
+        _check_flags(self, ("double_quant", "base_is_residual"))
+        _check_texts(self, ("scales", "rounding", "trained_on"))
+        _check_texts(self, ("format", "dtype", "quant_type", "adapter_base", "allow_unused"), optional=True)
         if not isinstance(self.keep, tuple) or not all(isinstance(pattern, str) for pattern in self.keep):
             raise UsageError(f"--keep: {quoted(self.keep)} is not a regular expression, nor several of them")
-
-    def _check_numbers(self) -> None:
-        for name, (least, most) in WHOLE.items():
-            found = getattr(self, name)
-            whole = isinstance(found, int) and not isinstance(found, bool)
-            if not (whole and least <= found <= most) and (found is not None or name == "seed"):
-                raise UsageError(f"{option(name)}: {quoted(found)} is not a whole number from {least} to {most}")
+        _check_integers(self, ("bits", "group_size", "max_shard_size"), optional=True)
+        _check_integers(self, ("seed",))
         strengths = [("weight", weight) for weight in self.weight]
         strengths += [] if self.alpha is None else [("alpha", self.alpha)]
-        for name, found in strengths:
-            if not (_is_real(found) and abs(found) <= STRONGEST):
+        for name, value in strengths:
+            if not (_is_real(value) and abs(value) <= STRONGEST):
                 bounds = f"{-STRONGEST:g} to {STRONGEST:g}"
-                raise UsageError(f"{option(name)}: {quoted(found)} is not a number from {bounds}")
-        if not (_is_real(self.min_survival) and -math.inf < self.min_survival <= 1):
-            raise UsageError(
-                f"--min-survival: {quoted(self.min_survival)} is not a number of at most 1; 0 and below: never refuse"
-            )
+                raise UsageError(f"{option(name)}: {quoted(value)} is not a number from {bounds}")
 
     @property
     def original(self) -> Path | None:
         """The folder that `--adapter-base` names; None where it is not given, or the adapters were trained on BASE."""
         return None if self.adapter_base in (None, SAME) else Path(str(self.adapter_base))
+
+    @property
+    def inputs(self) -> list[Path]:
+        """What the user named: folders, or single files whose neighbours are no inputs."""
+        return [self.base, *self.adapters, *([self.original] if self.original else [])]
 
     @property
     def strengths(self) -> tuple[float, ...]:
@@ -155,10 +144,103 @@ class Request:
         """`--dtype` as the name in a safetensors header."""
         return None if self.dtype is None else DTYPES[self.dtype]
 
+    def choices(self) -> dict[str, Any]:
+        """The choices that differ from their defaults, as the record and the digest of a job have them (JSON values).
+
+        An original is named by its folder alone: what it holds is in the digest of the job.
+        """
+        names = [one.name for one in fields(self) if one.name not in ("base", "adapters")]
+        values = {name: getattr(self, name) for name in names}
+        if self.original:
+            values["adapter_base"] = self.original.resolve().name
+        defaults = {one.name: one.default for one in fields(self)}
+        return {name: value for name, value in values.items() if value != defaults[name]}
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """How a recipe is run, which changes no byte of the output. max_memory: bytes; None means the default.
+
+    Raises UsageError that names the option where a value is of another type, or out of its range.
+    """
+
+    min_survival: float = 0.3
+    device: str = "auto"
+    max_memory: int | None = None
+    threads: int | None = None
+    resume: bool = False
+    restart: bool = False
+    overwrite: bool = False
+    verify: bool = False
+
+    def __post_init__(self) -> None:
+        _check_flags(self, ("resume", "restart", "overwrite", "verify"))
+        _check_texts(self, ("device",))
+        _check_integers(self, ("threads", "max_memory"), optional=True)
+        if not (_is_real(self.min_survival) and -math.inf < self.min_survival <= 1):
+            raise UsageError(
+                f"--min-survival: {quoted(self.min_survival)} is not a number of at most 1; 0 and below: never refuse"
+            )
+        if self.resume and self.restart:
+            raise UsageError("--resume and --restart exclude each other")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One merge: what is made, where, and how. out: None where nothing is to be written."""
+
+    recipe: Recipe
+    out: Path | None = None
+    run: RunOptions = field(default_factory=RunOptions)
+
+    @classmethod
+    def of(cls, base: Path, adapters: tuple[Path, ...], out: Path | None = None, /, **options: Any) -> Request:
+        """From options by name, as the command line has them.
+
+        Raises UsageError for a name that is none, or a value that does not fit.
+        """
+        known = {one.name for one in (*fields(Recipe), *fields(RunOptions))} - {"base", "adapters"}
+        if unknown := sorted(options.keys() - known):
+            raise UsageError(f"{', '.join(unknown)}: no such option; there are {', '.join(sorted(known))}")
+        of_run = {one.name for one in fields(RunOptions)}
+        run = RunOptions(**{name: value for name, value in options.items() if name in of_run})
+        recipe = Recipe(base, adapters, **{name: value for name, value in options.items() if name not in of_run})
+        return cls(recipe, out, run)
+
+    @property
+    def paths(self) -> list[Path]:
+        """Everything that the user named."""
+        return [*self.recipe.inputs, *([self.out] if self.out else [])]
+
+
+DEFAULTS = {one.name: one.default for one in (*fields(Recipe), *fields(RunOptions))}
+
 
 def option(name: str) -> str:
-    """A word of a request as the command line spells it."""
+    """An option by its field, as the command line spells it."""
     return f"--{name.replace('_', '-')}"
+
+
+def _check_flags(options: object, names: Iterable[str]) -> None:
+    for name in names:
+        if not isinstance(getattr(options, name), bool):
+            raise UsageError(f"{option(name)}: {quoted(getattr(options, name))} is neither true nor false")
+
+
+def _check_texts(options: object, names: Iterable[str], optional: bool = False) -> None:
+    for name in names:
+        value = getattr(options, name)
+        if not isinstance(value, str) and not (value is None and optional):
+            raise UsageError(f"{option(name)}: {quoted(value)} is not a text")
+
+
+def _check_integers(options: object, names: Iterable[str], optional: bool = False) -> None:
+    for name in names:
+        value, (least, most) = getattr(options, name), INTEGERS[name]
+        if value is None and optional:
+            continue
+        if not (isinstance(value, int) and not isinstance(value, bool) and least <= value <= most):
+            raise UsageError(f"{option(name)}: {quoted(value)} is not a whole number from {least} to {most}")
 
 
 def _is_real(value: object) -> bool:

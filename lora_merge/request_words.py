@@ -2,33 +2,47 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 from lora_merge.errors import UsageError, quoted
 from lora_merge.request import Request, option, parse_size
 
-PathLike = str | os.PathLike[str]
+PathLike: TypeAlias = str | os.PathLike[str]
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-def request_of(base: PathLike, adapters: PathLike | Iterable[PathLike], out: PathLike | None, **words: Any) -> Request:
-    """A Request from the words of the public functions; None is the default.
+def checked_call(function: Callable[P, R]) -> Callable[P, R]:
+    """A function that raises UsageError, and no TypeError, where it is called with a keyword that it does not have."""
+    signature = inspect.signature(function)
 
-    Raises UsageError that names a word which is none, or whose value is of another kind.
+    @functools.wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise UsageError(f"lora_merge.{function.__name__}: {error}") from None
+        return function(*args, **kwargs)
+
+    return called
+
+
+def request_of(
+    base: PathLike, adapters: PathLike | Iterable[PathLike], out: PathLike | None, /, **options: Any
+) -> Request:
+    """A Request from the keywords of the public functions; None is the default.
+
+    Raises UsageError that names a keyword which is no option, or whose value is of another type.
     """
-    changed = {name: _changed(name, word) for name, word in words.items() if word is not None}
-    try:
-        return Request(
-            path_of("base", base),
-            paths_of(adapters),
-            None if out is None else path_of("out", out),
-            **changed,
-        )
-    except TypeError as error:
-        raise UsageError(str(error).replace("Request.__init__()", "merge")) from None
+    changed = {name: _converted(name, value) for name, value in options.items() if value is not None}
+    folder = None if out is None else path_of("out", out)
+    return Request.of(path_of("base", base), paths_of(adapters), folder, **changed)
 
 
 def paths_of(adapters: PathLike | Iterable[PathLike]) -> tuple[Path, ...]:
@@ -48,55 +62,55 @@ def path_of(name: str, value: object) -> Path:
     return Path(text)
 
 
-def _changed(name: str, word: Any) -> Any:
-    """The value that Request has for a word; one that fits nothing stays, and Request names it."""
-    return _CHANGES[name](name, word) if name in _CHANGES else word
+def _converted(name: str, value: Any) -> Any:
+    """The value that a Request has for an option; one that fits nothing stays, and Request names it."""
+    return _CONVERSIONS[name](name, value) if name in _CONVERSIONS else value
 
 
-def _several(name: str, word: Any) -> tuple[Any, ...]:
-    if isinstance(word, str | bytes | Mapping) or not isinstance(word, Iterable):
-        raise UsageError(f"{option(name)}: {quoted(word)} is neither one value nor a list of them")
-    return tuple(word)
+def _several(name: str, value: Any) -> tuple[Any, ...]:
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        raise UsageError(f"{option(name)}: {quoted(value)} is neither one value nor a list of them")
+    return tuple(value)
 
 
-def _patterns(name: str, word: Any) -> tuple[Any, ...]:
-    return (word,) if isinstance(word, str) else _several(name, word)
+def _patterns(name: str, value: Any) -> tuple[Any, ...]:
+    return (value,) if isinstance(value, str) else _several(name, value)
 
 
-def _strengths(name: str, word: Any) -> tuple[Any, ...]:
-    return tuple(_real(name, one) for one in ((word,) if isinstance(word, Real) else _several(name, word)))
+def _strengths(name: str, value: Any) -> tuple[Any, ...]:
+    return tuple(_real(name, one) for one in ((value,) if isinstance(value, Real) else _several(name, value)))
 
 
-def _real(name: str, word: Any) -> Any:
+def _real(name: str, value: Any) -> Any:
     """Any real number, numpy's too, as a float; a bool is none."""
-    if isinstance(word, bool) or not isinstance(word, Real):
-        return word
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
     try:
-        return float(word)
+        return float(value)
     except OverflowError:
         raise UsageError(f"{option(name)}: the number is too large") from None
 
 
-def _whole(name: str, word: Any) -> Any:
-    return int(word) if isinstance(word, Integral) and not isinstance(word, bool) else word
+def _integer(name: str, value: Any) -> Any:
+    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
 
 
-def _size(name: str, word: Any) -> Any:
-    return parse_size(word) if isinstance(word, str) else _whole(name, word)
+def _size(name: str, value: Any) -> Any:
+    return parse_size(value) if isinstance(value, str) else _integer(name, value)
 
 
-def _dtype(name: str, word: Any) -> Any:
+def _dtype(name: str, value: Any) -> Any:
     """`bfloat16`, also written `torch.bfloat16`, and torch's own object of that name."""
-    text = word if isinstance(word, str) else str(word) if type(word).__module__ == "torch" else None
-    return word if text is None else text.removeprefix("torch.")
+    text = value if isinstance(value, str) else str(value) if type(value).__module__ == "torch" else None
+    return value if text is None else text.removeprefix("torch.")
 
 
-def _text(name: str, word: Any) -> Any:
-    return str(path_of(name, word)) if isinstance(word, os.PathLike) else word
+def _text(name: str, value: Any) -> Any:
+    return str(path_of(name, value)) if isinstance(value, os.PathLike) else value
 
 
-_CHANGES: Mapping[str, Callable[[str, Any], Any]] = {
+_CONVERSIONS: Mapping[str, Callable[[str, Any], Any]] = {
     "weight": _strengths, "keep": _patterns, "dtype": _dtype, "adapter_base": _text, "alpha": _real,
-    "min_survival": _real, "max_memory": _size, "max_shard_size": _size, "bits": _whole, "group_size": _whole,
-    "seed": _whole, "threads": _whole,
+    "min_survival": _real, "max_memory": _size, "max_shard_size": _size, "bits": _integer, "group_size": _integer,
+    "seed": _integer, "threads": _integer,
 }  # fmt: skip

@@ -6,7 +6,11 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+
+from lora_merge.json_types import integers, mapping, number, text, texts
+
+SURVIVAL = ("survival", "raw_survival", "projection", "noise", "change_norm")
+"""Figures of a weight that an adapter changed and that was written as codes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +36,7 @@ class PlanResult:
     weights: tuple[PlannedWeight, ...]
     shards: Mapping[str, int]
     side_files: tuple[str, ...]
-    config_changes: Mapping[str, Any]
+    config_changes: Mapping[str, object]
     disk: int
     memory: int
     notes: tuple[str, ...]
@@ -42,7 +46,7 @@ class PlanResult:
         """How many tensors change."""
         return sum(weight.action == "merge" for weight in self.weights)
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         return asdict(self)
 
 
@@ -73,13 +77,43 @@ class MergedWeight:
     noise: float | None = None
     change_norm: float | None = None
 
-    @classmethod
-    def from_json(cls, body: Mapping[str, Any]) -> MergedWeight:
-        """From a line of `lora_merge.json`."""
-        values: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in body.items()
+    def as_json(self) -> dict[str, object]:
+        """A line of `lora_merge.json` and of the journal; figures that were not measured are left out."""
+        line: dict[str, object] = {
+            "name": self.name,
+            "parts": self.parts,
+            "kinds": self.kinds,
+            "adapters": self.adapters,
+            "format": self.format,
+            "shape": self.shape,
+            "relative_change": self.relative_change,
+            "changed": self.changed,
         }
-        return cls(**values)
+        if self.rounding is not None:
+            line |= {"rounding": self.rounding, "scales": self.scales}
+        if self.change_norm is not None:
+            line |= {name: getattr(self, name) for name in SURVIVAL}
+        return line
+
+    @classmethod
+    def from_json(cls, body: object) -> MergedWeight:
+        """From such a line. Only the name must be there; ValueError that names a key whose value is of another type."""
+        line = mapping(body, "weights")
+        name = text(line.get("name"), "name")
+        rounding, scales = (None if line.get(key) is None else text(line[key], key) for key in ("rounding", "scales"))
+        return cls(
+            name=name,
+            kinds=texts(line.get("kinds", []), "kinds"),
+            adapters=integers(line.get("adapters", []), "adapters"),
+            format=text(line.get("format", ""), "format"),
+            shape=integers(line.get("shape", []), "shape"),
+            relative_change=number(line.get("relative_change"), "relative_change"),
+            changed=number(line.get("changed"), "changed"),
+            parts=texts(line.get("parts", [name]), "parts"),
+            rounding=rounding,
+            scales=scales,
+            **{key: number(line.get(key), key) for key in SURVIVAL},
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +171,7 @@ class MergeResult:
         """What rounding left of the adapters; None for a plain output."""
         return TotalSurvival.of(self.weights)
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         return asdict(self) | {"kept": asdict(self.kept) if self.kept else None}
 
 
@@ -162,8 +196,8 @@ class Inspection:
     nbytes: int
     tensors: tuple[InspectedTensor, ...]
     files: tuple[str, ...]
-    config: Mapping[str, Any]
+    config: Mapping[str, object]
     notes: tuple[str, ...]
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         return asdict(self)

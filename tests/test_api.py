@@ -305,7 +305,7 @@ def test_verify_asks_for_the_adapters_of_the_merge(job, monkeypatch):
     lora_merge.merge(path / "base", [], path / "none", dtype="float16")
     assert lora_merge.verify(path / "two", base=path / "base", adapters=both).recomputed
     assert lora_merge.verify(path / "none", base=path / "base").recomputed
-    monkeypatch.setattr("lora_merge.proving.verify_output", lambda *words: pytest.fail("everything was read first"))
+    monkeypatch.setattr("lora_merge.api.verify_output", lambda *words: pytest.fail("everything was read first"))
     for adapters in ([], path / "adapter", [*both, path / "other"]):
         with pytest.raises(UsageError, match=r"merged with 2 adapters, .* --adapter, in this order: adapter, other"):
             lora_merge.verify(path / "two", base=path / "base", adapters=adapters)
@@ -397,7 +397,7 @@ def test_saved_counters_that_are_no_floats_are_replaced(tmp_path):
 
 def test_factors_that_several_weights_share_are_read_once_and_let_go(monkeypatch):
     from lora_merge.execution.factors import FactorReader
-    from lora_merge.execution.tiles import KEPT
+    from lora_merge.execution.tiles import CACHED
 
     class Counted:
         loads = 0
@@ -409,11 +409,11 @@ def test_factors_that_several_weights_share_are_read_once_and_let_go(monkeypatch
     reader = FactorReader(Counted(), torch.device("cpu"), {"shared": 3, "alone": 1})
     for name in ("shared", "alone", "shared", "shared"):
         assert reader(name).sum() == 2
-    assert Counted.loads == 2 and not reader.kept
+    assert Counted.loads == 2 and not reader.cached
     many = FactorReader(Counted(), torch.device("cpu"), {str(n): 2 for n in range(20)})
     for n in range(20):
         many(str(n))
-    assert len(many.kept) == KEPT
+    assert len(many.cached) == CACHED
 
 
 def test_half_a_new_vocabulary_is_refused(job):

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from lora_merge import api, cli
 from lora_merge.errors import UsageError
 from lora_merge.report import show_result
-from lora_merge.request import Request, parse_size
+from lora_merge.request import Recipe, Request, RunOptions, parse_size
 from lora_merge.results import MergedWeight, MergeResult
 
 
@@ -79,14 +79,15 @@ def test_every_word_reaches_the_request(job, monkeypatch):
         --max-memory 2GB --threads 3 --resume --overwrite --verify"""
     with pytest.raises(Asked) as found:
         cli.run(["base", "adapter", "out", *words.split(), "--dry-run"])
-    assert found.value.args[0] == Request(
-        *(Path("base"), (Path("adapter"),), Path("out"), 8, "compressed-tensors", "bfloat16", "fp8", True, -1),
-        *("keep", "dither", 7, ("lm_head", "q_proj"), "nf4", "same", 0.5, (2.0,), 16.0, True, "x", 10**9, "cpu"),
-        *(2 * 10**9, 3, True, False, True, True),
+    recipe = Recipe(
+        *(Path("base"), (Path("adapter"),), 8, "compressed-tensors", "bfloat16", "fp8", True, -1, "keep", "dither", 7),
+        *(("lm_head", "q_proj"), "nf4", "same", (2.0,), 16.0, True, "x", 10**9),
     )
+    run = RunOptions(0.5, "cpu", 2 * 10**9, 3, True, False, True, True)
+    assert found.value.args[0] == Request(recipe, Path("out"), run)
     with pytest.raises(Asked) as found:
         cli.run(["base", "adapter", "out", "--dry-run"])
-    assert found.value.args[0] == Request(Path("base"), (Path("adapter"),), Path("out"))
+    assert found.value.args[0] == Request(Recipe(Path("base"), (Path("adapter"),)), Path("out"))
 
 
 def test_the_help_shows_every_option_once_under_its_heading(capsys):

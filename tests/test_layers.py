@@ -14,8 +14,10 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lora_merge"
 
 # A wing imports from itself, from those below it, and from none above; modules beside the wings are front or ground.
-FRONT = {"__main__", "cli", "report", "api", "proving", "inspection"}
-GROUND = {"request", "request_words", "results", "record", "errors", "spec", "patterns", "lora_merge"}
+FRONT = {"__main__", "cli", "report", "api", "public", "inspection"}
+GROUND = {
+    *("request", "request_words", "results", "json_types", "progress", "errors", "spec", "patterns", "lora_merge"),
+}
 WINGS: dict[str, set[str]] = {
     "verification": {"execution", "planning", "output", "checkpoint"},
     "execution": {"planning", "output", "checkpoint", "formats", "adapters", "models", "quantization"},

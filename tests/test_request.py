@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from lora_merge import api, cli, proving
+from lora_merge import cli, public
 from lora_merge.errors import UsageError
-from lora_merge.request import Request
+from lora_merge.request import DEFAULTS, Request
 from lora_merge.request_words import request_of
 
 REAL = ("weight", "alpha", "min_survival")
@@ -41,7 +41,7 @@ def test_a_number_out_of_range(name: str, value: object) -> None:
         request_of("base", "adapter", "out", **{name: value})
     if name != "weight" and not isinstance(value, str):
         with pytest.raises(UsageError, match=f"--{name.replace('_', '-')}"):
-            Request(Path("base"), (Path("adapter"),), Path("out"), **{name: value})  # type: ignore[arg-type]
+            Request.of(Path("base"), (Path("adapter"),), Path("out"), **{name: value})
 
 
 def test_numbers_that_are_kept() -> None:
@@ -49,15 +49,16 @@ def test_numbers_that_are_kept() -> None:
         "base", ["one", "two"], "out", weight=[np.float32(0.5), -0.0], seed=np.int64(-3), min_survival=-1e9, alpha=1,
         threads=np.int32(2), max_memory="1.5GiB", max_shard_size=1, group_size=-1, bits=np.int8(4),
     )  # fmt: skip
-    assert asked.weight == (0.5, 0.0) and asked.strengths == asked.weight
-    assert (asked.seed, asked.threads, asked.alpha, asked.group_size, asked.bits) == (-3, 2, 1.0, -1, 4)
-    assert (asked.max_memory, asked.max_shard_size, asked.min_survival) == (3 * 2**29, 1, -1e9)
-    assert all(type(number) is int for number in (asked.seed, asked.threads, asked.bits))
+    recipe, run = asked.recipe, asked.run
+    assert recipe.weight == (0.5, 0.0) and recipe.strengths == recipe.weight
+    assert (recipe.seed, run.threads, recipe.alpha, recipe.group_size, recipe.bits) == (-3, 2, 1.0, -1, 4)
+    assert (run.max_memory, recipe.max_shard_size, run.min_survival) == (3 * 2**29, 1, -1e9)
+    assert all(type(number) is int for number in (recipe.seed, run.threads, recipe.bits))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16", "torch.bfloat16"])
 def test_the_dtype_may_be_torchs_own(dtype: object) -> None:
-    assert request_of("base", "adapter", "out", dtype=dtype).dtype == "bfloat16"
+    assert request_of("base", "adapter", "out", dtype=dtype).recipe.dtype == "bfloat16"
 
 
 WRONG_WORDS = {
@@ -81,24 +82,24 @@ def test_what_is_no_path(path: object) -> None:
     for words in ((path, "adapter", "out"), ("base", [path], "out"), ("base", "adapter", [path])):
         with pytest.raises(UsageError):
             request_of(*words)  # type: ignore[arg-type]
-    for function in (api.inspect, proving.verify):
+    for function in (public.inspect, public.verify):
         with pytest.raises(UsageError, match="is not a path"):
             function(path)  # type: ignore[operator]
     with pytest.raises(UsageError, match="is not a path"):
-        api.merge("base", "adapter", path if path is not None else 3)  # type: ignore[arg-type]
+        public.merge("base", "adapter", path if path is not None else 3)  # type: ignore[arg-type]
 
 
 def test_none_is_the_default() -> None:
-    names = [name for name in Request.__dataclass_fields__ if name not in ("base", "adapters", "out")]
+    names = [name for name in DEFAULTS if name not in ("base", "adapters")]
     assert request_of("base", "adapter", "out", **dict.fromkeys(names)) == request_of("base", "adapter", "out")
     for name in ("rounding", "device", "seed", "min_survival", "verify", "keep"):
         with pytest.raises(UsageError, match=name.replace("_", "-")):
-            Request(Path("base"), (), None, **{name: None})  # type: ignore[arg-type]
+            Request.of(Path("base"), (), None, **{name: None})
 
 
 def test_adapters_may_be_any_collection_of_paths() -> None:
     asked = request_of(Path("base"), (path for path in ("one", Path("two"))), None)
-    assert asked.adapters == (Path("one"), Path("two"))
+    assert asked.recipe.adapters == (Path("one"), Path("two"))
     with pytest.raises(UsageError, match="adapters"):
         request_of("base", 3, None)  # type: ignore[arg-type]
 

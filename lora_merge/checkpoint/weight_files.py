@@ -12,8 +12,9 @@ from typing import Any
 
 from lora_merge.containers.json_file import MAX_INDEX, read_json
 from lora_merge.errors import InputError, listed, printable
-from lora_merge.record import MANIFEST
 
+MANIFEST = "lora_merge.json"
+"""The record that lies in every output; `output.record` says what is in it."""
 BASE_WEIGHTS = (
     "model.safetensors",
     "diffusion_pytorch_model.safetensors",

@@ -30,27 +30,27 @@ SAMPLED = 1 << 16
 class Coder:
     """How one weight is written.
 
-    target: settled for this weight. kept: on the base's own scales. merged: an adapter changes it. same: the base
-    stands on the target's grid already.
+    target: the format with the parameters of this weight. keeps_scales: codes are on the base's own scales. merged: an
+    adapter changes it. same_grid: the base stands on the target's grid already.
     """
 
     target: Quantized
     rounding: Rounding
-    kept: bool
+    keeps_scales: bool
     merged: bool
-    same: bool
+    same_grid: bool
     directions: Directions | None
 
     @property
-    def words(self) -> dict[str, str]:
-        """What the report says of it."""
-        return {"rounding": self.rounding.name, "scales": KEPT if self.kept else FRESH}
+    def choices(self) -> dict[str, str]:
+        """What the report says of it: names of the rounding and of the scales."""
+        return {"rounding": self.rounding.name, "scales": KEPT if self.keeps_scales else FRESH}
 
     def code(
         self, tile: Tile, base: torch.Tensor, rows: torch.Tensor, into: Mapping[str, torch.Tensor]
     ) -> Sums | Change:
         """Write merged `rows` of a tile that was `base`, both float32 `[n, columns]`; what that did to them."""
-        if self.kept:
+        if self.keeps_scales:
             grid = tile.grid
         elif self.merged:
             grid = fresh(self.target, rows, tile.start)
@@ -63,13 +63,13 @@ class Coder:
             self.target.pack(codes, grid, into)
             return _conversion(base, written)
         wanted = rows.sub_(base)
-        moved = written != (base if self.same else grid.values(grid.nearest(base)))
-        if self.kept and tile.codes is not None:
+        moved = written != (base if self.same_grid else grid.values(grid.nearest(base)))
+        if self.keeps_scales and tile.codes is not None:
             # What the base says with other codes (a zero of the other sign), or in rows that nobody changes, stays.
-            still = _zero_rows(wanted)
-            if any_still := bool(still.any()):
-                moved[still], written[still] = False, base[still]
-            if any_still or not isinstance(grid, Affine):
+            unchanged = _zero_rows(wanted)
+            if any_unchanged := bool(unchanged.any()):
+                moved[unchanged], written[unchanged] = False, base[unchanged]
+            if any_unchanged or not isinstance(grid, Affine):
                 codes = codes.where(moved, tile.codes)
         self.target.pack(codes, grid, into)
         sums = Sums(self.directions)
@@ -95,20 +95,20 @@ def _conversion(base: torch.Tensor, written: torch.Tensor) -> Change:
     return Change(torch.linalg.vector_norm(base).item() ** 2, delta, base.numel(), int((written != base).sum()))
 
 
-def settle(
+def choose_coder(
     job: Rewrite, target: Quantized, bounds: Sequence[Bound], samples: Sequence[tuple[Tile, torch.Tensor]]
 ) -> Coder:
     """Choose scales and rounding of a weight.
 
-    target: settled. samples: some tiles of the base, each with its merged rows.
+    target: with the parameters of this weight. samples: some tiles of the base, each with its merged rows.
     """
     quantize = job.quantize or QuantizeOptions()
     same = job.source is not None and same_grid(job.source.format, target, job.weight)
     if not job.effects:
-        return Coder(target, Nearest(), keeps(job), False, same, None)
+        return Coder(target, Nearest(), can_keep_scales(job), False, same, None)
     directions = directions_of(job, bounds)
     offered = {}
-    if keeps(job):
+    if can_keep_scales(job):
         offered[KEPT] = [Sample(tile.start, tile.rows, rows, tile.grid) for tile, rows in samples if tile.grid]
     if quantize.scales != "keep" and not target.needs_observation:
         offered[FRESH] = [
@@ -119,7 +119,7 @@ def settle(
     return Coder(target, choice.rounding, choice.scales == KEPT, True, same, directions)
 
 
-def keeps(job: Rewrite) -> bool:
+def can_keep_scales(job: Rewrite) -> bool:
     """Whether a weight can keep the scales that it has in the base, and may."""
     wanted = job.quantize.scales if job.quantize else "auto"
     return wanted != "fresh" and job.source is not None and same_grid(job.source.format, job.target, job.weight)

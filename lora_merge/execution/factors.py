@@ -1,4 +1,4 @@
-"""Adapter tensors as the execution reads them: on the device of the work, kept while several weights share them."""
+"""Adapter tensors as the execution reads them: on the device of the work, cached while several weights share them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from lora_merge.checkpoint.opening import Checkpoint
 from lora_merge.checkpoint.rows import buffer
-from lora_merge.execution.tiles import KEPT
+from lora_merge.execution.tiles import CACHED
 from lora_merge.planning.jobs import Rewrite, Shard
 from lora_merge.spec import TensorSpec
 
@@ -24,30 +24,30 @@ class FactorReader:
     """Adapter tensors on the device of the work, whole or by indices of the first dimension.
 
     uses: how often each tensor will be asked for. One that several weights share (experts apart on disk, whose factors
-    are stacked in one tensor) is kept until its last use, but never more than `KEPT` of them.
+    are stacked in one tensor) stays in memory until its last use, but never more than `CACHED` of them.
     """
 
     def __init__(self, adapter: Checkpoint, device: torch.device, uses: Mapping[str, int]) -> None:
         self.adapter = adapter
         self.device = device
         self.left = dict(uses)
-        self.kept: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self.cached: OrderedDict[str, torch.Tensor] = OrderedDict()
         self.lock = threading.Lock()
 
     def __call__(self, name: str) -> torch.Tensor:
         with self.lock:
             self.left[name] = self.left.get(name, 1) - 1
             last = self.left[name] <= 0
-            found = self.kept.pop(name, None)
+            found = self.cached.pop(name, None)
             if found is not None and not last:
-                self.kept[name] = found
+                self.cached[name] = found
         if found is None:
             found = self.adapter.load(name).to(self.device)
             if not last:
                 with self.lock:
-                    self.kept[name] = found
-                    while len(self.kept) > KEPT:
-                        self.kept.popitem(last=False)
+                    self.cached[name] = found
+                    while len(self.cached) > CACHED:
+                        self.cached.popitem(last=False)
         return found
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_merge.errors import NumericError, printable
 from lora_merge.formats import Quantized
 from lora_merge.planning.jobs import Rewrite
+from lora_merge.results import MergedWeight
 
 if TYPE_CHECKING:
     from typing import TypeAlias
@@ -102,33 +103,33 @@ def check_reach(job: Rewrite, rows: torch.Tensor, grid: Grid) -> None:
         )
 
 
-def result(job: Rewrite, measured: Measured | None, words: Mapping[str, str]) -> dict[str, Any]:
-    """What is recorded of one rewritten weight. words: how it was coded."""
-    line: dict[str, Any] = {
-        "name": job.name,
-        "parts": _checked(job),
-        "kinds": [effect.patch.kind for effect in job.effects],
-        "adapters": sorted({effect.adapter for effect in job.effects}),
-        "format": str(job.target),
-        "shape": list(job.weight.shape),
-        "relative_change": None,
-        "changed": None,
-        **words,
-    }
+def merged_weight(job: Rewrite, measured: Measured | None, choices: Mapping[str, str]) -> MergedWeight:
+    """What is recorded of one rewritten weight. choices: of rounding and scales, where it is written as codes."""
+    figures: dict[str, float | None] = {"relative_change": None, "changed": None}
     if isinstance(measured, Change):
-        line["relative_change"] = math.sqrt(measured.delta / measured.base) if measured.base else None
-        line["changed"] = measured.changed / measured.elements if measured.elements else None
+        figures["relative_change"] = math.sqrt(measured.delta / measured.base) if measured.base else None
+        figures["changed"] = measured.changed / measured.elements if measured.elements else None
     elif measured is not None:
-        figures = measured.figures()
-        line |= {
-            "relative_change": figures.relative, "changed": figures.changed, "survival": figures.survival,
-            "raw_survival": figures.raw_survival, "projection": figures.projection, "noise": figures.noise,
+        found = measured.figures()
+        figures = {
+            "relative_change": found.relative, "changed": found.changed, "survival": found.survival,
+            "raw_survival": found.raw_survival, "projection": found.projection, "noise": found.noise,
             "change_norm": math.sqrt(measured.wanted),
         }  # fmt: skip
-    return line
+    return MergedWeight(
+        name=job.name,
+        kinds=tuple(effect.patch.kind for effect in job.effects),
+        adapters=tuple(sorted({effect.adapter for effect in job.effects})),
+        format=str(job.target),
+        shape=tuple(job.weight.shape),
+        parts=_checked_parts(job),
+        rounding=choices.get("rounding"),
+        scales=choices.get("scales"),
+        **figures,
+    )
 
 
-def _checked(job: Rewrite) -> list[str]:
+def _checked_parts(job: Rewrite) -> tuple[str, ...]:
     """Output tensors of a weight whose dtype says what their bytes are: `verify` looks for NaN in them."""
     opaque = job.target.opaque if isinstance(job.target, Quantized) else ()
-    return [job.names[part] for part in job.target.describe(job.weight) if part not in opaque]
+    return tuple(job.names[part] for part in job.target.describe(job.weight) if part not in opaque)

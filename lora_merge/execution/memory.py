@@ -10,11 +10,12 @@ from pathlib import Path
 
 from lora_merge.adapters.base import Needs
 from lora_merge.errors import MemoryLimitError, printable
-from lora_merge.execution.executor import COPIED, Machine, slots_of
-from lora_merge.execution.tiles import KEPT, TILE, tile_rows
+from lora_merge.execution.blocks import COPIED
+from lora_merge.execution.executor import Machine, blocks_in_flight
+from lora_merge.execution.tiles import CACHED, TILE, tile_rows
 from lora_merge.formats import Quantized
 from lora_merge.planning.jobs import Plan, Rewrite
-from lora_merge.request import Request
+from lora_merge.request import RunOptions
 
 BLOCK_TILES = 1
 DIRECTIONS = 4
@@ -26,25 +27,25 @@ INTERPRETER = 200 * 10**6
 """Anonymous memory of Python with torch, where the system does not tell."""
 
 
-def fit(request: Request, plan: Plan) -> Machine:
+def fit(run: RunOptions, plan: Plan) -> Machine:
     """The fastest cut that stays within `max_memory`. Raises MemoryLimitError that names the largest weight."""
-    if request.device not in ("auto", "cpu"):
+    if run.device not in ("auto", "cpu"):
         from lora_merge.execution.device import (
             pick_device,  # imports torch: a device that is not there is refused at once
         )
 
-        pick_device(request.device)
-    threads = request.threads or min(MOST_THREADS, os.cpu_count() or 1)
-    if request.max_memory is None:
-        return Machine(threads, BLOCK_TILES, request.device)
+        pick_device(run.device)
+    threads = run.threads or min(MOST_THREADS, os.cpu_count() or 1)
+    if run.max_memory is None:
+        return Machine(threads, BLOCK_TILES, run.device)
     taken = anonymous_memory()
     for count, tiles in _cuts(threads):
-        machine = Machine(count, tiles, request.device)
-        if taken + working_set(plan, machine) <= request.max_memory:
+        machine = Machine(count, tiles, run.device)
+        if taken + working_set(plan, machine) <= run.max_memory:
             return machine
     name, nbytes = _heaviest(plan)
     raise MemoryLimitError(
-        f"--max-memory {request.max_memory}: this merge needs at least {least_memory(plan)} bytes "
+        f"--max-memory {run.max_memory}: this merge needs at least {least_memory(plan)} bytes "
         f"({taken} for Python and torch; {printable(name)} alone works on {nbytes}); allow that much"
     )
 
@@ -66,7 +67,7 @@ def working_set(plan: Plan, machine: Machine) -> int:
     coded = any(job.quantize for job in plan.rewrites)
     slot = 2 * machine.block_tiles * max(tile, TILE * 4) // 2 + (CODED_TILES if coded else PLAIN_TILES) * tile + COPIED
     lanes = min(machine.threads, len(plan.shards))
-    slots = slots_of(machine.threads) if lanes <= 1 else lanes
+    slots = blocks_in_flight(machine.threads) if lanes <= 1 else lanes
     weights = 2 if lanes <= 1 < machine.threads else lanes
     headers = max((len(shard.header) for shard in plan.shards), default=0)
     return slots * slot + weights * _heaviest(plan)[1] + _shared(plan) + lanes * headers
@@ -91,7 +92,7 @@ def _shared(plan: Plan) -> int:
             for name in effect.patch.factors:
                 seen[effect.adapter, name] += 1
                 sizes[effect.adapter, name] = effect.patch.workspace(job.weight)
-    return sum(sorted((sizes[key] for key, count in seen.items() if count > 1), reverse=True)[:KEPT])
+    return sum(sorted((sizes[key] for key, count in seen.items() if count > 1), reverse=True)[:CACHED])
 
 
 def _held(job: Rewrite) -> int:

@@ -1,13 +1,13 @@
-"""What an earlier run kept, and whether the inputs, if anything touched them since, still are what it was made of."""
+"""What an earlier run left, and whether the inputs, if anything touched them since, still are what it was made of."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
+from lora_merge.checkpoint.inputs import Inputs
 from lora_merge.checkpoint.opening import Checkpoint
-from lora_merge.checkpoint.sources import unlike
+from lora_merge.checkpoint.sources import Reads, unlike
 from lora_merge.containers.regular_file import RegularFile
 from lora_merge.errors import OutputExistsError, listed, printable
 from lora_merge.output.stage import Stage
@@ -17,18 +17,26 @@ from lora_merge.planning.plan import job_digest
 BLOCK = 1 << 23
 
 
-def stamp(inputs: Iterable[Checkpoint]) -> str:
+def stamp(inputs: Inputs) -> str:
     """Names the files of the inputs on this machine: no write to one of them leaves it as it is."""
-    return job_digest([file.stamp for checkpoint in inputs for file in checkpoint.files])
+    return job_digest([file.stamp for checkpoint in inputs.checkpoints for file in checkpoint.files])
 
 
-def newest(inputs: Iterable[Checkpoint]) -> int:
-    """When an input was last touched: the latest ctime, in nanoseconds."""
-    return max(file.stamp[-1] for checkpoint in inputs for file in checkpoint.files)
+def check_left(plan: Plan, inputs: Inputs, stage: Stage, look: Callable[[], None]) -> None:
+    """OutputExistsError where the inputs were touched since an earlier run, and are not what it read.
+
+    look: called between two blocks.
+    """
+    if stage.proved:
+        return
+    if inputs.original is not None:
+        raise refusal(stage.out, "or its original was, of which nobody noted what was read")
+    prove(plan, inputs.base, stage, look)
+    stage.trust()
 
 
 def prove(plan: Plan, base: Checkpoint, stage: Stage, look: Callable[[], None]) -> None:
-    """OutputExistsError where what the stage keeps was made of another base, or where that cannot be known.
+    """OutputExistsError where what an earlier run left was made of another base, or where that cannot be known.
 
     What was copied is compared with the base, and of what was rewritten the base's bytes are read again.
     look: called between two blocks.
@@ -48,11 +56,16 @@ def refusal(out: Path, reason: str) -> OutputExistsError:
 
 
 def _other(shard: Shard, base: Checkpoint, stage: Stage, look: Callable[[], None]) -> Iterator[str]:
-    """Tensors of the base that are not what the kept bytes of a shard were made of."""
-    if (record := stage.kept.get(shard.file)) is not None:
+    """Tensors of the base that are not what the bytes of a shard that are there were made of."""
+    if (record := stage.left.finished.get(shard.file)) is not None:
         file, nbytes, jobs, sources = stage.folder / shard.file, record.nbytes, len(shard.jobs), record.sources
-    elif (begun := stage.begun.get(shard.file)) is not None:
-        file, nbytes, jobs, sources = stage.making(shard.file), begun.nbytes, begun.jobs, begun.sources
+    elif (started := stage.left.started.get(shard.file)) is not None:
+        file, nbytes, jobs, sources = (
+            stage.staging.unfinished(shard.file),
+            started.nbytes,
+            started.jobs,
+            started.sources,
+        )
     else:
         return
     yield from unlike(base, sources, look)
@@ -60,7 +73,7 @@ def _other(shard: Shard, base: Checkpoint, stage: Stage, look: Callable[[], None
     yield from _miscopied(shard, base, file, nbytes, look)
 
 
-def _unread(shard: Shard, jobs: int, sources: Mapping[str, Any]) -> Iterator[str]:
+def _unread(shard: Shard, jobs: int, sources: Reads) -> Iterator[str]:
     """Rewritten tensors of which nobody noted what was read."""
     for job in shard.jobs[:jobs]:
         if isinstance(job, Rewrite) and job.source is not None and job.weight.numel:
@@ -68,7 +81,7 @@ def _unread(shard: Shard, jobs: int, sources: Mapping[str, Any]) -> Iterator[str
 
 
 def _miscopied(shard: Shard, base: Checkpoint, path: Path, nbytes: int, look: Callable[[], None]) -> Iterator[str]:
-    """Tensors whose kept copies are not the bytes of the base."""
+    """Tensors whose copies are not the bytes of the base."""
     file, place = RegularFile(path), shard.place(0)
     try:
         for job in shard.jobs:
@@ -88,6 +101,6 @@ def _same(file: RegularFile, place: int, base: Checkpoint, name: str, nbytes: in
         size = min(BLOCK, nbytes - start)
         data = bytearray(size)
         base.read_into(name, start, memoryview(data))
-        if file.read(place + start, size, "kept") != data:
+        if file.read(place + start, size, "copy") != data:
             return False
     return True

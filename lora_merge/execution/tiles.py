@@ -11,8 +11,8 @@ TILE = 1 << 19
 """float32 elements of a tile: 2 MB, which stays in a core's cache between decoding, product and encoding."""
 WIDE = 1 << 23
 """The same for adapter-aware rounding, which goes through the columns one by one and wants a thousand rows."""
-KEPT = 6
-"""Factors kept for the next weight that shares them: A and B of three stacks, as gate, up and down take turns."""
+CACHED = 6
+"""Factors that wait in memory for the next weight that shares them: A and B of three stacks (gate, up, down)."""
 
 
 def tile_rows(job: Rewrite) -> int:

@@ -28,17 +28,17 @@ class FileWriter:
     """A file written from its start, or from where an earlier run left it, to its end.
 
     A new one never opens what is there already, be it a file or a link; the mode follows the umask.
-    nbytes: the size promised. begun: how many bytes are there, and their digest; what follows them is cut off.
+    nbytes: the size promised. started: how many bytes are there, and their digest; what follows them is cut off.
     """
 
-    def __init__(self, path: Path, nbytes: int, begun: tuple[int, Hash] | None = None) -> None:
+    def __init__(self, path: Path, nbytes: int, started: tuple[int, Hash] | None = None) -> None:
         self.path = path
         self.nbytes = nbytes
-        self.written, self._sha256 = begun or (0, hashlib.sha256())
+        self.written, self._sha256 = started or (0, hashlib.sha256())
         self._flowing = self.written
         self._over = False
         self._fd = -1
-        if begun is None:
+        if started is None:
             with storing(path, "creating", nbytes):
                 self._fd = os.open(path, _NEW, 0o666)
         else:

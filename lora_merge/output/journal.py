@@ -21,36 +21,39 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lora_merge.checkpoint.sources import Reads
+from lora_merge.json_types import integer, integers, items, mapping, text, texts
 from lora_merge.output.files import sync, sync_folder
 from lora_merge.output.location import storing
+from lora_merge.results import MergedWeight
 
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 @dataclass(frozen=True, slots=True)
 class ShardRecord:
-    """A finished shard: its name, size, digest, what was measured while it was made, and what was read for it (JSON
-    values)."""
+    """A finished shard: its name, size in bytes, SHA-256, its rewritten weights, and what was read of the base for
+    them."""
 
     file: str
     nbytes: int
     sha256: str
-    results: list[dict[str, Any]]
-    sources: dict[str, Any] = field(default_factory=dict)
+    results: Sequence[MergedWeight] = ()
+    sources: Reads = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
     """The first bytes of a shard in the making, at the end of which the work can go on.
 
-    begin: where the prefix before it ends. jobs: that are whole in it; the next may be a copy that is begun. results,
-    sources: those since `begin`.
+    begin: where the prefix before it ends. jobs: how many are whole in it; the next may be a copy that is begun.
+    results, sources: those since `begin`.
     """
 
     file: str
@@ -58,22 +61,23 @@ class Prefix:
     nbytes: int
     sha256: str
     jobs: int
-    results: list[dict[str, Any]]
-    sources: dict[str, Any]
+    results: Sequence[MergedWeight]
+    sources: Reads
 
 
 @dataclass(slots=True)
-class Story:
-    """What a journal says.
+class JournalState:
+    """What the lines of a journal say together.
 
-    job: None where there is no journal, or not even its first line. length: bytes of its whole lines. inputs: stamp of
-    the files of which everything kept was made. begun: of each shard in the making its prefixes, one on the other.
+    job: None where there is no journal, or not even its first line. inputs: stamp of the files of which everything in
+    the stage was made. finished: shards by file name. started: of each shard in the making its prefixes, each going on
+    from the one before. moves: entries that were about to be moved. length: bytes of the whole lines.
     """
 
     job: str | None = None
     inputs: str | None = None
-    records: dict[str, ShardRecord] = field(default_factory=dict)
-    begun: dict[str, list[Prefix]] = field(default_factory=dict)
+    finished: dict[str, ShardRecord] = field(default_factory=dict)
+    started: dict[str, list[Prefix]] = field(default_factory=dict)
     moves: dict[str, list[str]] | None = None
     published: bool = False
     length: int = 0
@@ -82,17 +86,17 @@ class Story:
 class Journal:
     """An open journal; lines may be added from several threads."""
 
-    def __init__(self, path: Path, story: Story, job: str, inputs: str = "") -> None:
-        """Continue the journal that tells `story`, or begin one for `job`, made of `inputs`."""
-        assert story.job in (None, job)
+    def __init__(self, path: Path, state: JournalState, job: str, inputs: str = "") -> None:
+        """Continue the journal that says `state`, or begin one for `job`, made of `inputs`."""
+        assert state.job in (None, job)
         self.path = path
         self.job = job
         self._lock = threading.Lock()
         with storing(path, "opening"):
             self._fd = os.open(path, _FLAGS, 0o666)
-            os.ftruncate(self._fd, story.length if story.job else 0)
+            os.ftruncate(self._fd, state.length if state.job else 0)
             os.lseek(self._fd, 0, os.SEEK_END)
-        if story.job is None:
+        if state.job is None:
             self.add({"journal": 1, "job": job, "inputs": inputs})
             with storing(path.parent, "writing to the disk"):
                 sync_folder(path.parent)
@@ -107,14 +111,13 @@ class Journal:
                 sync(self._fd)
 
     def add_shard(self, record: ShardRecord) -> None:
-        shard = {"file": record.file, "bytes": record.nbytes, "sha256": record.sha256, "results": record.results}
-        self.add({"job": self.job} | shard | {"sources": record.sources})
+        shard = {"file": record.file, "bytes": record.nbytes, "sha256": record.sha256}
+        self.add({"job": self.job} | shard | _found(record))
 
     def add_prefix(self, prefix: Prefix) -> None:
         """The bytes need not be on the disk, nor wait for the line to be there."""
         place = {"begun": prefix.file, "from": prefix.begin, "bytes": prefix.nbytes, "sha256": prefix.sha256}
-        said = {"jobs": prefix.jobs, "results": prefix.results, "sources": prefix.sources}
-        self.add({"job": self.job} | place | said, lasting=False)
+        self.add({"job": self.job} | place | {"jobs": prefix.jobs} | _found(prefix), lasting=False)
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -123,20 +126,20 @@ class Journal:
                 os.close(fd)
 
 
-def read(path: Path) -> Story:
-    """The story of a journal up to its first line that is broken or unknown; an empty one where there is no journal."""
-    story = Story()
+def read(path: Path) -> JournalState:
+    """What a journal says, up to its first line that is broken or unknown; an empty one where there is no journal."""
+    state = JournalState()
     with storing(path, "reading"):
         try:
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except FileNotFoundError:
-            return story
+            return state
         with open(fd, "rb") as file:
             for line in file:
-                if not line.endswith(b"\n") or not _tell(story, line):
+                if not line.endswith(b"\n") or not _take_line(state, line):
                     break
-                story.length += len(line)
-    return story
+                state.length += len(line)
+    return state
 
 
 def has_lines(path: Path) -> bool:
@@ -145,47 +148,76 @@ def has_lines(path: Path) -> bool:
         return bool(file.readline(1 << 16)) and file.readline(1 << 16).startswith(b'{"job"')
 
 
-def _tell(story: Story, line: bytes) -> bool:
-    """Take a line into the story; False where it is none."""
+def _take_line(state: JournalState, line: bytes) -> bool:
+    """Take a line into the state; False where it is none that a run wrote."""
     try:
         body = json.loads(line)
-        if story.job is None:
-            story.job, story.inputs = str(body["job"]), body.get("inputs")
+        if state.job is None:
+            state.job, state.inputs = str(body["job"]), body.get("inputs")
             return bool(body["journal"] == 1)
         if "moves" in body:
-            story.moves = body["moves"]
+            state.moves = _moves(body["moves"])
         elif "published" in body:
-            story.published = True
+            state.published = True
         elif "job" not in body:
-            story.inputs = str(body["inputs"])
+            state.inputs = str(body["inputs"])
         else:
-            return body["job"] == story.job and (_take_prefix if "begun" in body else _take_shard)(story, body)
-    except (ValueError, KeyError, TypeError):
+            return body["job"] == state.job and (_take_prefix if "begun" in body else _take_shard)(state, body)
+    except (ValueError, KeyError, TypeError, RecursionError):
         return False
     return True
 
 
-def _take_shard(story: Story, body: Mapping[str, Any]) -> bool:
-    said = list(body["results"]), dict(body.get("sources", {}))
-    record = ShardRecord(str(body["file"]), int(body["bytes"]), str(body["sha256"]), *said)
-    if not _is_name(record.file):
-        return False
-    story.records[record.file] = record
-    story.begun.pop(record.file, None)
+def _take_shard(state: JournalState, body: Mapping[str, Any]) -> bool:
+    file, nbytes, sha256 = _place(body, "file")
+    record = ShardRecord(file, nbytes, sha256, _results(body["results"]), _sources(body.get("sources", {})))
+    state.finished[file] = record
+    state.started.pop(file, None)
     return True
 
 
-def _take_prefix(story: Story, body: Mapping[str, Any]) -> bool:
+def _take_prefix(state: JournalState, body: Mapping[str, Any]) -> bool:
     """A prefix goes on from one that is noted, or from the start; what was noted beyond that did not hold."""
-    numbers = int(body["from"]), int(body["bytes"]), str(body["sha256"]), int(body["jobs"])
-    prefix = Prefix(str(body["begun"]), *numbers, list(body["results"]), dict(body["sources"]))
-    before = [one for one in story.begun.get(prefix.file, []) if one.nbytes <= prefix.begin]
-    goes_on = prefix.begin == (before[-1].nbytes if before else 0) < prefix.nbytes
-    if not _is_name(prefix.file) or not goes_on:
+    file, nbytes, sha256 = _place(body, "begun")
+    begin, jobs = integer(body["from"], "from"), integer(body["jobs"], "jobs")
+    prefix = Prefix(file, begin, nbytes, sha256, jobs, _results(body["results"]), _sources(body["sources"]))
+    before = [one for one in state.started.get(file, []) if one.nbytes <= begin]
+    if not (begin == (before[-1].nbytes if before else 0) < nbytes):
         return False
-    story.begun[prefix.file] = [*before, prefix]
+    state.started[file] = [*before, prefix]
     return True
 
 
-def _is_name(file: str) -> bool:
-    return file not in (".", "..") and os.path.basename(file) == file
+def _found(shard: ShardRecord | Prefix) -> dict[str, object]:
+    """What was found out while the bytes were made, as a line has it."""
+    return {"results": [weight.as_json() for weight in shard.results], "sources": shard.sources}
+
+
+def _place(body: Mapping[str, Any], key: str) -> tuple[str, int, str]:
+    """Name, bytes and SHA-256 of a shard; ValueError where the name is none of a file in a folder."""
+    file = _file_name(text(body[key], key))
+    return file, integer(body["bytes"], "bytes"), text(body["sha256"], "sha256")
+
+
+def _file_name(name: str) -> str:
+    if name in ("", ".", "..") or os.path.basename(name) != name or b"\0" in os.fsencode(name):
+        raise ValueError(f"{name!r} is not the name of a file")
+    return name
+
+
+def _results(value: object) -> list[MergedWeight]:
+    return [MergedWeight.from_json(line) for line in items(value, "results")]
+
+
+def _sources(value: object) -> Reads:
+    reads = {name: items(blocks, name) for name, blocks in mapping(value, "sources").items()}
+    found = {name: [list(integers(block, name)) for block in blocks] for name, blocks in reads.items()}
+    if any(len(block) != 3 for blocks in found.values() for block in blocks):
+        raise ValueError("a block that was read is begin, bytes and fingerprint")
+    return found
+
+
+def _moves(value: object) -> dict[str, list[str]] | None:
+    if value is None:
+        return None
+    return {key: list(map(_file_name, texts(mapping(value, "moves")[key], key))) for key in ("new", "old")}

@@ -11,12 +11,11 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from lora_merge.checkpoint.opening import file_sha256
 from lora_merge.checkpoint.weight_files import model_in
 from lora_merge.errors import LoraMergeError, OutputExistsError, UsageError, VerificationError, listed, printable
-from lora_merge.record import MANIFEST, read_record
+from lora_merge.output.record import MANIFEST, Record, RecordedFile, read_record
 
 SYSTEM = frozenset({"lost+found"})
 """Belongs to the file system; stays where it is."""
@@ -48,7 +47,7 @@ def check_replaceable(out: Path, overwrite: bool, besides: Iterable[str] = ()) -
         raise OutputExistsError(
             f"{printable(out)}: holds a finished output; choose another name, or replace it with --overwrite"
         )
-    foreign = list(_foreign(out, record["files"], {*besides, *SYSTEM}))
+    foreign = list(_foreign(out, record.files, {*besides, *SYSTEM}))
     if foreign:
         raise OutputExistsError(
             f"{printable(out)}: beside an earlier output there is what this tool did not write, or what was changed "
@@ -56,7 +55,7 @@ def check_replaceable(out: Path, overwrite: bool, besides: Iterable[str] = ()) -
         )
 
 
-def earlier(out: Path) -> Mapping[str, Any] | None:
+def earlier(out: Path) -> Record | None:
     """The record of the output that is at OUT; None where there is none that proves right."""
     try:
         return read_record(out)
@@ -77,7 +76,7 @@ def _not_ours(out: Path, there: list[str]) -> LoraMergeError:
     )
 
 
-def _foreign(out: Path, files: Mapping[str, Any], besides: set[str]) -> Iterator[str]:
+def _foreign(out: Path, files: Mapping[str, RecordedFile], besides: set[str]) -> Iterator[str]:
     """Paths of files and links in OUT that its record does not know, or that are not as it knows them."""
     written = os.lstat(out / MANIFEST).st_mtime_ns  # the record is written last
     for folder, names in _walk(out, besides):
@@ -100,14 +99,14 @@ def _walk(out: Path, besides: set[str]) -> Iterator[tuple[str, list[str]]]:
         yield folder, sorted([*files, *links])
 
 
-def _is_as_recorded(path: Path, entry: Mapping[str, Any], written: int) -> bool:
+def _is_as_recorded(path: Path, entry: RecordedFile, written: int) -> bool:
     """Whether a file is the one recorded: not touched since the record was, or else of the same bytes."""
     found = os.lstat(path)
-    if not stat.S_ISREG(found.st_mode) or found.st_size != entry["bytes"]:
+    if not stat.S_ISREG(found.st_mode) or found.st_size != entry.nbytes:
         return False
     if found.st_mtime_ns <= written:
         return True
-    return _digest(path, (found.st_ino, found.st_mtime_ns, found.st_ctime_ns)) == str(entry["sha256"])
+    return _digest(path, (found.st_ino, found.st_mtime_ns, found.st_ctime_ns)) == entry.sha256
 
 
 @lru_cache(maxsize=1024)

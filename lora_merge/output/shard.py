@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from lora_merge.checkpoint.sources import Reads
 from lora_merge.errors import StorageError
 from lora_merge.output.files import FileWriter, longest_prefix, sync_folder
 from lora_merge.output.journal import Prefix, ShardRecord
 from lora_merge.output.location import storing
+from lora_merge.results import MergedWeight
 
 if TYPE_CHECKING:
     from hashlib import _Hash as Hash
@@ -27,25 +28,26 @@ PAUSE = 2.0
 
 
 @dataclass(frozen=True, slots=True)
-class Begun:
-    """What there is of a shard: bytes and their digest, jobs that are whole, their results and sources."""
+class StartedShard:
+    """What an earlier run left of a shard: its first bytes and their digest, how many jobs are whole in them, the
+    weights rewritten there, and what was read of the base for them."""
 
     nbytes: int = 0
     jobs: int = 0
-    results: list[dict[str, Any]] = field(default_factory=list)
-    sources: dict[str, Any] = field(default_factory=dict)
+    results: Sequence[MergedWeight] = ()
+    sources: Reads = field(default_factory=dict)
     digest: Hash = field(default_factory=hashlib.sha256)
 
     @classmethod
-    def proved(cls, path: Path, prefixes: Sequence[Prefix], look: Callable[[], None]) -> Begun | None:
+    def proved(cls, path: Path, prefixes: Sequence[Prefix], look: Callable[[], None]) -> StartedShard | None:
         """The longest of these prefixes that the file at `path` really has; None where it has none."""
         found = longest_prefix(path, [(prefix.nbytes, prefix.sha256) for prefix in prefixes], look)
         if found is None:
             return None
-        kept = prefixes[: found[0] + 1]
-        results = [line for prefix in kept for line in prefix.results]
-        sources = {name: reads for prefix in kept for name, reads in prefix.sources.items()}
-        return cls(kept[-1].nbytes, kept[-1].jobs, results, sources, found[1])
+        whole = prefixes[: found[0] + 1]
+        results = [weight for prefix in whole for weight in prefix.results]
+        sources = {name: reads for prefix in whole for name, reads in prefix.sources.items()}
+        return cls(whole[-1].nbytes, whole[-1].jobs, results, sources, found[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,8 @@ class ShardWriter:
     """One shard in the making: `write` its bytes in order, say where it could be gone on with (`reached`), then
     `finish`, or `close` to give it up.
 
-    begun: what an earlier run left of it; the bytes written follow these. noted: called with the prefixes to be noted.
+    started: what an earlier run left of it; the bytes written follow these. noted: called with each prefix that the
+    journal shall have. record: called with the finished shard.
     """
 
     def __init__(
@@ -71,39 +74,38 @@ class ShardWriter:
         path: Path,
         target: Path,
         nbytes: int,
-        begun: Begun | None,
+        started: StartedShard | None,
         noted: Callable[[Prefix], None],
         record: Callable[[ShardRecord], None],
     ) -> None:
-        self.begun = begun or Begun()
+        self.started = started or StartedShard()
         self._target = target
         self._noted, self._record = noted, record
-        self._file = FileWriter(path, nbytes, (begun.nbytes, begun.digest.copy()) if begun else None)
-        self._last = self._point = self._here(self.begun.jobs, len(self.begun.results), len(self.begun.sources))
+        self._file = FileWriter(path, nbytes, (started.nbytes, started.digest.copy()) if started else None)
+        self._last = self._point = self._here(self.started.jobs, len(self.started.results), len(self.started.sources))
         self._time = time.monotonic()
-        self._results: Sequence[dict[str, Any]] = ()
-        self._sources: Mapping[str, Any] = {}
+        self._results: Sequence[MergedWeight] = ()
+        self._sources: Reads = {}
 
     def write(self, data: memoryview | bytes) -> None:
         """The next bytes of the file, hashed as they pass. StorageError where the disk is full or fails."""
         self._file.write(data)
 
-    def reached(self, jobs: int, results: Sequence[dict[str, Any]], sources: Mapping[str, Any]) -> None:
+    def reached(self, jobs: int, results: Sequence[MergedWeight], sources: Reads) -> None:
         """From here another run could go on. All three are counted from the start of the shard and only grow."""
         self._results, self._sources = results, sources
         self._point = self._here(jobs, len(results), len(sources))
         if self._point.nbytes - self._last.nbytes >= SPAN or time.monotonic() - self._time >= PAUSE:
             self._note()
 
-    def finish(self, results: Sequence[dict[str, Any]], sources: Mapping[str, Any] | None = None) -> ShardRecord:
-        """All bytes are there: make the shard last, and note it with `results` (JSON values) in the journal."""
+    def finish(self, results: Sequence[MergedWeight], sources: Reads | None = None) -> ShardRecord:
+        """All bytes are there: make the shard last, and note it with its rewritten weights in the journal."""
         self._point = self._last = self._here(0, 0, 0, nbytes=0)  # what failed to reach the disk is not gone on with
         self._file.finish()
         with storing(self._target, "moving the finished shard into place"):
             os.rename(self._file.path, self._target)
             sync_folder(self._target.parent)
-        said = json.loads(json.dumps([*results])), json.loads(json.dumps(sources or {}))  # the same as after a resume
-        record = ShardRecord(self._target.name, self._file.nbytes, self._file.sha256, *said)
+        record = ShardRecord(self._target.name, self._file.nbytes, self._file.sha256, [*results], sources or {})
         self._record(record)
         return record
 

@@ -20,12 +20,12 @@ from lora_merge.planning.draft import Draft
 from lora_merge.planning.jobs import Copy, Job, QuantizeOptions, Rewrite
 from lora_merge.planning.output_formats import OutputFormats, quantization, skeleton
 from lora_merge.planning.rescaling import Scalings, rescaled
-from lora_merge.request import SAME, Request
+from lora_merge.request import SAME, Recipe
 from lora_merge.spec import PLAIN_FLOATS, TensorSpec
 
 
 def job_list(
-    draft: Draft, claims: PlacedClaims, request: Request, outputs: OutputFormats, original: Checkpoint | None = None
+    draft: Draft, claims: PlacedClaims, request: Recipe, outputs: OutputFormats, original: Checkpoint | None = None
 ) -> list[tuple[str, Job]]:
     """A job for every weight and other tensor of the output, each with the base file that it comes from, in the order
     of those files."""
@@ -60,7 +60,7 @@ def _refuse_clashes(jobs: Sequence[Job]) -> None:
         )
 
 
-def _rounded(draft: Draft, request: Request) -> tuple[Quantized | None, Collection[str]]:
+def _rounded(draft: Draft, request: Recipe) -> tuple[Quantized | None, Collection[str]]:
     """The grid that the adapter was trained over, and the weights that lay on it: all linears but the head."""
     if request.trained_on == "as-is":
         return None, ()
@@ -72,7 +72,7 @@ def _rounded(draft: Draft, request: Request) -> tuple[Quantized | None, Collecti
     return QUANTIZED["bitsandbytes"].from_options(wanted, {}), {f"{module}.weight" for module in found.chosen}
 
 
-def _scalings(draft: Draft, claims: PlacedClaims, request: Request, original: Checkpoint | None) -> Scalings | None:
+def _scalings(draft: Draft, claims: PlacedClaims, request: Recipe, original: Checkpoint | None) -> Scalings | None:
     """How an adapter of the original is converted for an AWQ base; None where it is not to be.
 
     Raises AdapterError where nobody said on which of the two it was trained.
@@ -103,7 +103,7 @@ class _Maker:
         self,
         draft: Draft,
         claims: PlacedClaims,
-        request: Request,
+        request: Recipe,
         outputs: OutputFormats,
         trained_on: Quantized | None,
         rounded: Collection[str],

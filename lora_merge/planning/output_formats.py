@@ -28,7 +28,7 @@ from lora_merge.formats.plain import WRITABLE
 from lora_merge.models.linears import Linears, linears
 from lora_merge.models.skeleton import NoSkeleton, Skeleton, build
 from lora_merge.planning.loaders import fitted, still_plain, unfilled
-from lora_merge.request import DTYPES, Request
+from lora_merge.request import DTYPES, Recipe
 from lora_merge.spec import PLAIN_FLOATS, TensorSpec
 
 
@@ -65,7 +65,7 @@ def _unreadable(said: str) -> UnsupportedError:
 
 
 def decide(
-    request: Request, weights: Mapping[str, StoredWeight], config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]
+    request: Recipe, weights: Mapping[str, StoredWeight], config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]
 ) -> OutputFormats:
     """The format of each weight of the output.
 
@@ -105,7 +105,7 @@ def declared(config: Mapping[str, Any]) -> str | None:
     return str(method) if method else f"ChatGLM int{bits}" if bits else None
 
 
-def _plain(name: str, stored: StoredWeight, request: Request, config: Mapping[str, Any]) -> Plain:
+def _plain(name: str, stored: StoredWeight, request: Recipe, config: Mapping[str, Any]) -> Plain:
     """The plain format of a weight: as asked, else its own, else what it decodes to; transposed as its class has it."""
     own = stored.weight.dtype if stored.weight.dtype in WRITABLE else "F32"
     if own == "F32" and request.bits == 16 and isinstance(stored.format, Quantized):
@@ -118,7 +118,7 @@ def _plain(name: str, stored: StoredWeight, request: Request, config: Mapping[st
     return Plain(request.target_dtype or own, transposed)
 
 
-def _check_sixteen_bits(request: Request, weights: Mapping[str, StoredWeight], plain: Mapping[str, Plain]) -> None:
+def _check_sixteen_bits(request: Recipe, weights: Mapping[str, StoredWeight], plain: Mapping[str, Plain]) -> None:
     """UsageError where 16 bits leave open which: a wider base says neither bfloat16 nor float16."""
     wide = [name for name, format in plain.items() if format.dtype == "F32"]
     size = sum(weights[name].weight.numel for name in wide)
@@ -171,7 +171,7 @@ def _common(present: Mapping[str, StoredWeight]) -> Quantized | None:
     return found.most_common(1)[0][0] if found else None  # type: ignore[return-value]
 
 
-def _kind(request: Request, present: Mapping[str, StoredWeight], config: Mapping[str, Any]) -> type[Quantized] | None:
+def _kind(request: Recipe, present: Mapping[str, StoredWeight], config: Mapping[str, Any]) -> type[Quantized] | None:
     """The class of format that is asked for; None: the base's own, weight by weight."""
     if request.format is not None:
         if request.format not in QUANTIZED:
@@ -189,11 +189,11 @@ def _kind(request: Request, present: Mapping[str, StoredWeight], config: Mapping
     return QUANTIZED["chatglm" if is_chatglm(config) and not config.get(SECTION) else "compressed-tensors"]
 
 
-def _bits(request: Request, own: Quantized | None) -> int:
+def _bits(request: Recipe, own: Quantized | None) -> int:
     return request.bits or (own.bits if own is not None else 4)
 
 
-def _is_as_asked(request: Request, kind: type[Quantized], present: Mapping[str, StoredWeight]) -> bool:
+def _is_as_asked(request: Recipe, kind: type[Quantized], present: Mapping[str, StoredWeight]) -> bool:
     """Whether the base is already what is asked for, so that its own parameters are kept."""
     if not present or request.quant_type or request.group_size or request.double_quant:
         return False
@@ -251,7 +251,7 @@ def skeleton(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> Sk
 
 
 def _quantized(
-    request: Request,
+    request: Recipe,
     kind: type[Quantized],
     found: Linears,
     present: Mapping[str, StoredWeight],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any
 
 from lora_merge import __version__
@@ -25,21 +24,14 @@ from lora_merge.planning.draft import Draft
 from lora_merge.planning.job_list import job_list
 from lora_merge.planning.jobs import Copy, Job, Plan, Rewrite
 from lora_merge.planning.output_formats import OutputFormats, check_read, decide, declared, quantization
-from lora_merge.request import Request
+from lora_merge.request import Recipe
 
 CONFIG = "config.json"
 INDEX = "{}.safetensors.index.json"
-RECORDED = (
-    "bits", "format", "dtype", "quant_type", "double_quant", "group_size", "scales", "rounding", "seed", "keep",
-    "trained_on", "adapter_base", "weight", "alpha", "base_is_residual", "allow_unused", "max_shard_size",
-)  # fmt: skip
-"""Words of a request that decide the bytes of the output."""
 
 
-def make(
-    request: Request, base: Checkpoint, adapters: Sequence[Checkpoint], original: Checkpoint | None = None
-) -> Plan:
-    """The plan of a request whose inputs are open. original: what `--adapter-base` names.
+def make(request: Recipe, base: Checkpoint, adapters: Sequence[Checkpoint], original: Checkpoint | None = None) -> Plan:
+    """The plan of a recipe whose inputs are open. original: what `--adapter-base` names.
 
     Raises AdapterError where an adapter does not fit, UnsupportedError where a weight cannot be merged or written.
     """
@@ -57,15 +49,6 @@ def make(
     draft.notes += outputs.notes
     jobs = job_list(draft, claims, request, outputs, original)
     return _assembled(draft, jobs, outputs, request, adapters, original)
-
-
-def options(request: Request) -> dict[str, Any]:
-    """The words of a request that decide the bytes of the output, where they differ from the default."""
-    defaults = {field.name: field.default for field in fields(request)}
-    words = {name: getattr(request, name) for name in RECORDED}
-    if request.original:
-        words["adapter_base"] = request.original.resolve().name  # what it holds is in the digest
-    return {name: value for name, value in words.items() if value != defaults[name]}
 
 
 def job_digest(*parts: Any) -> str:
@@ -110,7 +93,7 @@ def _assembled(
     draft: Draft,
     jobs: list[tuple[str, Job]],
     outputs: OutputFormats,
-    request: Request,
+    request: Recipe,
     adapters: Sequence[Checkpoint],
     original: Checkpoint | None,
 ) -> Plan:
@@ -137,7 +120,7 @@ def _assembled(
     inputs = [[identity(file) for file in base.files], digests, configs, draft.read]
     inputs += [[identity(file) for file in original.files]] if original else []
     settings = [(shard.file, hashlib.sha256(shard.header).hexdigest()) for shard in laid]
-    name = job_digest(__version__, options(request), inputs, settings, {".".join(k): v for k, v in changes.items()})
+    name = job_digest(__version__, request.choices(), inputs, settings, {".".join(k): v for k, v in changes.items()})
     return Plan(laid, files, side, changes, tuple(dict.fromkeys(draft.notes)), name, digests)
 
 

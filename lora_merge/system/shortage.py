@@ -23,7 +23,7 @@ MARGIN = 192 * 2**20
 """Address space that must be left beside the imports: stacks of a few threads, what the allocator takes at a time."""
 WATCHER = "signals"
 """Name of the thread that waits for signals, of which a child need not know."""
-COMPUTING = ("lora_merge.proving", "lora_merge.execution.rewriting")
+COMPUTING = ("lora_merge.api", "lora_merge.execution.opening")
 """Modules that bring in all that a merge runs on."""
 SIGNS = (
     "can't allocate memory", "cannot allocate memory", "out of memory", "unable to allocate", "bad_alloc",

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from lora_merge.containers.regular_file import RegularFile
 from lora_merge.containers.safetensors import SafetensorsFile, open_safetensors
 from lora_merge.errors import InputError, LoraMergeError, VerificationError, listed, printable
-from lora_merge.record import MANIFEST, bounded, parse_object, read_record
+from lora_merge.output.record import MANIFEST, Record, RecordedFile, bounded, parse_object, read_record
+from lora_merge.progress import Progress, no_progress
 
 if TYPE_CHECKING:
     import numpy
@@ -36,8 +37,6 @@ EXPONENTS = {
 NAN_CODES = {"F8_E4M3": (0x7F, 0xFF), "F8_E8M0": (0xFF,), "F8_E4M3FNUZ": (0x80,), "F8_E5M2FNUZ": (0x80,)}
 """Byte values that are NaN where there is no infinity. 4- and 6-bit floats are always finite."""
 
-Progress = Callable[[str, int, int], None]
-
 
 @dataclass(frozen=True, slots=True)
 class Verification:
@@ -52,7 +51,7 @@ class Verification:
     recomputed: bool = False
 
 
-def verify_output(out: Path, progress: Progress | None = None) -> Verification:
+def verify_output(out: Path, progress: Progress = no_progress) -> Verification:
     """Prove that `out` is what its `lora_merge.json` says, and that a loader would find just that.
 
     Checked: the record itself, size and SHA-256 of each file, no further weight files, headers, the index against the
@@ -61,8 +60,7 @@ def verify_output(out: Path, progress: Progress | None = None) -> Verification:
     Raises VerificationError that lists everything found wrong, InputError where `out` is no folder.
     """
     check_there(out)
-    manifest = read_record(out)
-    check = _Check(out, manifest, progress or (lambda name, nbytes, total: None))
+    check = _Check(out, read_record(out), progress)
     check.run()
     if check.faults:
         faults = listed(check.faults, limit=20)
@@ -86,34 +84,35 @@ class _Check:
     """
 
     out: Path
-    manifest: Mapping[str, Any]
-    told: Progress
+    record: Record
+    progress: Progress
     faults: list[str] = field(default_factory=list)
     headers: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @property
-    def files(self) -> Mapping[str, tuple[int, str]]:
-        return {name: (entry["bytes"], entry["sha256"]) for name, entry in self.manifest["files"].items()}
+    def files(self) -> Mapping[str, RecordedFile]:
+        return self.record.files
 
     @property
     def nbytes(self) -> int:
-        return sum(size for size, _ in self.files.values())
+        return sum(file.nbytes for file in self.files.values())
 
     def run(self) -> None:
         total = self.nbytes
-        lines = self.manifest.get("weights")
-        merged = None if lines is None else {part for line in lines for part in line.get("parts", [line.get("name")])}
+        weights = self.record.weights
+        merged = None if weights is None else {part for weight in weights for part in weight.parts}
         index = self._index()
         shards = {SINGLE} if index is None else set(index["weight_map"].values())
-        for name, (size, sha256) in self.files.items():
+        for name, recorded in self.files.items():
             model = name in shards or (name.startswith("model-") and name.endswith(".safetensors"))
             try:
                 found = self._read(name, model, merged, total)
             except LoraMergeError as error:
                 self.faults.append(f"{name}: {str(error).removeprefix(f'{self.out / name}: ')}")
                 continue
-            if found != (size, sha256):
-                what = f"{found[0]} bytes, {size} recorded" if found[0] != size else "other bytes than recorded"
+            if found != recorded:
+                size = f"{found.nbytes} bytes, {recorded.nbytes} recorded"
+                what = size if found.nbytes != recorded.nbytes else "other bytes than recorded"
                 self.faults.append(f"{name}: has {what}")
         self.faults += [f"{name}: is not in {MANIFEST}, and a loader may take it" for name in self._extra()]
         self._check_index(index)
@@ -121,13 +120,13 @@ class _Check:
         if "config.json" in self.files:
             self._object("config.json")
 
-    def _read(self, name: str, model: bool, merged: set[str] | None, total: int) -> tuple[int, str]:
+    def _read(self, name: str, model: bool, merged: set[str] | None, total: int) -> RecordedFile:
         """Size and digest of a file; its tensors are looked into on the way."""
         if not model:
             file = RegularFile(self.out / name)
             try:
                 blocks = _blocks(lambda start, part: file.read_into(start, part, "content"), file.size)
-                return file.size, self._digest(hashlib.sha256(), name, blocks, total)
+                return RecordedFile(file.size, self._digest(name, blocks, total))
             finally:
                 file.close()
         tensors = open_safetensors(self.out / name)
@@ -136,9 +135,7 @@ class _Check:
         finally:
             tensors.close()
 
-    def _read_tensors(
-        self, file: str, tensors: SafetensorsFile, merged: set[str] | None, total: int
-    ) -> tuple[int, str]:
+    def _read_tensors(self, file: str, tensors: SafetensorsFile, merged: set[str] | None, total: int) -> RecordedFile:
         self.headers[file] = {name: spec.nbytes for name, spec in tensors.tensors.items()}
         size = tensors.path.stat().st_size
         digest = hashlib.sha256(_head(tensors.path, size - sum(self.headers[file].values())))
@@ -146,18 +143,19 @@ class _Check:
             bad = 0
             for block in _blocks(partial(tensors.read_into, name), spec.nbytes):
                 digest.update(block)
-                self.told(name, len(block), total)
+                self.progress(name, len(block), total)
                 if merged is None or name in merged:
                     bad += _not_finite(spec.dtype, block)
             if bad:
                 self.faults.append(f"{file}: tensor {name}: {bad} of {spec.numel} values are NaN or infinite")
-        return size, digest.hexdigest()
+        return RecordedFile(size, digest.hexdigest())
 
-    def _digest(self, digest: Any, name: str, blocks: Iterator[memoryview], total: int) -> str:
+    def _digest(self, name: str, blocks: Iterator[memoryview], total: int) -> str:
+        digest = hashlib.sha256()
         for block in blocks:
             digest.update(block)
-            self.told(name, len(block), total)
-        return str(digest.hexdigest())
+            self.progress(name, len(block), total)
+        return digest.hexdigest()
 
     def _extra(self) -> list[str]:
         found = [
@@ -203,8 +201,8 @@ class _Check:
 
     def _check_count(self) -> None:
         count = sum(map(len, self.headers.values()))
-        if self.manifest.get("tensors", count) != count:
-            self.faults.append(f"{MANIFEST}: records {self.manifest['tensors']} tensors, the shards have {count}")
+        if self.record.tensors not in (None, count):
+            self.faults.append(f"{MANIFEST}: records {self.record.tensors} tensors, the shards have {count}")
 
     def _object(self, name: str) -> dict[str, Any]:
         """A JSON object; empty, and a fault, where the file is none."""

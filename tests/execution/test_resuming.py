@@ -146,7 +146,7 @@ def test_a_lone_shard_is_gone_on_with_wherever_it_was_stopped(
     tmp_path: Path, words: dict[str, object], threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shard, "SPAN", 1)
-    monkeypatch.setattr("lora_merge.execution.executor.COPIED", 100_000)  # the embedding takes several blocks
+    monkeypatch.setattr("lora_merge.execution.blocks.COPIED", 100_000)  # the embedding takes several blocks
     small.write_adapter(tmp_path / "adapter", small.write_base(tmp_path / "base", shards=1))
     inputs, words = (tmp_path / "base", tmp_path / "adapter"), {"min_survival": -9, **words}
     calm = lora_merge.merge(*inputs, tmp_path / "calm", **words)

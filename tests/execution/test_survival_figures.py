@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import lora_merge
 from lora_merge.errors import NumericError
-from lora_merge.record import MANIFEST
+from lora_merge.output.record import MANIFEST
 
 PLAIN = bases.FIXTURES / "_base_A_bf16"
 ROUNDINGS = ["auto", "nearest", "stochastic", "dither", "adapter-aware"]

@@ -17,7 +17,9 @@ PER_KEY = 800
 
 MEASURED = """
 import sys, threading, time
-from lora_merge import api, request_words
+from lora_merge import request_words
+from lora_merge.checkpoint.inputs import open_inputs
+from lora_merge.planning import plan as planning
 import torch, lora_merge.execution.memory
 from lora_merge.errors import AdapterError
 
@@ -34,8 +36,9 @@ def watch():
 
 threading.Thread(target=watch, daemon=True).start()
 try:
-    with api.opened(request_words.request_of("base", "adapter", None)):
-        pass
+    recipe = request_words.request_of("base", "adapter", None).recipe
+    with open_inputs(recipe) as inputs:
+        planning.make(recipe, inputs.base, inputs.adapters)
 except AdapterError as error:
     print(error, file=sys.stderr)
 print(peak[0] - before)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import lora_merge
 from lora_merge.errors import UnsupportedError, UsageError, VerificationError
-from lora_merge.record import MANIFEST, sealed
+from lora_merge.output.record import MANIFEST, sealed
 
 PLAIN = bases.FIXTURES / "_base_A_bf16"
 LAYER = "model.layers.0."

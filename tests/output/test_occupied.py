@@ -69,7 +69,7 @@ def test_a_model_as_the_last_word_is_never_replaced(bare, capsys, names, words):
 
 @pytest.mark.parametrize("words", [["base", "adapter"], ["base", "other", "adapter"], ["adapter", "base"]])
 def test_a_forgotten_out_is_asked_for_before_anything_is_read(job, capsys, monkeypatch, words):
-    monkeypatch.setattr("lora_merge.api.opened", lambda request: pytest.fail("inputs were opened"))
+    monkeypatch.setattr("lora_merge.api.open_inputs", lambda recipe: pytest.fail("inputs were opened"))
     before = everything(job)
     for more in ([], ["--overwrite"], ["--overwrite", "--dry-run"]):
         assert cli.run([*words, *more]) == 2
@@ -193,7 +193,7 @@ def test_what_a_user_put_into_an_output_is_not_replaced(job, capsys, monkeypatch
     named = change(job / "out")
     before = everything(job)
     if inside:
-        monkeypatch.setattr("lora_merge.output.stage.stages_inside", lambda real: True)
+        monkeypatch.setattr("lora_merge.output.staging_folder.stages_inside", lambda real: True)
     for words in (["--overwrite"], ["--overwrite", "--dry-run"], ["--overwrite", "--restart"]):
         assert cli.run(["base", "adapter", "out", *words]) == 7
         assert f"changed since: {named}." in capsys.readouterr().err

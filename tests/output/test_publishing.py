@@ -11,8 +11,8 @@ from trial import SHARDS, WHOLE, Stopped, content, fail, make, put, put_all
 
 from lora_merge.errors import OutputExistsError
 from lora_merge.output import publishing
+from lora_merge.output.record import MANIFEST
 from lora_merge.output.stage import Stage
-from lora_merge.record import MANIFEST
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +103,7 @@ def test_what_appears_at_the_very_last_moment_is_left_alone(out: Path, monkeypat
 def inside(out: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     out.mkdir()
     (out / "lost+found").mkdir()
-    monkeypatch.setattr("lora_merge.output.stage.stages_inside", lambda real: True)
+    monkeypatch.setattr("lora_merge.output.staging_folder.stages_inside", lambda real: True)
     yield out
 
 
@@ -150,7 +150,7 @@ def test_a_publishing_that_is_stopped_is_undone(
             make(inside, stop_after=1, overwrite=True, restart=True)
         assert {name: data for name, data in content(inside).items() if not name.startswith(".lora")} == old
         monkeypatch.undo()
-        monkeypatch.setattr("lora_merge.output.stage.stages_inside", lambda real: True)
+        monkeypatch.setattr("lora_merge.output.staging_folder.stages_inside", lambda real: True)
         make(inside, overwrite=True, resume=True)
     assert {name: data for name, data in content(inside).items() if not name.startswith(".lora")} == WHOLE
 

@@ -11,6 +11,7 @@ import pytest
 from lora_merge.errors import NumericError, OutputExistsError, StorageError
 from lora_merge.output import journal, shard
 from lora_merge.output.stage import Stage
+from lora_merge.results import MergedWeight
 from lora_merge.system.stopping import Stopped
 
 NAME, PIECE = "model.safetensors", 1000
@@ -32,11 +33,11 @@ def out(tmp_path: Path) -> Path:
 def pieces(stage: Stage, last: int = 10) -> Iterator[None]:
     """Write the shard from where it stands, a job for each piece; yields after each."""
     writer = stage.shard(NAME, len(DATA))
-    results, sources = list(writer.begun.results), dict(writer.begun.sources)
+    results, sources = list(writer.started.results), dict(writer.started.sources)
     try:
-        for number in range(writer.begun.jobs, last):
+        for number in range(writer.started.jobs, last):
             writer.write(DATA[number * PIECE : (number + 1) * PIECE])
-            results.append({"name": str(number)})
+            results.append(MergedWeight.from_json({"name": str(number)}))
             sources[str(number)] = [[0, 1, number]]
             writer.reached(number + 1, results, sources)
             yield
@@ -58,22 +59,22 @@ def killed(out: Path, after: int, monkeypatch: pytest.MonkeyPatch) -> Path:
     stage._journal.close()
     stage._journal = None
     stage._owner.release()
-    return stage.home
+    return stage.staging.path
 
 
-def begun(out: Path) -> int:
+def jobs_started(out: Path) -> int:
     """Jobs that a resume finds done; the stage stays as it is."""
     with Stage.open(out, "job", resume=True) as stage:
-        return stage.begun[NAME].jobs if NAME in stage.begun else 0
+        return stage.left.started[NAME].jobs if NAME in stage.left.started else 0
 
 
 def finish(out: Path) -> None:
     """Resume to the end, and compare everything with an undisturbed run."""
     with Stage.open(out, "job", resume=True) as stage:
         list(pieces(stage))
-        record = stage.records[NAME]
-        assert [line["name"] for line in record.results] == [str(number) for number in range(10)]
-        noted = journal.read(stage.home / "journal").records[NAME]
+        record = stage.shards[NAME]
+        assert [weight.name for weight in record.results] == [str(number) for number in range(10)]
+        noted = journal.read(stage.staging.journal).finished[NAME]
         assert noted.sources == {str(number): [[0, 1, number]] for number in range(10)}
         stage.publish()
     assert (out / NAME).read_bytes() == DATA and os.listdir(out.parent) == ["out"]
@@ -83,7 +84,7 @@ def finish(out: Path) -> None:
 def test_a_kill_loses_what_came_after_the_last_note(out: Path, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = killed(out, after, monkeypatch)
     before = (stage / f"{NAME}.tmp").stat().st_ino
-    assert begun(out) == after // 2 * 2
+    assert jobs_started(out) == after // 2 * 2
     finish(out)
     assert after < 2 or (out / NAME).stat().st_ino == before
 
@@ -93,7 +94,7 @@ def test_a_stop_loses_nothing_that_is_whole(out: Path) -> None:
         for number, _ in enumerate(pieces(stage)):
             if number == 4:
                 raise Stopped
-    assert begun(out) == 5
+    assert jobs_started(out) == 5
     with pytest.raises(OutputExistsError, match=r"0 finished shards and a part of 1 more.*--resume"):
         Stage.open(out, "job")
     with pytest.raises(OutputExistsError, match="other inputs"):
@@ -104,7 +105,7 @@ def test_a_stop_loses_nothing_that_is_whole(out: Path) -> None:
 def test_kills_of_resumed_runs_add_up(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for after, found in ((3, 2), (2, 4), (1, 4), (4, 8)):
         killed(out, after, monkeypatch)
-        assert begun(out) == found
+        assert jobs_started(out) == found
     finish(out)
 
 
@@ -115,7 +116,7 @@ def test_after_some_seconds_a_note_is_made_however_little_there_is(
     monkeypatch.setattr(shard, "SPAN", 1 << 40)
     monkeypatch.setattr(shard, "PAUSE", time)
     killed(out, 3, monkeypatch)
-    assert begun(out) == (0 if time else 3)
+    assert jobs_started(out) == (0 if time else 3)
 
 
 @pytest.mark.parametrize(("place", "found"), [(7500, 6), (5000, 4), (1, 0)])
@@ -127,9 +128,9 @@ def test_bytes_that_did_not_reach_the_disk_are_written_again(
     data[place] ^= 1
     path.write_bytes(data)
     killed(out, 1, monkeypatch)  # goes on from an older note, and dies before it makes a new one
-    assert begun(out) == found
+    assert jobs_started(out) == found
     killed(out, 2, monkeypatch)
-    assert begun(out) == found + 2
+    assert jobs_started(out) == found + 2
     finish(out)
 
 
@@ -147,7 +148,7 @@ def test_a_harmed_file_is_gone_on_with_as_far_as_it_holds(
         path.symlink_to(tmp_path / "target")
     if harm == "folder":
         path.mkdir()
-    assert begun(out) == (4 if harm == "short" else 0)
+    assert jobs_started(out) == (4 if harm == "short" else 0)
     (tmp_path / "target").unlink(missing_ok=True)
     finish(out)
 
@@ -156,7 +157,7 @@ def test_a_harmed_file_is_gone_on_with_as_far_as_it_holds(
 def test_a_torn_note_is_none(out: Path, cut: int, monkeypatch: pytest.MonkeyPatch) -> None:
     path = killed(out, 4, monkeypatch) / "journal"
     path.write_bytes(path.read_bytes()[:-cut])
-    assert begun(out) == 2
+    assert jobs_started(out) == 2
     finish(out)
 
 
@@ -169,7 +170,7 @@ def test_notes_that_do_not_go_on_from_one_another_are_not_believed(tmp_path: Pat
 
     def told(*lines: dict[str, object]) -> list[int]:
         path.write_text("".join(json.dumps(line) + "\n" for line in (head, *lines)))
-        return [prefix.nbytes for prefix in journal.read(path).begun.get("f", [])]
+        return [prefix.nbytes for prefix in journal.read(path).started.get("f", [])]
 
     assert told(note(0, 5), note(5, 9)) == [5, 9]
     assert told(note(0, 5), note(5, 9), note(5, 7), note(7, 8)) == [5, 7, 8]
@@ -177,7 +178,7 @@ def test_notes_that_do_not_go_on_from_one_another_are_not_believed(tmp_path: Pat
     for bad in (note(4, 9), note(5, 5), note(5, 9, job="k"), note(5, 9, begun="../f"), note(5, 9, results=None)):
         assert told(note(0, 5), bad, note(5, 8)) == [5], bad
     finished = {"job": "j", "file": "f", "bytes": 9, "sha256": "x", "results": []}
-    assert told(note(0, 5), finished) == [] and journal.read(path).records["f"].sources == {}
+    assert told(note(0, 5), finished) == [] and journal.read(path).finished["f"].sources == {}
 
 
 @pytest.mark.parametrize("call", ["fsync", "close"])
@@ -198,7 +199,7 @@ def test_what_the_disk_refused_to_take_is_not_gone_on_with(
         with monkeypatch.context() as patch:
             patch.setattr(os, call, failing)
             next(writing)
-    assert begun(out) == 0
+    assert jobs_started(out) == 0
     finish(out)
 
 
@@ -210,8 +211,8 @@ def test_a_begun_shard_stays_where_the_same_job_may_come_through(
         for number, _ in enumerate(pieces(stage)):
             if number == 3:
                 raise error("why")
-    assert stage.home.exists() == bool(found)
-    assert begun(out) == found
+    assert stage.staging.path.exists() == bool(found)
+    assert jobs_started(out) == found
 
 
 def test_files_touched_since_are_told_until_they_are_trusted(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

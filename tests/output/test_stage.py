@@ -10,10 +10,11 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from trial import SHARDS, WHOLE, content, fail, make, put
+from trial import SHARDS, WHOLE, content, fail, make, put, result
 
 from lora_merge.errors import InputError, OutputExistsError, StorageError
 from lora_merge.output import files, journal
+from lora_merge.output.record import RecordedFile
 from lora_merge.output.stage import Stage
 
 
@@ -31,8 +32,8 @@ def out(tmp_path: Path) -> Path:
 def test_a_run_leaves_out_and_nothing_else(out: Path) -> None:
     stage = make(out)
     assert content(out) == WHOLE and os.listdir(out.parent) == ["out"]
-    assert stage.files == {name: (len(data), sha256(data).hexdigest()) for name, data in WHOLE.items()}
-    assert stage.records[next(iter(SHARDS))].results == [{"name": next(iter(SHARDS)), "change": 0.1}]
+    assert stage.files == {name: RecordedFile(len(data), sha256(data).hexdigest()) for name, data in WHOLE.items()}
+    assert stage.shards[next(iter(SHARDS))].results == [result(next(iter(SHARDS)))]
 
 
 def test_missing_parents_are_made(out: Path) -> None:
@@ -85,9 +86,9 @@ def test_a_failed_run_is_resumed(out: Path) -> None:
     first = next(iter(SHARDS))
     before = (stage / "files" / first).stat()
     with Stage.open(out, "job", resume=True) as resumed:
-        assert dict(resumed.kept) == dict(resumed.records) and list(resumed.kept) == [first]
-        assert resumed.kept[first].results == [{"name": first, "change": 0.1}]
-        assert resumed.files[first] == (5000, sha256(SHARDS[first]).hexdigest())
+        assert resumed.left.finished == resumed.shards and list(resumed.shards) == [first]
+        assert resumed.left.finished[first].results == [result(first)]
+        assert resumed.files[first] == RecordedFile(5000, sha256(SHARDS[first]).hexdigest())
     make(out, resume=True)
     assert content(out) == WHOLE and os.listdir(out.parent) == ["out"]
     assert (out / first).stat().st_mtime_ns == before.st_mtime_ns
@@ -103,7 +104,7 @@ def test_a_left_stage_is_not_dropped_unasked(out: Path, job: str, hint: str) -> 
             make(out, job, resume=True)
     assert list(content(stage / "files")) == [next(iter(SHARDS))]
     made = make(out, job, restart=True)
-    assert not made.kept and content(out) == WHOLE and os.listdir(out.parent) == ["out"]
+    assert not made.left and content(out) == WHOLE and os.listdir(out.parent) == ["out"]
 
 
 def test_a_stage_without_shards_is_not_worth_a_question(out: Path) -> None:
@@ -127,7 +128,7 @@ def test_a_harmed_shard_is_made_again(out: Path, tmp_path: Path, harm: str) -> N
     if harm == "folder":
         shard.mkdir()
     stage = make(out, resume=True)
-    assert not stage.kept and content(out) == WHOLE and not (out / first).is_symlink()
+    assert not stage.left and content(out) == WHOLE and not (out / first).is_symlink()
 
 
 @pytest.mark.parametrize("cut", range(1, 60, 7))
@@ -135,10 +136,10 @@ def test_a_torn_journal_line_is_cut_off(out: Path, cut: int) -> None:
     path = fail(out, after=2) / "journal"
     path.write_bytes(path.read_bytes()[:-cut])
     with Stage.open(out, "job", resume=True) as stage:
-        assert list(stage.kept) == list(SHARDS)[:1]
+        assert list(stage.left.finished) == list(SHARDS)[:1]
         put(stage, *list(SHARDS.items())[1])
     assert all(json.loads(line) for line in path.read_bytes().splitlines())
-    assert len(make(out, resume=True).kept) == 2 and content(out) == WHOLE
+    assert len(make(out, resume=True).left.finished) == 2 and content(out) == WHOLE
 
 
 @pytest.mark.parametrize("length", [0, 1, 20])
@@ -156,10 +157,10 @@ def test_foreign_lines_are_not_believed(tmp_path: Path) -> None:
     good = b'{"job": "j", "file": "f", "bytes": 1, "sha256": "x", "results": []}\n'
     for bad in (b"[]\n", b"{}\n", b"\xff\n", good.replace(b'"f"', b'"../f"'), good.replace(b'"j"', b'"k"'), good[:-1]):
         path.write_bytes(head + good + bad + good.replace(b'"f"', b'"g"'))
-        story = journal.read(path)
-        assert (list(story.records), story.length) == (["f"], len(head + good)), bad
+        state = journal.read(path)
+        assert (list(state.finished), state.length) == (["f"], len(head + good)), bad
     path.write_bytes(b'{"journal": 2, "job": "j"}\n' + good)
-    assert not journal.read(path).records
+    assert not journal.read(path).finished
 
 
 def test_a_folder_with_the_stages_name_is_not_cleared(out: Path) -> None:
@@ -196,7 +197,7 @@ def test_links_planted_in_the_stage_are_not_followed(out: Path, tmp_path: Path) 
     assert content(out) == WHOLE and content(tmp_path / "mine") == {"notes": b"x"}
     with Stage.open(tmp_path / "again", "job") as other:
         (other.folder / "sub").symlink_to(tmp_path / "mine")
-        (other.home / f"{second}.tmp").symlink_to(tmp_path / "mine/new")
+        (other.staging.path / f"{second}.tmp").symlink_to(tmp_path / "mine/new")
         with pytest.raises(StorageError):
             other.write("sub/notes", b"y")
         with pytest.raises(StorageError):
@@ -237,7 +238,7 @@ def test_a_shard_has_the_size_that_was_planned(out: Path) -> None:
         with pytest.raises(AssertionError):
             writer.write(b"cd")
         writer.close()
-        assert sorted(os.listdir(stage.home)) == ["files", "journal", "owner"]
+        assert sorted(os.listdir(stage.staging.path)) == ["files", "journal", "owner"]
 
 
 def test_short_writes_go_on(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,7 +276,7 @@ def test_failing_calls_leave_a_stage_to_resume(
         assert "disk is full" in str(caught.value) and " are free" in str(caught.value)
     if call == "write" and number == errno.EFBIG:
         assert "3000 bytes of this file were still to be written" in str(caught.value)
-    assert list(make(out, resume=True).kept) == [first[0]]
+    assert list(make(out, resume=True).left.finished) == [first[0]]
     assert content(out) == WHOLE
 
 
@@ -287,8 +288,8 @@ def test_several_shards_at_once(out: Path) -> None:
             thread.start()
         for thread in threads:
             thread.join()
-        story = journal.read(stage.home / "journal")
-        assert sorted(story.records) == sorted(data)
+        state = journal.read(stage.staging.journal)
+        assert sorted(state.finished) == sorted(data)
         stage.publish()
     assert content(out) == data
 

@@ -15,8 +15,9 @@ from hashlib import sha256
 from pathlib import Path
 
 from lora_merge.errors import LoraMergeError, OutputExistsError
+from lora_merge.output.record import MANIFEST, sealed
 from lora_merge.output.stage import Stage
-from lora_merge.record import MANIFEST, sealed
+from lora_merge.results import MergedWeight
 
 Start = Callable[..., "subprocess.Popen[str]"]
 SHARDS, SIZE, BLOCK = 8, 300_000, 1 << 14
@@ -44,12 +45,12 @@ def whole(job: str) -> dict[str, bytes]:
 def run(out: Path, job: str, words: list[str]) -> None:
     with Stage.open(out, job, **dict.fromkeys(words, True)) as stage:
         for name, data in shards(job).items():
-            if name in stage.kept:
+            if name in stage.left.finished:
                 continue
             writer = stage.shard(name, SIZE)
             for start in range(0, SIZE, BLOCK):
                 writer.write(data[start : start + BLOCK])
-            writer.finish([{"name": name}])
+            writer.finish([MergedWeight.from_json({"name": name})])
         for name in (*small_files(job), MANIFEST):
             stage.write(name, whole(job)[name])
         stage.publish()

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from lora_merge.output.record import MANIFEST, sealed
 from lora_merge.output.stage import Stage
-from lora_merge.record import MANIFEST, sealed
+from lora_merge.results import MergedWeight
 
 SHARDS = {"model-00001-of-00002.safetensors": b"a" * 5000, "model-00002-of-00002.safetensors": b"b" * 3000}
 
@@ -36,18 +37,22 @@ class Stopped(Exception):
     """A run that was stopped by a test."""
 
 
+def result(name: str) -> MergedWeight:
+    return MergedWeight(name, ("lora",), (0,), "BF16", (2, 3), 0.1, None)
+
+
 def put(stage: Stage, name: str, data: bytes) -> None:
     writer = stage.shard(name, len(data))
     writer.write(data[:1000])
     writer.write(memoryview(data)[1000:])
-    writer.finish([{"name": name, "change": 0.1}])
+    writer.finish([result(name)])
 
 
 def make(out: Path, job: str = "job", stop_after: int | None = None, **words: bool) -> Stage:
     """A whole run, or one that fails after so many shards."""
     with Stage.open(out, job, **words) as stage:
         for name, data in list(SHARDS.items())[:stop_after]:
-            if name not in stage.kept:
+            if name not in stage.left.finished:
                 put(stage, name, data)
         if stop_after is not None:
             raise Stopped

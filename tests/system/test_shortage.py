@@ -45,7 +45,7 @@ def test_the_first_failing_import_is_told_and_not_repeated(job, monkeypatch):
         tried.append(words)
         raise ImportError("libtorch_cpu.so: failed to map segment from shared object")
 
-    monkeypatch.setattr("lora_merge.execution.rewriting.Rewriter", broken)
+    monkeypatch.setattr("lora_merge.execution.opening.WeightOpener", broken)
     with pytest.raises(MemoryLimitError, match=r"libtorch_cpu\.so: failed to map segment"):
         lora_merge.merge(job / "base", job / "adapter", job / "out", threads=2)
     assert len(tried) == 1 and not (job / "out").exists()
@@ -66,7 +66,7 @@ def test_a_thread_that_cannot_be_started(job, monkeypatch):
 
 def test_a_run_may_be_repeated_after_a_failure(job, monkeypatch):
     """The failure belongs to the run, not to the executor."""
-    executor = Executor(None, (), Machine(1, 1, "cpu"))  # type: ignore[arg-type]
+    executor = Executor(None, Machine(1, 1, "cpu"))  # type: ignore[arg-type]
     executor._failure = MemoryError()
     executor.run([], None, lambda name, nbytes: None)  # type: ignore[arg-type]
     assert executor._failure is None

@@ -113,7 +113,7 @@ import sys, time
 from pathlib import Path
 from lora_merge import cli
 from lora_merge.planning import plan as planning
-from lora_merge.execution import rewriting
+from lora_merge.execution import opening
 def deaf(*words):
     Path({str(tmp_path / "deaf")!r}).touch()
     time.sleep(60)
@@ -137,11 +137,11 @@ def test_a_long_call_is_not_waited_for(home: Path, tmp_path: Path, number: signa
     patch = """
 from lora_merge.output import shard
 shard.SPAN = 0
-ready, count = rewriting.Rewriter.ready, []
+ready, count = opening.WeightOpener.open, []
 def sometimes(self, job):
     count.append(job)
     return deaf() if len(count) > 5 else ready(self, job)
-rewriting.Rewriter.ready = sometimes
+opening.WeightOpener.open = sometimes
 """
     run = begin(scripted(home, tmp_path, patch), (tmp_path / "deaf").exists)
     assert "--resume" in end(run, number)

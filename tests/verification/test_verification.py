@@ -11,7 +11,7 @@ import pytest
 
 from lora_merge.containers.safetensors import layout
 from lora_merge.errors import InputError, VerificationError
-from lora_merge.record import MANIFEST, sealed
+from lora_merge.output.record import MANIFEST, sealed
 from lora_merge.spec import TensorSpec
 from lora_merge.verification import integrity as verification
 from lora_merge.verification.integrity import INDEX, Verification, verify_output

@@ -1,0 +1,209 @@
+"""The functions of `import lora_merge`, each keyword with its type, its default, and one line of meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from lora_merge import api
+from lora_merge.errors import UsageError
+from lora_merge.progress import Progress, no_progress
+from lora_merge.request import Bits, DtypeName, FormatName, QuantType, Rounding, Scales, TrainedOn
+from lora_merge.request_words import PathLike, checked_call, path_of, paths_of, request_of
+from lora_merge.results import Inspection, MergeResult, PlanResult
+from lora_merge.verification.integrity import Verification
+
+if TYPE_CHECKING:
+    import torch
+
+
+@checked_call
+def merge(
+    base: PathLike,
+    adapters: PathLike | Iterable[PathLike],
+    out: PathLike,
+    *,
+    bits: Bits | None = None,
+    format: FormatName | None = None,
+    dtype: DtypeName | torch.dtype | None = None,
+    quant_type: QuantType | None = None,
+    double_quant: bool = False,
+    group_size: int | None = None,
+    keep: str | Iterable[str] = (),
+    rounding: Rounding = "auto",
+    scales: Scales = "auto",
+    seed: int = 0,
+    min_survival: float = 0.3,
+    trained_on: TrainedOn = "as-is",
+    adapter_base: PathLike | None = None,
+    weight: float | Iterable[float] = (),
+    alpha: float | None = None,
+    base_is_residual: bool = False,
+    allow_unused: str | None = None,
+    max_shard_size: int | str | None = None,
+    device: str = "auto",
+    max_memory: int | str | None = None,
+    threads: int | None = None,
+    resume: bool = False,
+    restart: bool = False,
+    overwrite: bool = False,
+    verify: bool = False,
+    progress: Progress | None = None,
+) -> MergeResult:
+    """Merge adapters into a checkpoint and write the result to the new folder `out`.
+
+    base: folder of weights with its config.json, or one weight file.
+    adapters: folder or file of an adapter, or several; none is a plain conversion.
+    out: the new folder; it exists only if this returns.
+    bits: width of the weights, 2 to 8 or 16; None: that of the base.
+    format: as in the table of formats of README.md; None: that of the base, if it has that width.
+    dtype: of plain weights, and of the scales of others: float32, bfloat16, float16; None: as the base has them.
+    quant_type: kind of codes, where a format has several: int, fp8, nf4, fp4, nvfp4, mxfp4, mxfp8.
+    double_quant: quantize the scales too (bitsandbytes).
+    group_size: weights of a row that share a scale; -1: all of them.
+    keep: regular expressions of modules that stay, or become, plain.
+    rounding: of merged weights to codes: nearest, stochastic, dither, adapter-aware; auto: the best of them, measured.
+    scales: of merged weights: keep those of the base, or fit fresh ones; auto: the better, measured.
+    seed: of the roundings that draw.
+    min_survival: raise NumericError if rounding leaves less than this of the change to any weight.
+    trained_on: the grid that a QLoRA adapter was trained over, nf4, fp4 or int8; as-is: the base itself.
+    adapter_base: for an AWQ base: the original that the adapters were trained on, or `same`.
+    weight: strength of each adapter, in their order; 1 where not given.
+    alpha: lora_alpha of an adapter file that has no config.
+    base_is_residual: the base is the residual saved with a PiSSA, OLoRA, ... adapter.
+    allow_unused: regular expression of adapter tensors that may have no place in the base.
+    max_shard_size: bytes, or a text like `2GB`; None: shards as the base has them.
+    device: auto, cpu, cuda or cuda:N.
+    max_memory: limit of the process's own memory; bytes, or a text like `2GB`.
+    threads: threads that compute; None: the cores there are, at most 8.
+    resume: go on where an earlier run of the same job stopped.
+    restart: throw away what an earlier run left behind.
+    overwrite: replace `out` where it is an earlier output; nothing else ever is.
+    verify: read the output again before it is published.
+    progress: called with (name, nbytes, total) after each block that was written.
+
+    None is the default of every keyword. Raises the errors of `lora_merge.errors`.
+    """
+    request = request_of(
+        *(base, adapters, path_of("out", out)),
+        bits=bits, format=format, dtype=dtype, quant_type=quant_type, double_quant=double_quant,
+        group_size=group_size, keep=keep, rounding=rounding, scales=scales, seed=seed,
+        min_survival=min_survival, trained_on=trained_on, adapter_base=adapter_base, weight=weight, alpha=alpha,
+        base_is_residual=base_is_residual, allow_unused=allow_unused, max_shard_size=max_shard_size,
+        device=device, max_memory=max_memory, threads=threads, resume=resume, restart=restart,
+        overwrite=overwrite, verify=verify,
+    )  # fmt: skip
+    return api.merge_request(request, progress=progress or no_progress)
+
+
+@checked_call
+def plan(
+    base: PathLike,
+    adapters: PathLike | Iterable[PathLike],
+    out: PathLike | None = None,
+    *,
+    bits: Bits | None = None,
+    format: FormatName | None = None,
+    dtype: DtypeName | torch.dtype | None = None,
+    quant_type: QuantType | None = None,
+    double_quant: bool = False,
+    group_size: int | None = None,
+    keep: str | Iterable[str] = (),
+    rounding: Rounding = "auto",
+    scales: Scales = "auto",
+    seed: int = 0,
+    min_survival: float = 0.3,
+    trained_on: TrainedOn = "as-is",
+    adapter_base: PathLike | None = None,
+    weight: float | Iterable[float] = (),
+    alpha: float | None = None,
+    base_is_residual: bool = False,
+    allow_unused: str | None = None,
+    max_shard_size: int | str | None = None,
+    device: str = "auto",
+    max_memory: int | str | None = None,
+    threads: int | None = None,
+    resume: bool = False,
+    restart: bool = False,
+    overwrite: bool = False,
+    verify: bool = False,
+) -> PlanResult:
+    """What `merge` would do with the same keywords; reads headers only and writes nothing.
+
+    base: folder of weights with its config.json, or one weight file.
+    adapters: folder or file of an adapter, or several; none is a plain conversion.
+    out: where the merge would write; what is there is looked at.
+    bits: width of the weights, 2 to 8 or 16; None: that of the base.
+    format: as in the table of formats of README.md; None: that of the base, if it has that width.
+    dtype: of plain weights, and of the scales of others: float32, bfloat16, float16; None: as the base has them.
+    quant_type: kind of codes, where a format has several: int, fp8, nf4, fp4, nvfp4, mxfp4, mxfp8.
+    double_quant: quantize the scales too (bitsandbytes).
+    group_size: weights of a row that share a scale; -1: all of them.
+    keep: regular expressions of modules that stay, or become, plain.
+    rounding: of merged weights to codes: nearest, stochastic, dither, adapter-aware; auto: the best of them, measured.
+    scales: of merged weights: keep those of the base, or fit fresh ones; auto: the better, measured.
+    seed: of the roundings that draw.
+    min_survival: raise NumericError if rounding leaves less than this of the change to any weight.
+    trained_on: the grid that a QLoRA adapter was trained over, nf4, fp4 or int8; as-is: the base itself.
+    adapter_base: for an AWQ base: the original that the adapters were trained on, or `same`.
+    weight: strength of each adapter, in their order; 1 where not given.
+    alpha: lora_alpha of an adapter file that has no config.
+    base_is_residual: the base is the residual saved with a PiSSA, OLoRA, ... adapter.
+    allow_unused: regular expression of adapter tensors that may have no place in the base.
+    max_shard_size: bytes, or a text like `2GB`; None: shards as the base has them.
+    device: auto, cpu, cuda or cuda:N.
+    max_memory: limit of the process's own memory; bytes, or a text like `2GB`.
+    threads: threads that compute; None: the cores there are, at most 8.
+    resume: go on where an earlier run of the same job stopped.
+    restart: throw away what an earlier run left behind.
+    overwrite: replace `out` where it is an earlier output; nothing else ever is.
+    verify: read the output again before it is published.
+
+    None is the default of every keyword. Raises the errors of `lora_merge.errors`.
+    """
+    request = request_of(
+        *(base, adapters, out),
+        bits=bits, format=format, dtype=dtype, quant_type=quant_type, double_quant=double_quant,
+        group_size=group_size, keep=keep, rounding=rounding, scales=scales, seed=seed,
+        min_survival=min_survival, trained_on=trained_on, adapter_base=adapter_base, weight=weight, alpha=alpha,
+        base_is_residual=base_is_residual, allow_unused=allow_unused, max_shard_size=max_shard_size,
+        device=device, max_memory=max_memory, threads=threads, resume=resume, restart=restart,
+        overwrite=overwrite, verify=verify,
+    )  # fmt: skip
+    return api.plan_request(request)
+
+
+@checked_call
+def verify(
+    out: PathLike,
+    *,
+    base: PathLike | None = None,
+    adapters: PathLike | Iterable[PathLike] = (),
+    adapter_base: PathLike | None = None,
+    progress: Progress | None = None,
+) -> Verification:
+    """Prove a finished output: digests, headers, index, finiteness of what was merged.
+
+    out: the folder that a merge has written.
+    base: compute every weight again from this base, with the recorded options, and compare byte for byte.
+    adapters: those of the merge, in their order; given together with `base`.
+    adapter_base: the original, where the merge was given one.
+    progress: called with (name, nbytes, total) after each block that was read.
+
+    Raises VerificationError that lists what does not prove right, and the other errors of `lora_merge.errors`.
+    """
+    folders = paths_of(adapters)
+    if base is None and folders:
+        raise UsageError("verify: adapters are compared together with their base; give --base too")
+    named = None if base is None else path_of("base", base)
+    original = None if adapter_base is None else path_of("adapter_base", adapter_base)
+    return api.verify_path(path_of("out", out), named, folders, original, progress or no_progress)
+
+
+@checked_call
+def inspect(path: PathLike) -> Inspection:
+    """What a checkpoint or an adapter holds, from its headers and config.
+
+    path: a folder, or one weight file. Raises InputError where it is neither a checkpoint nor an adapter.
+    """
+    return api.inspect(path_of("path", path))
