@@ -236,11 +236,11 @@ def verify(
 
 def run(args: list[str] | None = None, stop: Stop | None = None) -> int:
     """The exit code of one command line; errors go to stderr. Raises Stopped soon after `stop` was asked."""
-    words = sys.argv[1:] if args is None else args
+    given = sys.argv[1:] if args is None else args
     stop = stop or Stop()
     try:
         with telling_shortage():
-            app.main(words, prog_name="lora-merge", standalone_mode=False, obj=stop)
+            app.main(given, prog_name="lora-merge", standalone_mode=False, obj=stop)
         return 0
     except click.exceptions.Exit as asked:
         return asked.exit_code
@@ -248,7 +248,7 @@ def run(args: list[str] | None = None, stop: Stop | None = None) -> int:
         error.show()
         return 2
     except LoraMergeError as error:
-        return _report(error, error.exit_code, words)
+        return _report(error, error.exit_code, given)
     except (KeyboardInterrupt, click.Abort):
         print(farewell(SIGINT, stop), file=sys.stderr)
         return 130
@@ -258,12 +258,12 @@ def run(args: list[str] | None = None, stop: Stop | None = None) -> int:
     except OSError as error:
         bare = error.filename is None
         return _report(
-            StorageError(f"reading or writing failed: {error.strerror or error}") if bare else error, 8, words
+            StorageError(f"reading or writing failed: {error.strerror or error}") if bare else error, 8, given
         )
 
 
-def _report(error: BaseException, code: int, words: list[str]) -> int:
-    if "--debug" in words:
+def _report(error: BaseException, code: int, given: list[str]) -> int:
+    if "--debug" in given:
         traceback.print_exception(error)
     text = str(error) or type(error).__name__
     print(f"lora-merge: {printable(text)}", file=sys.stderr)

@@ -103,7 +103,7 @@ def starred(text: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", printable(text))
 
 
-def told(notes: Iterable[str]) -> Iterable[str]:
+def note_lines(notes: Iterable[str]) -> Iterable[str]:
     """A line for each note; one for all that say the same of several layers."""
     groups: dict[str, list[str]] = {}
     for note in notes:
@@ -162,14 +162,14 @@ def show_plan(plan: PlanResult, *, as_json: bool, verbose: bool) -> None:
     print(f"\n{counts}, into {len(plan.shards)} shards")
     for path, value in plan.config_changes.items():
         print(f"config.json: {path} = {json.dumps(value)}")
-    say(told(plan.notes))
+    say(note_lines(plan.notes))
     print(f"needs {size(plan.disk)} of disk and at least {size(plan.memory)} of memory; nothing was written")
 
 
 def _counts(merged: int, converted: int, copied: int, words: tuple[str, str, str]) -> str:
     """`42 tensors merged, 15 copied`; zeros are left out, but for the copies."""
-    told = [f"{number} {word}" for number, word in zip((merged, converted), words, strict=False) if number]
-    first, *rest = (*told, f"{copied} {words[2]}")
+    parts = [f"{number} {word}" for number, word in zip((merged, converted), words, strict=False) if number]
+    first, *rest = (*parts, f"{copied} {words[2]}")
     return ", ".join((first.replace(" ", " tensors ", 1), *rest))
 
 
@@ -206,12 +206,12 @@ def show_result(result: MergeResult, *, as_json: bool) -> None:
     print(
         f"\n{counts}{resumed}: {size(result.nbytes)} in {result.seconds:.1f} s ({size(int(rate))}/s, {result.device})"
     )
-    if kept := result.kept:
+    if total := result.kept:
         print(
-            f"kept of the adapters: survival {figure(kept.survival)} (raw {figure(kept.raw_survival)}), "
-            f"projection {figure(kept.projection)}, noise {figure(kept.noise)} (|error| / |change|)"
+            f"kept of the adapters: survival {figure(total.survival)} (raw {figure(total.raw_survival)}), "
+            f"projection {figure(total.projection)}, noise {figure(total.noise)} (|error| / |change|)"
         )
-    say(told(result.notes))
+    say(note_lines(result.notes))
     print(f"written to {printable(result.out)}")
 
 
@@ -226,24 +226,24 @@ def _merged(weights: Sequence[MergedWeight]) -> Iterable[str]:
         change = _mean([member.relative_change for member in members])
         changed = _mean([member.changed for member in members])
         row = [name, ", ".join(members[0].kinds) or "conversion", share(change, 2), share(changed)]
-        rows.append(row + _kept(members) if coded else row)
+        rows.append(row + _survival_cells(members) if coded else row)
     return table(rows)
 
 
-def _kept(members: Sequence[MergedWeight]) -> list[str]:
+def _survival_cells(members: Sequence[MergedWeight]) -> list[str]:
     """What rounding to codes left of the change to a family of weights."""
     merged = [member for member in members if member.survival is not None]
     survival = [member.survival for member in merged if member.survival is not None]
     means = [_mean(survival), min(survival, default=None)]
     means += [_mean([member.raw_survival for member in merged]), _mean([member.projection for member in merged])]
     means.append(_mean([member.noise for member in merged]))
-    words = [_counted(member.rounding for member in merged), _counted(member.scales for member in merged)]
-    return [*words, *map(figure, means)]
+    names = [_counted(member.rounding for member in merged), _counted(member.scales for member in merged)]
+    return [*names, *map(figure, means)]
 
 
-def _counted(words: Iterable[str | None]) -> str:
+def _counted(names: Iterable[str | None]) -> str:
     """`nearest`, or where they differ `stochastic 5, nearest 1`."""
-    found = Counter(word or "-" for word in words)
+    found = Counter(name or "-" for name in names)
     if len(found) < 2:
         return next(iter(found), "-")
     return ", ".join(f"{word} {count}" for word, count in found.most_common())
@@ -254,26 +254,29 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def show_inspection(found: Inspection, *, as_json: bool, verbose: bool) -> None:
+def show_inspection(inspection: Inspection, *, as_json: bool, verbose: bool) -> None:
     """What a folder of weights holds."""
     if as_json:
-        show_json(found.as_json())
+        show_json(inspection.as_json())
         return
-    print(f"{printable(found.path)}: {found.role}, {found.kind}, {len(found.tensors)} tensors, {size(found.nbytes)}")
-    say(f"  {dtype}: {size(nbytes)}" for dtype, nbytes in found.dtypes.items())
-    say(f"  {printable(key)}: {printable(value)}" for key, value in found.config.items())
+    print(
+        f"{printable(inspection.path)}: {inspection.role}, {inspection.kind}, {len(inspection.tensors)} tensors, "
+        f"{size(inspection.nbytes)}"
+    )
+    say(f"  {dtype}: {size(nbytes)}" for dtype, nbytes in inspection.dtypes.items())
+    say(f"  {printable(key)}: {printable(value)}" for key, value in inspection.config.items())
     rows = []
-    for name, members in families(found.tensors, lambda tensor: (tensor.dtype, str(tensor.shape)), verbose):
+    for name, members in families(inspection.tensors, lambda tensor: (tensor.dtype, str(tensor.shape)), verbose):
         first = members[0]
         rows.append((name, first.dtype, str(list(first.shape)), printable(first.file)))
     say(table(rows))
-    say(told(found.notes))
+    say(note_lines(inspection.notes))
 
 
-def show_verification(found: Verification, *, as_json: bool) -> None:
+def show_verification(proved: Verification, *, as_json: bool) -> None:
     """What was proved."""
     if as_json:
-        show_json(asdict(found))
+        show_json(asdict(proved))
         return
-    again = ", and as base and adapters give it again" if found.recomputed else ""
-    print(f"verified: {found.files} files, {found.tensors} tensors, {size(found.nbytes)}; all as recorded{again}")
+    again = ", and as base and adapters give it again" if proved.recomputed else ""
+    print(f"verified: {proved.files} files, {proved.tensors} tensors, {size(proved.nbytes)}; all as recorded{again}")

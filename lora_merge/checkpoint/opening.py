@@ -127,36 +127,36 @@ def identity(file: TensorFile) -> dict[str, Any]:
     }
 
 
-def _open(found: CheckpointFiles) -> Checkpoint:
-    config = read_json(found.config) if found.config else None
+def _open(located: CheckpointFiles) -> Checkpoint:
+    config = read_json(located.config) if located.config else None
     files: list[TensorFile] = []
     try:
-        for path in found.weights:
+        for path in located.weights:
             files.append(open_safetensors(path) if path.suffix == ".safetensors" else open_torch_bin(path))
-        homes = _homes(found, files)
+        homes = _homes(located, files)
     except BaseException:
         for file in files:
             file.close()
         raise
     bins = [file for file in files if isinstance(file, TorchBinFile)]
     return Checkpoint(
-        path=found.folder,
+        path=located.folder,
         config=config,
         files=tuple(files),
         tensors=MappingProxyType({name: file.tensors[name] for name, file in homes.items()})
         if homes
         else files[0].tensors,
-        side_files=found.side_files,
+        side_files=located.side_files,
         aliases=MappingProxyType({name: first for file in bins for name, first in file.aliases.items()}),
-        notes=(*found.notes, *_remarks(found, files, bins)),
+        notes=(*located.notes, *_remarks(located, files, bins)),
         _homes=MappingProxyType(homes),
     )
 
 
-def _homes(found: CheckpointFiles, files: list[TensorFile]) -> dict[str, TensorFile]:
+def _homes(located: CheckpointFiles, files: list[TensorFile]) -> dict[str, TensorFile]:
     """The file of each tensor, empty where there is only one; InputError, with all offenders, where files and index do
     not agree."""
-    if len(files) == 1 and found.index is None and files[0].tensors:
+    if len(files) == 1 and located.index is None and files[0].tensors:
         return {}
     homes: dict[str, TensorFile] = {}
     twice: list[str] = []
@@ -168,15 +168,15 @@ def _homes(found: CheckpointFiles, files: list[TensorFile]) -> dict[str, TensorF
     faults = []
     if twice:
         faults.append(f"tensors that are in two files: {listed(twice)}")
-    if found.index is not None:
-        faults += _index_faults(found.index.weight_map, files)
+    if located.index is not None:
+        faults += _index_faults(located.index.weight_map, files)
     if faults:
-        where = found.index.path if found.index else found.weights[0]
+        where = located.index.path if located.index else located.weights[0]
         raise InputError(
             f"{printable(where)}: {'; '.join(faults)}; the download is probably incomplete, fetch it again"
         )
     if not homes:
-        raise InputError(f"{printable(found.weights[0])}: holds no tensors; fetch it again")
+        raise InputError(f"{printable(located.weights[0])}: holds no tensors; fetch it again")
     return homes
 
 
@@ -194,17 +194,17 @@ def _index_faults(weight_map: Mapping[str, str], files: list[TensorFile]) -> lis
     return faults
 
 
-def _remarks(found: CheckpointFiles, files: list[TensorFile], bins: list[TorchBinFile]) -> list[str]:
+def _remarks(located: CheckpointFiles, files: list[TensorFile], bins: list[TorchBinFile]) -> list[str]:
     remarks = [
         f"{file.path.name}: entries that are no tensors are left out: {listed(file.extras)}"
         for file in bins
         if file.extras
     ]
-    total = found.index.total_size if found.index else None
+    total = located.index.total_size if located.index else None
     every = sum(spec.nbytes for file in files for spec in file.tensors.values())
     shared = sum(file.tensors[name].nbytes for file in bins for name in file.aliases)
     if total is not None and total not in (every, every - shared):
         remarks.append(
-            f"{found.index.path.name if found.index else ''}: total_size is {total}, the tensors have {every}"
+            f"{located.index.path.name if located.index else ''}: total_size is {total}, the tensors have {every}"
         )
     return remarks

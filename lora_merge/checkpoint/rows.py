@@ -19,7 +19,7 @@ from lora_merge.quantization.grids import Grid
 from lora_merge.spec import PLAIN_FLOATS
 
 WINDOWS = 2
-"""Windows of a transposed part that are kept: threads at the end of one expert and at the beginning of the next."""
+"""Windows of a transposed part that stay in memory: threads at the end of one expert and the beginning of the next."""
 
 
 @dataclass(slots=True)
@@ -76,7 +76,8 @@ class StoredRows:
         """name: of the weight, for errors. stored: where it lies; None: the base has nothing of it, its rows are zero.
 
         matrix: rows and columns of its 2-D view. step: rows of a tile, a multiple of what its format codes together.
-        sources: told what is read. trained_on: the grid, settled for this weight, onto which plain rows are rounded.
+        sources: collects what is read. trained_on: a format with the parameters of this weight, onto whose grid plain
+        rows are rounded.
         """
         self.base = base
         self.name = name
@@ -91,14 +92,14 @@ class StoredRows:
         self._windows: OrderedDict[tuple[str, int, int], torch.Tensor] = OrderedDict()
         self._lock = threading.Lock()
         if stored is not None and stored.weight.numel:
-            cuts = self._cuts(0, min(step, self.height))
+            ranges = self._ranges(0, min(step, self.height))
             format = stored.format
             common = format.shared if isinstance(format, Quantized) else ()
             self.shared = {
-                part: self._load(part, 0, base.tensors[stored.parts[part]].nbytes) for part in cuts if part in common
+                part: self._load(part, 0, base.tensors[stored.parts[part]].nbytes) for part in ranges if part in common
             }
             self._check_shared()
-            self.transposed = [part for part, cut in cuts.items() if cut.stride and part not in common]
+            self.transposed = [part for part, byte_range in ranges.items() if byte_range.stride and part not in common]
 
     def _load(self, part: str, begin: int, nbytes: int) -> torch.Tensor:
         assert self.stored is not None
@@ -129,52 +130,54 @@ class StoredRows:
                     "fetch it again"
                 )
 
-    def _window(self, part: str, cut: ByteRange) -> torch.Tensor:
-        """The lines of a cut, uint8 `[lines, stride]`; those last used are kept."""
-        place = (part, cut.first, cut.lines)
+    def _window(self, part: str, byte_range: ByteRange) -> torch.Tensor:
+        """The lines of a byte range, uint8 `[lines, stride]`; those last used stay in memory."""
+        place = (part, byte_range.first, byte_range.lines)
         with self._lock:
             found = self._windows.pop(place, None)
         if found is None:
-            found = self._load(part, cut.first * cut.stride, cut.lines * cut.stride).view(cut.lines, cut.stride)
+            found = self._load(part, byte_range.first * byte_range.stride, byte_range.lines * byte_range.stride).view(
+                byte_range.lines, byte_range.stride
+            )
         with self._lock:
             self._windows[place] = found
             while len(self._windows) > WINDOWS * len(self.transposed):
                 self._windows.popitem(last=False)
         return found
 
-    def _cuts(self, start: int, stop: int) -> dict[str, ByteRange]:
+    def _ranges(self, start: int, stop: int) -> dict[str, ByteRange]:
         assert self.stored is not None
         return self.stored.format.slices(self.stored.weight, self.columns, start, stop)
 
-    def read(self, start: int, stop: int, slot: RowBuffers) -> StoredBytes:
-        """The stored bytes of rows `[start, stop)`; they hold until the slot is used again."""
+    def read(self, start: int, stop: int, buffers: RowBuffers) -> StoredBytes:
+        """The stored bytes of rows `[start, stop)`; they hold until the buffers is used again."""
         source = self.stored
         if source is None or len(self.shared) + len(self.transposed) == len(source.parts):
             return StoredBytes(start, {})
-        cuts = {part: cut for part, cut in self._cuts(start, stop).items() if self._runs(part)}
-        raw = slot.take("raw", sum(cut.nbytes for cut in cuts.values()))
-        parts = dict(zip(cuts, torch.split(raw, [cut.nbytes for cut in cuts.values()]), strict=True))
-        for part, cut in cuts.items():
-            self._read_into(source.parts[part], cut.begin, buffer(parts[part]))
+        ranges = {part: byte_range for part, byte_range in self._ranges(start, stop).items() if self._runs(part)}
+        raw = buffers.take("raw", sum(byte_range.nbytes for byte_range in ranges.values()))
+        parts = dict(zip(ranges, torch.split(raw, [byte_range.nbytes for byte_range in ranges.values()]), strict=True))
+        for part, byte_range in ranges.items():
+            self._read_into(source.parts[part], byte_range.begin, buffer(parts[part]))
         return StoredBytes(start, parts)
 
     def _runs(self, part: str) -> bool:
         """Whether a part lies in one run, in the order of the rows."""
         return part not in self.shared and part not in self.transposed
 
-    def tile(self, start: int, stop: int, raw: StoredBytes, slot: RowBuffers) -> Tile:
-        """Rows `[start, stop)` out of what was read; float32 in the slot, or copied to the device."""
-        rows = slot.take("tile", (stop - start) * self.columns).view(stop - start, self.columns)
+    def tile(self, start: int, stop: int, raw: StoredBytes, buffers: RowBuffers) -> Tile:
+        """Rows `[start, stop)` out of what was read; float32 in the buffers, or copied to the device."""
+        rows = buffers.take("tile", (stop - start) * self.columns).view(stop - start, self.columns)
         source = self.stored
         if source is None:
             return Tile(start, rows.zero_().to(self.device))
-        block = self._cuts(raw.start, raw.start) if raw.parts else {}
+        block = self._ranges(raw.start, raw.start) if raw.parts else {}
         parts = dict(self.shared)
-        for part, cut in self._cuts(start, stop).items():
+        for part, byte_range in self._ranges(start, stop).items():
             if part in self.transposed:
-                parts[part] = self._window(part, cut)[:, cut.begin : cut.end].reshape(-1)
+                parts[part] = self._window(part, byte_range)[:, byte_range.begin : byte_range.end].reshape(-1)
             elif part not in self.shared:
-                parts[part] = raw.parts[part][cut.begin - block[part].begin : cut.end - block[part].begin]
+                parts[part] = raw.parts[part][byte_range.begin - block[part].begin : byte_range.end - block[part].begin]
         if not isinstance(source.format, Quantized):
             source.format.decode(parts, rows)
             return Tile(start, self._rounded(rows, start).to(self.device))
@@ -193,10 +196,10 @@ class StoredRows:
 
     def tiles(self) -> Iterator[Tile]:
         """Every tile, one at a time."""
-        slot = RowBuffers()
+        buffers = RowBuffers()
         for start in range(0, self.height, self.step):
             stop = min(self.height, start + self.step)
-            yield self.tile(start, stop, self.read(start, stop, slot), slot)
+            yield self.tile(start, stop, self.read(start, stop, buffers), buffers)
 
 
 def buffer(data: torch.Tensor) -> memoryview:

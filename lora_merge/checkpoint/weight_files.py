@@ -139,9 +139,9 @@ def model_in(folder: Path) -> str | None:
     inner = [f"{name}/{mark}" for name in names for mark in (ADAPTER_CONFIG, "config.json")]
     names += [path for path in inner if os.path.isfile(folder / path)]
     for what, patterns in (("an adapter", _ADAPTER_MARKS), ("a checkpoint", _CHECKPOINT_MARKS)):
-        marks = [n for n in names if any(fnmatchcase(n.rpartition("/")[2].lower(), p) for p in patterns)]
-        if marks:
-            return f"{what} ({listed(marks)})"
+        hits = [n for n in names if any(fnmatchcase(n.rpartition("/")[2].lower(), p) for p in patterns)]
+        if hits:
+            return f"{what} ({listed(hits)})"
     return None
 
 

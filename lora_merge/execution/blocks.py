@@ -30,11 +30,11 @@ class BlockBuffers:
 
 @dataclass(frozen=True, slots=True)
 class PartBytes:
-    """Bytes of one output tensor for one block. cuts: where they go, piece by piece; None: right behind those of the
+    """Bytes of one output tensor for one block. ranges: where they go, piece by piece; None: right behind those of the
     last block."""
 
     data: memoryview
-    cuts: tuple[ByteRange, ...] | None = None
+    ranges: tuple[ByteRange, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

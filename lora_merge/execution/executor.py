@@ -109,8 +109,8 @@ class Executor:
             if not writer.started.nbytes:
                 writer.write(shard.header)
             buffers = [BlockBuffers() for _ in range(blocks_in_flight(threads))]
-            found = self._blocks(shard, writer.started.jobs, writer.started.nbytes)
-            pipeline.run(found, Block.make, output.take, slots=buffers, threads=threads, stop=self._stop)
+            sequence = self._blocks(shard, writer.started.jobs, writer.started.nbytes)
+            pipeline.run(sequence, Block.make, output.take, slots=buffers, threads=threads, stop=self._stop)
             self.inputs.base.check_unchanged()
             self._stop.check()
             output.finish()

@@ -38,17 +38,17 @@ class FactorReader:
         with self.lock:
             self.left[name] = self.left.get(name, 1) - 1
             last = self.left[name] <= 0
-            found = self.cached.pop(name, None)
-            if found is not None and not last:
-                self.cached[name] = found
-        if found is None:
-            found = self.adapter.load(name).to(self.device)
+            factor = self.cached.pop(name, None)
+            if factor is not None and not last:
+                self.cached[name] = factor
+        if factor is None:
+            factor = self.adapter.load(name).to(self.device)
             if not last:
                 with self.lock:
-                    self.cached[name] = found
+                    self.cached[name] = factor
                     while len(self.cached) > CACHED:
                         self.cached.popitem(last=False)
-        return found
+        return factor
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         spec = self.adapter.tensors[name]

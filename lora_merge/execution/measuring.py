@@ -48,14 +48,14 @@ def measure(job: Rewrite, before: torch.Tensor, written: Mapping[str, torch.Tens
     """What writing a tile of `height` rows of a plain weight changed, seen on its first rows, which were `before`."""
     import torch
 
-    cuts = job.target.slices(job.weight, before.shape[1], 0, len(before))
-    if any(cut.lines > 1 for cut in cuts.values()):  # the rows lie across the bytes
+    ranges = job.target.slices(job.weight, before.shape[1], 0, len(before))
+    if any(byte_range.lines > 1 for byte_range in ranges.values()):  # the rows lie across the bytes
         tile = before.new_empty(height, before.shape[1])
         job.target.decode(written, tile)
         after = tile[: len(before)]
     else:
         after = torch.empty_like(before)
-        job.target.decode({part: written[part][: cut.end] for part, cut in cuts.items()}, after)
+        job.target.decode({part: written[part][: byte_range.end] for part, byte_range in ranges.items()}, after)
     changed = int((after != before).sum())
     delta = torch.linalg.vector_norm(after.sub_(before)).item() ** 2
     return Change(torch.linalg.vector_norm(before).item() ** 2, delta, before.numel(), changed)
@@ -74,15 +74,15 @@ def check_finite(job: Rewrite, rows: torch.Tensor, start: int) -> None:
     bad = ~(rows.abs() <= limit)
     place = bad.nonzero()[0].tolist()
     value = rows[place[0], place[1]].item()
-    found = f"{int(bad.sum())} of the values of rows {start} to {start + len(rows) - 1}"
+    which = f"{int(bad.sum())} of the values of rows {start} to {start + len(rows) - 1}"
     first = f"row {start + place[0]}, column {place[1]}"
     if math.isfinite(value):
         raise NumericError(
-            f"{printable(job.name)}: {found} overflow {job.target} after the merge (first: {value:g} at {first}); "
+            f"{printable(job.name)}: {which} overflow {job.target} after the merge (first: {value:g} at {first}); "
             "write a wider type with --dtype bfloat16 or --dtype float32"
         )
     raise NumericError(
-        f"{printable(job.name)}: {found} are not finite after the merge (first: {value} at {first}); "
+        f"{printable(job.name)}: {which} are not finite after the merge (first: {value} at {first}); "
         "the base or the adapter is damaged, check it with lora-merge inspect"
     )
 

@@ -39,7 +39,7 @@ def fit(run: RunOptions, plan: Plan) -> Machine:
     if run.max_memory is None:
         return Machine(threads, BLOCK_TILES, run.device)
     taken = anonymous_memory()
-    for count, tiles in _cuts(threads):
+    for count, tiles in _machine_sizes(threads):
         machine = Machine(count, tiles, run.device)
         if taken + working_set(plan, machine) <= run.max_memory:
             return machine
@@ -50,7 +50,7 @@ def fit(run: RunOptions, plan: Plan) -> Machine:
     )
 
 
-def _cuts(threads: int) -> Iterator[tuple[int, int]]:
+def _machine_sizes(threads: int) -> Iterator[tuple[int, int]]:
     """Threads and tiles of a block, from the fastest to the least memory."""
     count = threads
     while count > 1:
@@ -65,12 +65,12 @@ def working_set(plan: Plan, machine: Machine) -> int:
     widest = max((tile_rows(job) * job.weight.matrix(job.stacked)[1] for job in rewritten), default=TILE)
     tile = max(widest, 1) * 4
     coded = any(job.quantize for job in plan.rewrites)
-    slot = 2 * machine.block_tiles * max(tile, TILE * 4) // 2 + (CODED_TILES if coded else PLAIN_TILES) * tile + COPIED
+    block = 2 * machine.block_tiles * max(tile, TILE * 4) // 2 + (CODED_TILES if coded else PLAIN_TILES) * tile + COPIED
     lanes = min(machine.threads, len(plan.shards))
     slots = blocks_in_flight(machine.threads) if lanes <= 1 else lanes
     weights = 2 if lanes <= 1 < machine.threads else lanes
     headers = max((len(shard.header) for shard in plan.shards), default=0)
-    return slots * slot + weights * _heaviest(plan)[1] + _shared(plan) + lanes * headers
+    return slots * block + weights * _heaviest(plan)[1] + _shared(plan) + lanes * headers
 
 
 def least_memory(plan: Plan) -> int:
@@ -80,11 +80,13 @@ def least_memory(plan: Plan) -> int:
 
 def _heaviest(plan: Plan) -> tuple[str, int]:
     """The weight that holds most beside its tiles, and how many bytes."""
-    return max(((job.name, _held(job)) for job in plan.rewrites), key=lambda pair: pair[1], default=("nothing", 0))
+    return max(
+        ((job.name, _beside_tiles(job)) for job in plan.rewrites), key=lambda pair: pair[1], default=("nothing", 0)
+    )
 
 
 def _shared(plan: Plan) -> int:
-    """Bytes of the factors that several weights share, as many as are kept at once."""
+    """Bytes of the factors that several weights share, as many as stay in memory."""
     seen: Counter[tuple[int, str]] = Counter()
     sizes: dict[tuple[int, str], int] = {}
     for job in plan.rewrites:
@@ -95,7 +97,7 @@ def _shared(plan: Plan) -> int:
     return sum(sorted((sizes[key] for key, count in seen.items() if count > 1), reverse=True)[:CACHED])
 
 
-def _held(job: Rewrite) -> int:
+def _beside_tiles(job: Rewrite) -> int:
     factors = sum(effect.patch.workspace(job.weight) for effect in job.effects)
     whole = any(effect.patch.needs is Needs.WHOLE for effect in job.effects)
     return (DIRECTIONS if job.quantize else 1) * factors + (4 * job.weight.numel if whole else 0) + _packed(job)
@@ -103,13 +105,13 @@ def _held(job: Rewrite) -> int:
 
 def _packed(job: Rewrite) -> int:
     """The packed parts of a weight, where they cannot be read or written as they come."""
-    held = [(job.target, job.weight)] + ([(job.source.format, job.source.weight)] if job.source else [])
-    coded = [format.describe(weight) for format, weight in held if isinstance(format, Quantized)]
+    stored = [(job.target, job.weight)] + ([(job.source.format, job.source.weight)] if job.source else [])
+    coded = [format.describe(weight) for format, weight in stored if isinstance(format, Quantized)]
     return sum(spec.nbytes for parts in coded for spec in parts.values())
 
 
 def anonymous_memory() -> int:
-    """Bytes of anonymous memory that this process holds with torch imported and nothing begun."""
+    """Bytes of anonymous memory that this process holds with torch imported and nothing started."""
     import_module("torch")
     try:
         lines = Path("/proc/self/status").read_text().splitlines()

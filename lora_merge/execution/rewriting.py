@@ -58,8 +58,8 @@ class OpenWeight:
         raw = self.stored.read(start, stop, rows)
         step = tile_rows(job)
         spans = [(first, min(stop, first + step)) for first in range(start, stop, step)] or [(start, stop)]
-        cuts = [job.target.slices(job.weight, self.stored.columns, *span) for span in spans]
-        out = _BlockParts(job, cuts, rows, start)
+        ranges = [job.target.slices(job.weight, self.stored.columns, *span) for span in spans]
+        out = _BlockParts(job, ranges, rows, start)
         measured: list[Measured] = []
         for span, parts in zip(spans, out.tiles, strict=True):
             measured += self._encode(self.stored.tile(*span, raw, rows), parts)
@@ -100,8 +100,10 @@ class _BlockParts:
     tiles: for each tile its bytes by part, uint8.
     """
 
-    def __init__(self, job: Rewrite, cuts: Sequence[Mapping[str, ByteRange]], buffers: RowBuffers, first: int) -> None:
-        self.job, self.cuts = job, cuts
+    def __init__(
+        self, job: Rewrite, ranges: Sequence[Mapping[str, ByteRange]], buffers: RowBuffers, first: int
+    ) -> None:
+        self.job, self.ranges = job, ranges
         self.shared = job.target.shared if isinstance(job.target, Quantized) else ()
         self.first = first
         sizes = {part: self._sizes(part) for part in job.target.describe(job.weight)}
@@ -109,14 +111,14 @@ class _BlockParts:
             buffers.take("out", sum(map(sum, sizes.values()))), [sum(lengths) for lengths in sizes.values()]
         )
         self.parts = dict(zip(sizes, room, strict=True))
-        self.tiles: list[dict[str, torch.Tensor]] = [{} for _ in cuts]
+        self.tiles: list[dict[str, torch.Tensor]] = [{} for _ in ranges]
         for part, data in self.parts.items():
-            pieces = [data] * len(cuts) if part in self.shared else torch.split(data, sizes[part])
+            pieces = [data] * len(ranges) if part in self.shared else torch.split(data, sizes[part])
             for parts, piece in zip(self.tiles, pieces, strict=True):
                 parts[part] = piece
 
     def _sizes(self, part: str) -> list[int]:
-        lengths = [cuts[part].nbytes for cuts in self.cuts]
+        lengths = [ranges[part].nbytes for ranges in self.ranges]
         return lengths[:1] if part in self.shared else lengths
 
     def by_tensor(self) -> dict[str, PartBytes]:
@@ -125,9 +127,9 @@ class _BlockParts:
         for part, data in self.parts.items():
             if part in self.shared and self.first:
                 data = data[:0]
-            transposed = self.cuts[0][part].stride and part not in self.shared
-            cuts = tuple(cuts[part] for cuts in self.cuts) if transposed else None
-            found[self.job.names[part]] = PartBytes(buffer(data), cuts)
+            transposed = self.ranges[0][part].stride and part not in self.shared
+            ranges = tuple(ranges[part] for ranges in self.ranges) if transposed else None
+            found[self.job.names[part]] = PartBytes(buffer(data), ranges)
         return found
 
 

@@ -71,8 +71,8 @@ class ShardOutput:
         """The next block in the order of the file."""
         leading = next(iter(made.parts))
         for name, part in made.parts.items():
-            if part.cuts is not None:
-                self._place(block.source.job, name, part, part.cuts, name == leading)
+            if part.ranges is not None:
+                self._place(block.source.job, name, part, part.ranges, name == leading)
             elif name == leading:
                 self.writer.write(part.data)
             else:
@@ -92,20 +92,22 @@ class ShardOutput:
         """All blocks were taken."""
         self.writer.finish(self.results, self.sources)
 
-    def _place(self, job: Job, name: str, part: PartBytes, cuts: Sequence[ByteRange], leading: bool) -> None:
+    def _place(self, job: Job, name: str, part: PartBytes, ranges: Sequence[ByteRange], leading: bool) -> None:
         """Put bytes where they belong in the lines of a transposed part; write those of the first part once full."""
         begin = 0
-        for cut in cuts:
-            first = 0 if leading else cut.first
+        for byte_range in ranges:
+            first = 0 if leading else byte_range.first
             waiting = self.waiting.get(name)
             if waiting is None:
-                size = cut.lines * cut.stride if leading else job.parts[name].nbytes
+                size = byte_range.lines * byte_range.stride if leading else job.parts[name].nbytes
                 waiting = self.waiting[name] = bytearray(size)
-            lines = numpy.frombuffer(waiting, numpy.uint8).reshape(-1, cut.stride)[first : first + cut.lines]
-            data = numpy.frombuffer(part.data[begin : begin + cut.nbytes], numpy.uint8)
-            lines[:, cut.begin : cut.end] = data.reshape(cut.lines, -1)
-            begin += cut.nbytes
-            self.filled += cut.nbytes if leading else 0
+            lines = numpy.frombuffer(waiting, numpy.uint8).reshape(-1, byte_range.stride)[
+                first : first + byte_range.lines
+            ]
+            data = numpy.frombuffer(part.data[begin : begin + byte_range.nbytes], numpy.uint8)
+            lines[:, byte_range.begin : byte_range.end] = data.reshape(byte_range.lines, -1)
+            begin += byte_range.nbytes
+            self.filled += byte_range.nbytes if leading else 0
             if leading and self.filled == len(waiting):
                 del lines
                 self.writer.write(memoryview(self.waiting.pop(name)))

@@ -2,7 +2,7 @@
 
     {"journal": 1, "job": "<id>", "inputs": "<stamp>"}
                                               the first line
-    {"inputs": "<stamp>"}                     what is kept was proved to be made of the inputs as they are now
+    {"inputs": "<stamp>"}                     what is there was proved to be made of the inputs as they are
     {"job": "<id>", "file": "<name>", "bytes": n, "sha256": "<hex>", "results": [...], "sources": {...}}
                                               a finished shard; of several lines for one file the last counts
     {"job": "<id>", "begun": "<name>", "from": m, "bytes": n, "sha256": "<hex>", "jobs": k, "results": [...],
@@ -52,7 +52,7 @@ class ShardRecord:
 class Prefix:
     """The first bytes of a shard in the making, at the end of which the work can go on.
 
-    begin: where the prefix before it ends. jobs: how many are whole in it; the next may be a copy that is begun.
+    begin: where the prefix before it ends. jobs: how many are whole in it; the next may be a copy that is started.
     results, sources: those since `begin`.
     """
 
@@ -112,12 +112,12 @@ class Journal:
 
     def add_shard(self, record: ShardRecord) -> None:
         shard = {"file": record.file, "bytes": record.nbytes, "sha256": record.sha256}
-        self.add({"job": self.job} | shard | _found(record))
+        self.add({"job": self.job} | shard | _findings(record))
 
     def add_prefix(self, prefix: Prefix) -> None:
         """The bytes need not be on the disk, nor wait for the line to be there."""
         place = {"begun": prefix.file, "from": prefix.begin, "bytes": prefix.nbytes, "sha256": prefix.sha256}
-        self.add({"job": self.job} | place | {"jobs": prefix.jobs} | _found(prefix), lasting=False)
+        self.add({"job": self.job} | place | {"jobs": prefix.jobs} | _findings(prefix), lasting=False)
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -188,7 +188,7 @@ def _take_prefix(state: JournalState, body: Mapping[str, Any]) -> bool:
     return True
 
 
-def _found(shard: ShardRecord | Prefix) -> dict[str, object]:
+def _findings(shard: ShardRecord | Prefix) -> dict[str, object]:
     """What was found out while the bytes were made, as a line has it."""
     return {"results": [weight.as_json() for weight in shard.results], "sources": shard.sources}
 

@@ -84,7 +84,7 @@ class Owner:
                 raise _in_use(out, path, _read(fd))
             if not _is_at(fd, path):  # the last owner removed it between our open and our lock
                 raise FileNotFoundError
-            last = None if fresh else _settled(fd)
+            last = None if fresh else _last_run(fd)
             if last is not None and last.may_live():
                 raise _in_use(out, path, last)
             _write(fd, json.dumps(asdict(Run.current())).encode())
@@ -150,7 +150,7 @@ def _is_at(fd: int, path: Path) -> bool:
     return (found.st_dev, found.st_ino) == (mine.st_dev, mine.st_ino)
 
 
-def _settled(fd: int) -> Run | None:
+def _last_run(fd: int) -> Run | None:
     """The words of a file that another run made; that run may be about to write them."""
     for _ in range(10):
         if run := _read(fd):

@@ -22,7 +22,7 @@ _UNABLE = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM}
 
 
 def check_vacant(out: Path, overwrite: bool, besides: Iterable[str] = ()) -> None:
-    """Raise where publishing would destroy what is at OUT, or without having been told to; see `occupied`."""
+    """Raise where publishing would destroy what is at OUT, or without `overwrite`; see `occupied`."""
     if os.path.lexists(out) and not stat.S_ISDIR(os.lstat(out).st_mode):
         raise not_a_folder(out)
     check_replaceable(out, overwrite, besides)
@@ -72,7 +72,7 @@ def restore(old: Path, out: Path) -> None:
 def publish_inside(files: Path, old: Path, out: Path, note: Callable[[Mapping[str, object]], None], home: str) -> None:
     """Move every entry of `files` into OUT, those that make it a checkpoint last; what was there goes to `old`.
 
-    note: told before anything moves, in words that `move_back` understands.
+    note: called before anything moves, with the entries that `move_back` takes.
     """
     new = sorted(os.listdir(files), key=lambda name: (LAST.index(name) if name in LAST else -1, name))
     there = content(out, (home,))

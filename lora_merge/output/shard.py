@@ -41,13 +41,13 @@ class StartedShard:
     @classmethod
     def proved(cls, path: Path, prefixes: Sequence[Prefix], look: Callable[[], None]) -> StartedShard | None:
         """The longest of these prefixes that the file at `path` really has; None where it has none."""
-        found = longest_prefix(path, [(prefix.nbytes, prefix.sha256) for prefix in prefixes], look)
-        if found is None:
+        longest = longest_prefix(path, [(prefix.nbytes, prefix.sha256) for prefix in prefixes], look)
+        if longest is None:
             return None
-        whole = prefixes[: found[0] + 1]
+        whole = prefixes[: longest[0] + 1]
         results = [weight for prefix in whole for weight in prefix.results]
         sources = {name: reads for prefix in whole for name, reads in prefix.sources.items()}
-        return cls(whole[-1].nbytes, whole[-1].jobs, results, sources, found[1])
+        return cls(whole[-1].nbytes, whole[-1].jobs, results, sources, longest[1])
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,9 +81,11 @@ class StagingFolder:
 
     def check_ours(self, state: JournalState) -> None:
         """OutputExistsError where the folder only happens to have this name: it is never cleared then."""
-        begun = state.job is not None  # the journal's first line is there before anything else is
-        ours = {"owner", "journal"} | ({"files", "old"} if begun else set())
-        foreign = [name for name in os.listdir(self.path) if name not in ours and not (begun and name.endswith(".tmp"))]
+        started = state.job is not None  # the journal's first line is there before anything else is
+        ours = {"owner", "journal"} | ({"files", "old"} if started else set())
+        foreign = [
+            name for name in os.listdir(self.path) if name not in ours and not (started and name.endswith(".tmp"))
+        ]
         if foreign:
             raise OutputExistsError(
                 f"{printable(self.path)}: is needed for staging and holds what no merge put there ({listed(foreign)}); "

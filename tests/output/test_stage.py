@@ -218,7 +218,7 @@ def test_side_files_are_copied_byte_for_byte(out: Path, tmp_path: Path) -> None:
         stage.publish()
     assert content(out) == {"nested/tokenizer.model": data, "empty": b""}
     assert not (out / "nested/tokenizer.model").is_symlink()
-    assert stage.files["nested/tokenizer.model"] == (len(data), sha256(data).hexdigest())
+    assert stage.files["nested/tokenizer.model"] == RecordedFile(len(data), sha256(data).hexdigest())
 
 
 @pytest.mark.parametrize("relpath", ["../x", "/x", "a/../../x", ""])
