@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lora_merge.checkpoint.inputs import Inputs, open_inputs
+from lora_merge.checkpoint.opening import Inputs, open_inputs
 from lora_merge.execution import resuming
 from lora_merge.inspection import inspect_path
 from lora_merge.output.location import check_free_space, check_places, standing

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -16,6 +17,7 @@ from lora_merge.containers.regular_file import RegularFile
 from lora_merge.containers.safetensors import open_safetensors
 from lora_merge.containers.torch_bin import TorchBinFile, open_torch_bin
 from lora_merge.errors import InputError, UnsupportedError, listed, printable
+from lora_merge.request import Recipe
 from lora_merge.spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -92,6 +94,40 @@ class Checkpoint:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """The open inputs of a recipe. original: the folder that `--adapter-base` names."""
+
+    base: Checkpoint
+    adapters: tuple[Checkpoint, ...] = ()
+    original: Checkpoint | None = None
+
+    @property
+    def checkpoints(self) -> list[Checkpoint]:
+        """All that is read."""
+        return [self.base, *self.adapters, *([self.original] if self.original else [])]
+
+    @property
+    def touched(self) -> int:
+        """When an input was last touched: the latest ctime of its files, in nanoseconds."""
+        return max(file.stamp[-1] for checkpoint in self.checkpoints for file in checkpoint.files)
+
+    def check_unchanged(self) -> None:
+        """InputError where a weight file that the output is made of was changed since it was opened."""
+        for checkpoint in (self.base, *self.adapters):
+            checkpoint.check_unchanged()
+
+
+@contextmanager
+def open_inputs(recipe: Recipe) -> Iterator[Inputs]:
+    """Open base, adapters and original of a recipe. InputError where one of them is not what it should be."""
+    with ExitStack() as files:
+        base = files.enter_context(open_base(recipe.base))
+        adapters = tuple(files.enter_context(open_adapter(path)) for path in recipe.adapters)
+        original = files.enter_context(open_base(recipe.original)) if recipe.original else None
+        yield Inputs(base, adapters, original)
 
 
 def open_base(path: Path) -> Checkpoint:

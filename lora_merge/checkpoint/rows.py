@@ -194,12 +194,21 @@ class StoredRows:
         grid = self._trained_on.fit(rows, start)
         return grid.values(grid.nearest(rows), rows)
 
+    def spans(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Rows `[first, end)` of each tile of a block `[start, stop)`; one empty tile where the block is empty."""
+        return [(first, min(stop, first + self.step)) for first in range(start, stop, self.step)] or [(start, stop)]
+
+    def block(self, start: int, stop: int, buffers: RowBuffers) -> Iterator[Tile]:
+        """The tiles of rows `[start, stop)`, read at once; each holds until the next is asked for."""
+        raw = self.read(start, stop, buffers)
+        for span in self.spans(start, stop):
+            yield self.tile(*span, raw, buffers)
+
     def tiles(self) -> Iterator[Tile]:
         """Every tile, one at a time."""
         buffers = RowBuffers()
         for start in range(0, self.height, self.step):
-            stop = min(self.height, start + self.step)
-            yield self.tile(start, stop, self.read(start, stop, buffers), buffers)
+            yield from self.block(start, min(self.height, start + self.step), buffers)
 
 
 def buffer(data: torch.Tensor) -> memoryview:

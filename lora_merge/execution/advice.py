@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from lora_merge.checkpoint.inputs import Inputs
+from lora_merge.checkpoint.opening import Inputs
 from lora_merge.checkpoint.sources import Reads
 from lora_merge.errors import LoraMergeError, NumericError, listed, printable
 from lora_merge.execution.executor import Executor

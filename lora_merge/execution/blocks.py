@@ -13,7 +13,7 @@ from lora_merge.planning.jobs import Copy, Job
 
 if TYPE_CHECKING:
     from lora_merge.checkpoint.rows import RowBuffers
-    from lora_merge.execution.measuring import Measured
+    from lora_merge.execution.coder import Measured
     from lora_merge.results import MergedWeight
 
 COPIED = 1 << 23

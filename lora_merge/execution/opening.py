@@ -14,10 +14,16 @@ from lora_merge.adapters.base import Bound, Needs
 from lora_merge.checkpoint.opening import Checkpoint
 from lora_merge.checkpoint.rows import RowBuffers, StoredRows, Tile
 from lora_merge.checkpoint.sources import Sources
-from lora_merge.execution.coder import can_keep_scales, choose_coder, sample_starts
+from lora_merge.execution.coder import (
+    PlainCoder,
+    can_keep_scales,
+    check_finite,
+    check_reach,
+    choose_coder,
+    sample_starts,
+)
 from lora_merge.execution.device import pick_device
 from lora_merge.execution.factors import FactorReader, uses_of
-from lora_merge.execution.measuring import check_finite, check_reach
 from lora_merge.execution.rewriting import OpenWeight, compute_on_one_thread, patched, strengthened
 from lora_merge.execution.tiles import tile_rows
 from lora_merge.formats import Quantized
@@ -54,7 +60,7 @@ class WeightOpener:
         return OpenWeight(job, opened.stored, opened.bounds, opened.whole, coder)
 
     def _patched(self, job: Rewrite) -> OpenWeight:
-        """The weight with its patches, and no coder yet."""
+        """The weight with its patches, to be written as numbers."""
         trained_on = job.trained_on.for_weight(job.weight) if job.trained_on is not None else None
         matrix = job.weight.matrix(job.stacked)
         stored = StoredRows(
@@ -62,7 +68,7 @@ class WeightOpener:
         )
         bounds = self._bind(job, stored)
         whole = self._whole(job, stored, bounds) if any(e.patch.needs is Needs.WHOLE for e in job.effects) else None
-        return OpenWeight(job, stored, bounds, whole)
+        return OpenWeight(job, stored, bounds, whole, PlainCoder())
 
     def _bind(self, job: Rewrite, stored: StoredRows) -> tuple[Bound, ...]:
         """The patches with their factors; those that must see all rows first have seen them."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from lora_merge.checkpoint.inputs import Inputs
-from lora_merge.checkpoint.opening import Checkpoint
+from lora_merge.checkpoint.opening import Checkpoint, Inputs
 from lora_merge.checkpoint.sources import Reads, unlike
 from lora_merge.containers.regular_file import RegularFile
 from lora_merge.errors import OutputExistsError, listed, printable

@@ -6,9 +6,9 @@ The last bit of a matrix product depends on the shape of its operands, so rows a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,15 +16,10 @@ from lora_merge.adapters.base import Additive, Bound
 from lora_merge.checkpoint.rows import RowBuffers, StoredRows, Tile, buffer
 from lora_merge.checkpoint.sources import Reads
 from lora_merge.execution.blocks import BlockBuffers, BlockBytes, PartBytes
-from lora_merge.execution.coder import Coder
-from lora_merge.execution.measuring import MEASURED, MEASURED_TILES, check_finite, check_reach, measure, merged_weight
-from lora_merge.execution.tiles import tile_rows
-from lora_merge.formats import ByteRange, Quantized
+from lora_merge.execution.coder import Change, Coder, Measured, PlainCoder
+from lora_merge.formats import Quantized
 from lora_merge.planning.jobs import Rewrite
 from lora_merge.results import MergedWeight
-
-if TYPE_CHECKING:
-    from lora_merge.execution.measuring import Measured
 
 
 def compute_on_one_thread() -> None:
@@ -36,15 +31,15 @@ def compute_on_one_thread() -> None:
 class OpenWeight:
     """A weight whose turn has come: its stored rows, and its patches with their factors.
 
-    whole: all its rows patched, where a patch had to see them at once, float32 `[rows, columns]`. coder: how codes are
-    made of them; None where the target is plain.
+    whole: all its rows patched, where a patch had to see them at once, float32 `[rows, columns]`.
+    coder: how merged rows are written.
     """
 
     job: Rewrite
     stored: StoredRows
     bounds: tuple[Bound, ...]
-    whole: torch.Tensor | None = None
-    coder: Coder | None = None
+    whole: torch.Tensor | None
+    coder: PlainCoder | Coder
 
     @property
     def resumable(self) -> bool:
@@ -53,16 +48,12 @@ class OpenWeight:
     def make(self, start: int, stop: int, buffers: BlockBuffers) -> BlockBytes:
         """Rows `[start, stop)` from the base's bytes to the output's."""
         compute_on_one_thread()
-        job = self.job
         rows = buffers.rows = buffers.rows or RowBuffers()
-        raw = self.stored.read(start, stop, rows)
-        step = tile_rows(job)
-        spans = [(first, min(stop, first + step)) for first in range(start, stop, step)] or [(start, stop)]
-        ranges = [job.target.slices(job.weight, self.stored.columns, *span) for span in spans]
-        out = _BlockParts(job, ranges, rows, start)
+        out = _BlockParts(self.job, self.stored.columns, self.stored.spans(start, stop), rows)
         measured: list[Measured] = []
-        for span, parts in zip(spans, out.tiles, strict=True):
-            measured += self._encode(self.stored.tile(*span, raw, rows), parts)
+        for tile, parts in zip(self.stored.block(start, stop, rows), out.tiles, strict=True):
+            base = tile.rows[: self.coder.measured_rows(self.job, tile)].to("cpu", copy=bool(self.job.effects))
+            measured += self.coder.write(self.job, tile, base, self.merged(tile), parts)
         return BlockBytes(out.by_tensor(), measured)
 
     def merged(self, tile: Tile) -> torch.Tensor:
@@ -72,26 +63,10 @@ class OpenWeight:
         return patched(self.job, self.bounds, tile.rows, tile.start)
 
     def result(self, measured: Measured | None) -> MergedWeight:
-        return merged_weight(self.job, measured, self.coder.choices if self.coder else {})
+        return merged_weight(self.job, measured, self.coder.choices)
 
     def sources(self) -> Reads:
         return self.stored.sources([one.source for one in self.job.siblings if one.source])
-
-    def _encode(self, tile: Tile, into: Mapping[str, torch.Tensor]) -> list[Measured]:
-        """One tile patched and written."""
-        job, coder = self.job, self.coder
-        if coder is None:
-            before = tile.rows[: _measured_rows(job, tile)].clone()
-            rows = self.merged(tile)
-            check_finite(job, rows, tile.start)
-            job.target.encode(rows.cpu(), into)
-            return [measure(job, before.cpu(), into, len(rows))] if len(before) else []
-        base = tile.rows.cpu() if not job.effects else tile.rows.to("cpu", copy=True)
-        rows = self.merged(tile).cpu()
-        check_finite(job, rows, tile.start)
-        if tile.grid is not None and coder.keeps_scales and coder.merged:
-            check_reach(job, rows, tile.grid)
-        return [coder.code(tile, base, rows, into)]
 
 
 class _BlockParts:
@@ -100,20 +75,20 @@ class _BlockParts:
     tiles: for each tile its bytes by part, uint8.
     """
 
-    def __init__(
-        self, job: Rewrite, ranges: Sequence[Mapping[str, ByteRange]], buffers: RowBuffers, first: int
-    ) -> None:
-        self.job, self.ranges = job, ranges
+    def __init__(self, job: Rewrite, columns: int, spans: Sequence[tuple[int, int]], buffers: RowBuffers) -> None:
+        """spans: rows `[start, stop)` of each tile."""
+        self.job = job
+        self.ranges = [job.target.slices(job.weight, columns, *span) for span in spans]
         self.shared = job.target.shared if isinstance(job.target, Quantized) else ()
-        self.first = first
+        self.first = spans[0][0]
         sizes = {part: self._sizes(part) for part in job.target.describe(job.weight)}
         room = torch.split(
             buffers.take("out", sum(map(sum, sizes.values()))), [sum(lengths) for lengths in sizes.values()]
         )
         self.parts = dict(zip(sizes, room, strict=True))
-        self.tiles: list[dict[str, torch.Tensor]] = [{} for _ in ranges]
+        self.tiles: list[dict[str, torch.Tensor]] = [{} for _ in spans]
         for part, data in self.parts.items():
-            pieces = [data] * len(ranges) if part in self.shared else torch.split(data, sizes[part])
+            pieces = [data] * len(spans) if part in self.shared else torch.split(data, sizes[part])
             for parts, piece in zip(self.tiles, pieces, strict=True):
                 parts[part] = piece
 
@@ -133,16 +108,6 @@ class _BlockParts:
         return found
 
 
-def _measured_rows(job: Rewrite, tile: Tile) -> int:
-    """How many rows of a tile are measured: the first of tiles evenly spread over the weight."""
-    if job.source is None:
-        return 0
-    rows, columns = job.weight.matrix(job.stacked)
-    step = tile_rows(job)
-    stride = max(1, -(-rows // step) // MEASURED_TILES) * step
-    return 0 if tile.start % stride else max(1, MEASURED // max(1, columns))
-
-
 def patched(job: Rewrite, bounds: Sequence[Bound], rows: torch.Tensor, start: int) -> torch.Tensor:
     """Rows from `start` on after the effects of these bounds, float32 `[n, columns]`; `rows` may be changed."""
     for effect, bound in zip(job.effects, bounds, strict=False):
@@ -157,3 +122,35 @@ def strengthened(bound: Bound, rows: torch.Tensor, start: int, strength: float) 
     if isinstance(bound, Additive):
         return bound.add(rows, start, strength)
     return torch.lerp(rows, bound.apply(rows.clone(), start), strength)
+
+
+def merged_weight(job: Rewrite, measured: Measured | None, choices: Mapping[str, str]) -> MergedWeight:
+    """What is recorded of one rewritten weight. choices: of rounding and scales, where it is written as codes."""
+    figures: dict[str, float | None] = {"relative_change": None, "changed": None}
+    if isinstance(measured, Change):
+        figures["relative_change"] = math.sqrt(measured.delta / measured.base) if measured.base else None
+        figures["changed"] = measured.changed / measured.elements if measured.elements else None
+    elif measured is not None:
+        found = measured.figures()
+        figures = {
+            "relative_change": found.relative, "changed": found.changed, "survival": found.survival,
+            "raw_survival": found.raw_survival, "projection": found.projection, "noise": found.noise,
+            "change_norm": math.sqrt(measured.wanted),
+        }  # fmt: skip
+    return MergedWeight(
+        name=job.name,
+        kinds=tuple(effect.patch.kind for effect in job.effects),
+        adapters=tuple(sorted({effect.adapter for effect in job.effects})),
+        format=str(job.target),
+        shape=tuple(job.weight.shape),
+        parts=_checked_parts(job),
+        rounding=choices.get("rounding"),
+        scales=choices.get("scales"),
+        **figures,
+    )
+
+
+def _checked_parts(job: Rewrite) -> tuple[str, ...]:
+    """Output tensors of a weight whose dtype says what their bytes are: `verify` looks for NaN in them."""
+    opaque = job.target.opaque if isinstance(job.target, Quantized) else ()
+    return tuple(job.names[part] for part in job.target.describe(job.weight) if part not in opaque)

@@ -80,7 +80,7 @@ class FileWriter:
                 os.posix_fadvise(self._fd, self._flowing, self.written - self._flowing, os.POSIX_FADV_DONTNEED)
         self._flowing = self.written
 
-    def finish(self) -> None:
+    def complete(self) -> None:
         """Everything is written: force it to the disk. A failed fsync is not tried again, it would lie."""
         assert self.written == self.nbytes, f"{self.path}: {self.written} bytes written, {self.nbytes} promised"
         with storing(self.path, "writing to the disk"):

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_merge import __version__
-from lora_merge.checkpoint.inputs import Inputs
-from lora_merge.checkpoint.opening import Checkpoint, file_sha256, identity
+from lora_merge.checkpoint.opening import Checkpoint, Inputs, file_sha256, identity
 from lora_merge.checkpoint.weight_files import MANIFEST as MANIFEST
 from lora_merge.containers.regular_file import RegularFile
 from lora_merge.errors import LoraMergeError, StorageError, VerificationError, printable

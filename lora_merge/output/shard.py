@@ -61,7 +61,7 @@ class Point:
     sources: int
 
 
-class ShardWriter:
+class ShardWriter(FileWriter):
     """One shard in the making: `write` its bytes in order, say where it could be gone on with (`reached`), then
     `finish`, or `close` to give it up.
 
@@ -78,18 +78,14 @@ class ShardWriter:
         noted: Callable[[Prefix], None],
         record: Callable[[ShardRecord], None],
     ) -> None:
+        super().__init__(path, nbytes, (started.nbytes, started.digest.copy()) if started else None)
         self.started = started or StartedShard()
         self._target = target
         self._noted, self._record = noted, record
-        self._file = FileWriter(path, nbytes, (started.nbytes, started.digest.copy()) if started else None)
         self._last = self._point = self._here(self.started.jobs, len(self.started.results), len(self.started.sources))
         self._time = time.monotonic()
         self._results: Sequence[MergedWeight] = ()
         self._sources: Reads = {}
-
-    def write(self, data: memoryview | bytes) -> None:
-        """The next bytes of the file, hashed as they pass. StorageError where the disk is full or fails."""
-        self._file.write(data)
 
     def reached(self, jobs: int, results: Sequence[MergedWeight], sources: Reads) -> None:
         """From here another run could go on. All three are counted from the start of the shard and only grow."""
@@ -101,22 +97,22 @@ class ShardWriter:
     def finish(self, results: Sequence[MergedWeight], sources: Reads | None = None) -> ShardRecord:
         """All bytes are there: make the shard last, and note it with its rewritten weights in the journal."""
         self._point = self._last = self._here(0, 0, 0, nbytes=0)  # what failed to reach the disk is not gone on with
-        self._file.finish()
+        self.complete()
         with storing(self._target, "moving the finished shard into place"):
-            os.rename(self._file.path, self._target)
+            os.rename(self.path, self._target)
             sync_folder(self._target.parent)
-        record = ShardRecord(self._target.name, self._file.nbytes, self._file.sha256, [*results], sources or {})
+        record = ShardRecord(self._target.name, self.nbytes, self.sha256, [*results], sources or {})
         self._record(record)
         return record
 
-    def close(self) -> None:
+    def close(self, keep: bool = False) -> None:
         """Let go of an unfinished shard; what can be gone on with stays. Does nothing after `finish`."""
         with suppress(StorageError):  # then the last note must do
             self._note()
-        self._file.close(keep=self._last.nbytes > 0)
+        super().close(keep or self._last.nbytes > 0)
 
     def _here(self, jobs: int, results: int, sources: int, nbytes: int | None = None) -> Point:
-        return Point(self._file.written if nbytes is None else nbytes, self._file.so_far(), jobs, results, sources)
+        return Point(self.written if nbytes is None else nbytes, self.so_far(), jobs, results, sources)
 
     def _note(self) -> None:
         last, point = self._last, self._point

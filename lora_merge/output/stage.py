@@ -224,7 +224,7 @@ class Stage:
         return FileWriter(self.folder / path, nbytes)
 
     def _finish(self, relpath: str, writer: FileWriter) -> None:
-        writer.finish()
+        writer.complete()
         with self._lock:
             self.files[relpath] = RecordedFile(writer.nbytes, writer.sha256)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lora_merge.checkpoint.inputs import Inputs
+from lora_merge.checkpoint.opening import Inputs
 from lora_merge.output.occupied import earlier
 from lora_merge.output.record import MANIFEST, Record
 from lora_merge.verification.integrity import verify_output

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_merge.checkpoint.inputs import open_inputs
+from lora_merge.checkpoint.opening import open_inputs
 from lora_merge.checkpoint.sources import Reads
 from lora_merge.errors import UsageError, VerificationError, listed, printable
 from lora_merge.output.record import MANIFEST, read_record

@@ -18,7 +18,7 @@ PER_KEY = 800
 MEASURED = """
 import sys, threading, time
 from lora_merge import request_words
-from lora_merge.checkpoint.inputs import open_inputs
+from lora_merge.checkpoint.opening import open_inputs
 from lora_merge.planning import plan as planning
 import torch, lora_merge.execution.memory
 from lora_merge.errors import AdapterError

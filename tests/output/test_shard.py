@@ -53,7 +53,7 @@ def killed(out: Path, after: int, monkeypatch: pytest.MonkeyPatch) -> Path:
     for _ in range(after):
         next(writing)
     with monkeypatch.context() as patch:
-        patch.setattr(shard.ShardWriter, "close", lambda writer: os.close(writer._file._fd))
+        patch.setattr(shard.ShardWriter, "close", lambda writer: os.close(writer._fd))
         writing.close()
     assert stage._journal is not None
     stage._journal.close()
