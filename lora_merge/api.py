@@ -9,6 +9,9 @@ from pathlib import Path
 
 from lora_merge.checkpoint.opening import Inputs, open_inputs
 from lora_merge.execution import resuming
+from lora_merge.execution.advice import check_survival
+from lora_merge.execution.executor import Executor
+from lora_merge.execution.memory import fit, least_memory
 from lora_merge.inspection import inspect_path
 from lora_merge.output.location import check_free_space, check_places, standing
 from lora_merge.output.record import MANIFEST, Record
@@ -35,10 +38,6 @@ def merge_request(request: Request, *, progress: Progress = no_progress, stop: S
 
 
 def _merged(request: Request, out: Path, progress: Progress, stop: Stop) -> MergeResult:
-    from lora_merge.execution.advice import check_survival
-    from lora_merge.execution.executor import Executor
-    from lora_merge.execution.memory import fit
-
     began, recipe, run = time.monotonic(), request.recipe, request.run
     stop.resumable = run.resume and left_something(out)
     check_places(out, recipe.inputs)
@@ -81,8 +80,6 @@ def plan_request(request: Request) -> PlanResult:
 
 
 def _planned(request: Request) -> PlanResult:
-    from lora_merge.execution.memory import least_memory
-
     recipe, out, run = request.recipe, request.out, request.run
     replaces = False
     if out is not None:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from lora_merge import api
 from lora_merge.errors import UsageError
+from lora_merge.keywords import PathLike, checked_call, path_of, paths_of, request_of
 from lora_merge.progress import Progress, no_progress
 from lora_merge.request import Bits, DtypeName, FormatName, QuantType, Rounding, Scales, TrainedOn
-from lora_merge.request_words import PathLike, checked_call, path_of, paths_of, request_of
 from lora_merge.results import Inspection, MergeResult, PlanResult
 from lora_merge.verification.integrity import Verification
 

@@ -8,8 +8,8 @@ import torch
 
 from lora_merge import cli, public
 from lora_merge.errors import UsageError
+from lora_merge.keywords import request_of
 from lora_merge.request import DEFAULTS, Request
-from lora_merge.request_words import request_of
 
 REAL = ("weight", "alpha", "min_survival")
 WHOLE = ("bits", "group_size", "seed", "threads", "max_memory", "max_shard_size")

@@ -8,13 +8,15 @@ from pathlib import Path
 from lora_merge.checkpoint.opening import open_inputs
 from lora_merge.checkpoint.sources import Reads
 from lora_merge.errors import UsageError, VerificationError, listed, printable
+from lora_merge.execution.executor import Executor
+from lora_merge.execution.memory import fit
+from lora_merge.keywords import request_of
 from lora_merge.output.record import MANIFEST, read_record
 from lora_merge.output.shard import StartedShard
 from lora_merge.planning import plan as planning
 from lora_merge.planning.jobs import Plan, Shard
 from lora_merge.progress import Progress
 from lora_merge.request import SAME, Recipe, RunOptions
-from lora_merge.request_words import request_of
 from lora_merge.results import MergedWeight
 
 
@@ -54,9 +56,6 @@ def recorded_recipe(out: Path, base: Path, adapters: Sequence[Path], original: P
 
 def recompute(out: Path, recipe: Recipe, progress: Progress) -> None:
     """Raise VerificationError that lists every shard of `out` that is not what base and adapters give."""
-    from lora_merge.execution.executor import Executor
-    from lora_merge.execution.memory import fit
-
     with open_inputs(recipe) as inputs:
         plan = planning.make(recipe, inputs.base, inputs.adapters, inputs.original)
         missing = [shard.file for shard in plan.shards if not (out / shard.file).is_file()]

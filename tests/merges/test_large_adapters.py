@@ -17,7 +17,7 @@ PER_KEY = 800
 
 MEASURED = """
 import sys, threading, time
-from lora_merge import request_words
+from lora_merge import keywords
 from lora_merge.checkpoint.opening import open_inputs
 from lora_merge.planning import plan as planning
 import torch, lora_merge.execution.memory
@@ -36,7 +36,7 @@ def watch():
 
 threading.Thread(target=watch, daemon=True).start()
 try:
-    recipe = request_words.request_of("base", "adapter", None).recipe
+    recipe = keywords.request_of("base", "adapter", None).recipe
     with open_inputs(recipe) as inputs:
         planning.make(recipe, inputs.base, inputs.adapters)
 except AdapterError as error:
