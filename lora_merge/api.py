@@ -13,7 +13,7 @@ from lora_merge.execution.advice import check_survival
 from lora_merge.execution.executor import Executor
 from lora_merge.execution.memory import fit, least_memory
 from lora_merge.inspection import inspect_path
-from lora_merge.output.location import check_free_space, check_places, standing
+from lora_merge.output.location import check_free_space, check_places, in_existing_folder
 from lora_merge.output.record import MANIFEST, Record
 from lora_merge.output.stage import Stage, check_out
 from lora_merge.output.staging_folder import left_something
@@ -33,7 +33,7 @@ from lora_merge.verification.recompute import recompute, recorded_recipe
 def merge_request(request: Request, *, progress: Progress = no_progress, stop: Stop | None = None) -> MergeResult:
     """Merge as a request says. Raises Stopped soon after another thread asked `stop`."""
     assert request.out is not None
-    with telling_shortage(), standing(request.paths):
+    with telling_shortage(), in_existing_folder(request.paths):
         return _merged(request, request.out, progress, stop or Stop())
 
 
@@ -50,7 +50,7 @@ def _merged(request: Request, out: Path, progress: Progress, stop: Stop) -> Merg
         executor = Executor(inputs, fit(run, plan))
         with _stage(request, out, plan, inputs, stop) as stage:
             resuming.check_left(plan, inputs, stage, stop.check)
-            left = stage.left
+            left = stage.leftovers
             check_free_space(out, _disk(plan, inputs) - left.nbytes)
             shards = [shard for shard in plan.shards if shard.file not in left.finished]
             total = sum(shard.nbytes for shard in plan.shards) - left.nbytes
@@ -75,7 +75,7 @@ def _merged(request: Request, out: Path, progress: Progress, stop: Stop) -> Merg
 
 def plan_request(request: Request) -> PlanResult:
     """What a merge would do; nothing is written."""
-    with telling_shortage(), standing(request.paths):
+    with telling_shortage(), in_existing_folder(request.paths):
         return _planned(request)
 
 
@@ -97,7 +97,7 @@ def verify_path(
 ) -> Verification:
     """Prove a finished output: against its record, and where `base` is given also against its inputs."""
     given = [path for path in (out, base, original, *adapters) if path is not None]
-    with telling_shortage(), standing(given):
+    with telling_shortage(), in_existing_folder(given):
         check_there(out)
         recipe = None if base is None else recorded_recipe(out, base, adapters, original)
         proved = verify_output(out, progress)
@@ -110,7 +110,7 @@ def verify_path(
 
 def inspect(path: Path) -> Inspection:
     """What a checkpoint or an adapter holds, from its headers and config."""
-    with telling_shortage(), standing([path]):
+    with telling_shortage(), in_existing_folder([path]):
         return inspect_path(path)
 
 

@@ -30,14 +30,14 @@ class FactorReader:
     def __init__(self, adapter: Checkpoint, device: torch.device, uses: Mapping[str, int]) -> None:
         self.adapter = adapter
         self.device = device
-        self.left = dict(uses)
+        self.uses = dict(uses)
         self.cached: OrderedDict[str, torch.Tensor] = OrderedDict()
         self.lock = threading.Lock()
 
     def __call__(self, name: str) -> torch.Tensor:
         with self.lock:
-            self.left[name] = self.left.get(name, 1) - 1
-            last = self.left[name] <= 0
+            self.uses[name] = self.uses.get(name, 1) - 1
+            last = self.uses[name] <= 0
             factor = self.cached.pop(name, None)
             if factor is not None and not last:
                 self.cached[name] = factor

@@ -56,9 +56,9 @@ def refusal(out: Path, reason: str) -> OutputExistsError:
 
 def _other(shard: Shard, base: Checkpoint, stage: Stage, look: Callable[[], None]) -> Iterator[str]:
     """Tensors of the base that are not what the bytes of a shard that are there were made of."""
-    if (record := stage.left.finished.get(shard.file)) is not None:
+    if (record := stage.leftovers.finished.get(shard.file)) is not None:
         file, nbytes, jobs, sources = stage.folder / shard.file, record.nbytes, len(shard.jobs), record.sources
-    elif (started := stage.left.started.get(shard.file)) is not None:
+    elif (started := stage.leftovers.started.get(shard.file)) is not None:
         file, nbytes, jobs, sources = (
             stage.staging.unfinished(shard.file),
             started.nbytes,

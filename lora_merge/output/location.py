@@ -58,7 +58,7 @@ def not_a_folder(out: Path) -> LoraMergeError:
 
 
 @contextmanager
-def standing(paths: Iterable[Path]) -> Iterator[None]:
+def in_existing_folder(paths: Iterable[Path]) -> Iterator[None]:
     """Work from `/` where the current folder was removed, as libraries end the process that has none.
 
     UsageError where one of `paths` is relative then: it leads nowhere.

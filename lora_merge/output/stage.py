@@ -42,8 +42,8 @@ def check_out(out: Path, *, resume: bool = False, overwrite: bool = False) -> bo
 class Stage:
     """A run's right to make OUT, and everything that it has made so far. A context manager.
 
-    folder: what will be OUT. left: what an earlier run left and this one goes on with. proved: whether that is known to
-    be made of the inputs as they are. shards: finished ones by file name, of this run and of the earlier one.
+    folder: what will be OUT. leftovers: what an earlier run left and this one goes on with. proved: whether these are
+    known to be made of the inputs as they are. shards: finished ones by file name, of this run and of the earlier one.
     files: size and SHA-256 of everything that will be in OUT, by path.
     Left without `publish`, what is done of shards stays for --resume; a stage without any is removed.
     Shards may be written from several threads at once.
@@ -53,7 +53,7 @@ class Stage:
         self.out = staging.out
         self.staging = staging
         self.folder = staging.files
-        self.left = Leftovers()
+        self.leftovers = Leftovers()
         self.proved = True
         self.shards: dict[str, ShardRecord] = {}
         self.files: dict[str, RecordedFile] = {}
@@ -108,7 +108,7 @@ class Stage:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         hopeless = isinstance(error, LoraMergeError) and not isinstance(error, MENDABLE)
-        if hopeless and not self.shards and not self.left.started:
+        if hopeless and not self.shards and not self.leftovers.started:
             self._stop.resumable = False
         self.close()
 
@@ -116,7 +116,7 @@ class Stage:
         """A writer for the shard `name` of exactly `nbytes` bytes; it goes on where an earlier run stopped."""
         assert os.path.basename(name) == name and name not in self.shards, name
         place = self.staging.unfinished(name), self.folder / name
-        return ShardWriter(*place, nbytes, self.left.started.get(name), self._note_prefix, self._record)
+        return ShardWriter(*place, nbytes, self.leftovers.started.get(name), self._note_prefix, self._record)
 
     def trust(self) -> None:
         """What is left was proved to be made of the inputs as they are: the next run need not prove it again."""
@@ -197,17 +197,17 @@ class Stage:
         check_vacant(self.out, self._overwrite)
         if not restart and staging.check_resumable(state, job, resume):
             self._stop.resumable = True
-            self.left = staging.leftovers(state, self._stop.check)
-            self.proved = state.inputs == self._inputs or not self.left
+            self.leftovers = staging.leftovers(state, self._stop.check)
+            self.proved = state.inputs == self._inputs or not self.leftovers
         else:
             staging.clear()
             state = JournalState()
         self._journal = Journal(staging.journal, state, job, self._inputs)
-        self._stop.resumable = bool(self.left)
+        self._stop.resumable = bool(self.leftovers)
         if state.moves:
             self._journal.add({"moves": None})
-        staging.sweep(self.left)
-        for record in self.left.finished.values():
+        staging.sweep(self.leftovers)
+        for record in self.leftovers.finished.values():
             self._note(record)
 
     def _leave(self) -> None:

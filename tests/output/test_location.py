@@ -136,7 +136,7 @@ def test_from_a_removed_current_folder(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_there_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with places.standing([Path("out")]):
+    with places.in_existing_folder([Path("out")]):
         assert Path.cwd() == tmp_path
 
 

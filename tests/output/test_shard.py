@@ -65,7 +65,7 @@ def killed(out: Path, after: int, monkeypatch: pytest.MonkeyPatch) -> Path:
 def jobs_started(out: Path) -> int:
     """Jobs that a resume finds done; the stage stays as it is."""
     with Stage.open(out, "job", resume=True) as stage:
-        return stage.left.started[NAME].jobs if NAME in stage.left.started else 0
+        return stage.leftovers.started[NAME].jobs if NAME in stage.leftovers.started else 0
 
 
 def finish(out: Path) -> None:

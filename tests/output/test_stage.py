@@ -86,8 +86,8 @@ def test_a_failed_run_is_resumed(out: Path) -> None:
     first = next(iter(SHARDS))
     before = (stage / "files" / first).stat()
     with Stage.open(out, "job", resume=True) as resumed:
-        assert resumed.left.finished == resumed.shards and list(resumed.shards) == [first]
-        assert resumed.left.finished[first].results == [result(first)]
+        assert resumed.leftovers.finished == resumed.shards and list(resumed.shards) == [first]
+        assert resumed.leftovers.finished[first].results == [result(first)]
         assert resumed.files[first] == RecordedFile(5000, sha256(SHARDS[first]).hexdigest())
     make(out, resume=True)
     assert content(out) == WHOLE and os.listdir(out.parent) == ["out"]
@@ -104,7 +104,7 @@ def test_a_left_stage_is_not_dropped_unasked(out: Path, job: str, hint: str) -> 
             make(out, job, resume=True)
     assert list(content(stage / "files")) == [next(iter(SHARDS))]
     made = make(out, job, restart=True)
-    assert not made.left and content(out) == WHOLE and os.listdir(out.parent) == ["out"]
+    assert not made.leftovers and content(out) == WHOLE and os.listdir(out.parent) == ["out"]
 
 
 def test_a_stage_without_shards_is_not_worth_a_question(out: Path) -> None:
@@ -128,7 +128,7 @@ def test_a_harmed_shard_is_made_again(out: Path, tmp_path: Path, harm: str) -> N
     if harm == "folder":
         shard.mkdir()
     stage = make(out, resume=True)
-    assert not stage.left and content(out) == WHOLE and not (out / first).is_symlink()
+    assert not stage.leftovers and content(out) == WHOLE and not (out / first).is_symlink()
 
 
 @pytest.mark.parametrize("cut", range(1, 60, 7))
@@ -136,10 +136,10 @@ def test_a_torn_journal_line_is_cut_off(out: Path, cut: int) -> None:
     path = fail(out, after=2) / "journal"
     path.write_bytes(path.read_bytes()[:-cut])
     with Stage.open(out, "job", resume=True) as stage:
-        assert list(stage.left.finished) == list(SHARDS)[:1]
+        assert list(stage.leftovers.finished) == list(SHARDS)[:1]
         put(stage, *list(SHARDS.items())[1])
     assert all(json.loads(line) for line in path.read_bytes().splitlines())
-    assert len(make(out, resume=True).left.finished) == 2 and content(out) == WHOLE
+    assert len(make(out, resume=True).leftovers.finished) == 2 and content(out) == WHOLE
 
 
 @pytest.mark.parametrize("length", [0, 1, 20])
@@ -276,7 +276,7 @@ def test_failing_calls_leave_a_stage_to_resume(
         assert "disk is full" in str(caught.value) and " are free" in str(caught.value)
     if call == "write" and number == errno.EFBIG:
         assert "3000 bytes of this file were still to be written" in str(caught.value)
-    assert list(make(out, resume=True).left.finished) == [first[0]]
+    assert list(make(out, resume=True).leftovers.finished) == [first[0]]
     assert content(out) == WHOLE
 
 

@@ -45,7 +45,7 @@ def whole(job: str) -> dict[str, bytes]:
 def run(out: Path, job: str, words: list[str]) -> None:
     with Stage.open(out, job, **dict.fromkeys(words, True)) as stage:
         for name, data in shards(job).items():
-            if name in stage.left.finished:
+            if name in stage.leftovers.finished:
                 continue
             writer = stage.shard(name, SIZE)
             for start in range(0, SIZE, BLOCK):

@@ -52,7 +52,7 @@ def make(out: Path, job: str = "job", stop_after: int | None = None, **words: bo
     """A whole run, or one that fails after so many shards."""
     with Stage.open(out, job, **words) as stage:
         for name, data in list(SHARDS.items())[:stop_after]:
-            if name not in stage.left.finished:
+            if name not in stage.leftovers.finished:
                 put(stage, name, data)
         if stop_after is not None:
             raise Stopped
