@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import click
 
 from lora_merge import __version__
+from lora_merge.abilities import FORMATS, QUANT_TYPES, WIDTHS
 from lora_merge.errors import LoraMergeError, StorageError, UsageError, printable
 from lora_merge.report import (
     Reporter,
@@ -24,12 +25,9 @@ from lora_merge.report import (
 from lora_merge.request import (
     DEFAULTS,
     DTYPES,
-    FORMATS,
-    QUANT_TYPES,
     ROUNDINGS,
     SCALES,
     TRAINED_ON,
-    WIDTHS,
     Request,
     parse_size,
 )

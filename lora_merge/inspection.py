@@ -7,12 +7,13 @@ from collections import Counter
 from pathlib import Path
 
 from lora_merge.checkpoint.opening import Checkpoint, open_adapter, open_base
-from lora_merge.formats import KNOWN_METHODS, Quantized, unread
+from lora_merge.formats import KNOWN_METHODS, METHODS, Format, unread
 from lora_merge.planning.draft import Draft
 from lora_merge.planning.output_formats import declared
 from lora_merge.results import InspectedTensor, Inspection
 
 FACTOR = re.compile(r"\.lora_[abAB](\.|$)")
+WRITTEN = {"yes": "", "kept": " (only kept)", "no": " (only read)"}
 UNKNOWN = "codes of a quantization that is not known"
 SHOWN = {
     "checkpoint": ("model_type", "architectures", "dtype", "torch_dtype", "tie_word_embeddings", "vocab_size"),
@@ -56,9 +57,14 @@ def _format(opened: Checkpoint) -> str:
     if found := unread.named(opened.tensors, draft.config):
         return f"{found[0].name} (not read)"
     draft.gather()
-    coded = Counter(str(stored.format) for stored in draft.weights.values() if isinstance(stored.format, Quantized))
+    coded = Counter(_named(stored.format) for stored in draft.weights.values() if stored.format.coded)
     if coded or (said := declared(draft.config)) is None:
         plain = {stored.format.name for stored in draft.weights.values()}
         plain |= {UNKNOWN} if unread.codes(draft.specs, draft.weights) else set()
         return ", ".join(coded) or ", ".join(sorted(plain)) or "no float weights"
     return f"{said} (not read)" if unread.unknown_method(draft.config, KNOWN_METHODS) else said
+
+
+def _named(format: Format) -> str:
+    """A format of codes, with what a merge can do with it."""
+    return f"{format}{WRITTEN[METHODS[format.name].abilities().written if format.writable else 'no']}"

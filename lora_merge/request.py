@@ -9,24 +9,22 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
+from lora_merge.abilities import FORMATS, QUANT_TYPES, WIDTHS
 from lora_merge.errors import UsageError, quoted
 
+# Format, width and kind of codes are spelled out for editors; a test compares them with the table of abilities.
 Bits: TypeAlias = Literal[2, 3, 4, 5, 6, 7, 8, 16]
 DtypeName: TypeAlias = Literal["float32", "bfloat16", "float16"]
 FormatName: TypeAlias = Literal[
     "plain", "chatglm", "compressed-tensors", "bitsandbytes", "gptq", "awq", "fp8", "fbgemm_fp8", "modelopt", "mxfp4"
 ]
-QuantType: TypeAlias = Literal["int", "fp8", "nf4", "fp4", "nvfp4", "mxfp4", "mxfp8"]
+QuantType: TypeAlias = Literal["int", "fp8", "nvfp4", "mxfp4", "mxfp8", "nf4", "fp4"]
 Rounding: TypeAlias = Literal["auto", "nearest", "stochastic", "dither", "adapter-aware"]
 Scales: TypeAlias = Literal["auto", "keep", "fresh"]
 TrainedOn: TypeAlias = Literal["as-is", "nf4", "fp4", "int8"]
 
-WIDTHS: tuple[Bits, ...] = get_args(Bits)
 DTYPES: dict[str, str] = dict(zip(get_args(DtypeName), ("F32", "BF16", "F16"), strict=True))
 """Words of `--dtype`, and the names that the header of a safetensors file has for them."""
-FORMATS: tuple[FormatName, ...] = get_args(FormatName)
-"""What `--format` takes: the formats that can be written, by the names under which config.json has them."""
-QUANT_TYPES: tuple[QuantType, ...] = get_args(QuantType)
 ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
 SCALES: tuple[Scales, ...] = get_args(Scales)
 TRAINED_ON: tuple[TrainedOn, ...] = get_args(TrainedOn)

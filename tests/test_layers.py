@@ -16,7 +16,18 @@ PACKAGE = ROOT / "lora_merge"
 # A wing imports from itself, from those below it, and from none above; modules beside the wings are front or ground.
 FRONT = {"__main__", "cli", "report", "api", "public", "inspection"}
 GROUND = {
-    *("request", "keywords", "results", "json_types", "progress", "errors", "spec", "patterns", "lora_merge"),
+    *(
+        "abilities",
+        "request",
+        "keywords",
+        "results",
+        "json_types",
+        "progress",
+        "errors",
+        "spec",
+        "patterns",
+        "lora_merge",
+    ),
 }
 WINGS: dict[str, set[str]] = {
     "verification": {"execution", "planning", "output", "checkpoint"},

@@ -13,8 +13,8 @@ import pytest
 
 import lora_merge
 from lora_merge import cli, errors, request
+from lora_merge.abilities import ABILITIES, PLAIN, QUANT_TYPES
 from lora_merge.adapters import KINDS, LATER, NEVER
-from lora_merge.formats import FORMATS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -54,9 +54,9 @@ def options(command: click.Command) -> set[str]:
 
 
 def test_the_table_of_formats_is_the_code() -> None:
-    listed = {row[0].strip("`"): (row[2], row[3]) for row in rows(section("Formats of weights"))}
-    assert listed == {name: ("yes", "yes" if name in request.FORMATS else "kept") for name in FORMATS}
-    assert all(FORMATS[name].writable for name in request.FORMATS)
+    listed = {row[0].strip("`"): (row[2], row[3], row[4]) for row in rows(section("Formats of weights"))}
+    assert listed.pop(PLAIN)[:2] == ("yes", "yes")
+    assert listed == {name: ("yes", has.written, str(has)) for name, has in ABILITIES.items()}
 
 
 def test_the_table_of_roundings_is_the_code() -> None:
@@ -67,7 +67,7 @@ def test_the_table_of_roundings_is_the_code() -> None:
     ("option", "known"),
     [
         ("dtype", request.DTYPES),
-        ("quant-type", request.QUANT_TYPES),
+        ("quant-type", QUANT_TYPES),
         ("rounding", request.ROUNDINGS),
         ("scales", request.SCALES),
         ("trained-on", request.TRAINED_ON),

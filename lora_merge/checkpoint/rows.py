@@ -13,7 +13,7 @@ import torch
 from lora_merge.checkpoint.opening import Checkpoint
 from lora_merge.checkpoint.sources import Sources
 from lora_merge.errors import InputError, printable
-from lora_merge.formats import ByteRange, Quantized, StoredWeight
+from lora_merge.formats import ByteRange, CodedFormat, StoredWeight
 from lora_merge.formats.raw import numbers
 from lora_merge.quantization.grids import Grid
 from lora_merge.spec import PLAIN_FLOATS
@@ -71,7 +71,7 @@ class StoredRows:
         step: int,
         device: torch.device,
         sources: Sources | None = None,
-        trained_on: Quantized | None = None,
+        trained_on: CodedFormat | None = None,
     ) -> None:
         """name: of the weight, for errors. stored: where it lies; None: the base has nothing of it, its rows are zero.
 
@@ -93,8 +93,7 @@ class StoredRows:
         self._lock = threading.Lock()
         if stored is not None and stored.weight.numel:
             ranges = self._ranges(0, min(step, self.height))
-            format = stored.format
-            common = format.shared if isinstance(format, Quantized) else ()
+            common = stored.format.shared
             self.shared = {
                 part: self._load(part, 0, base.tensors[stored.parts[part]].nbytes) for part in ranges if part in common
             }
@@ -178,7 +177,7 @@ class StoredRows:
                 parts[part] = self._window(part, byte_range)[:, byte_range.begin : byte_range.end].reshape(-1)
             elif part not in self.shared:
                 parts[part] = raw.parts[part][byte_range.begin - block[part].begin : byte_range.end - block[part].begin]
-        if not isinstance(source.format, Quantized):
+        if not source.format.coded:
             source.format.decode(parts, rows)
             return Tile(start, self._rounded(rows, start).to(self.device))
         try:

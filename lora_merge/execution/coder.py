@@ -14,7 +14,7 @@ from lora_merge.adapters.lowrank import BoundLowRank
 from lora_merge.checkpoint.rows import Tile
 from lora_merge.errors import NumericError, printable
 from lora_merge.execution.tiles import rows_bound, tile_rows
-from lora_merge.formats import Quantized
+from lora_merge.formats import Format
 from lora_merge.formats.base import same_grid
 from lora_merge.planning.jobs import QuantizeOptions, Rewrite
 from lora_merge.quantization.choice import AUTO, FRESH, KEPT, choose
@@ -83,7 +83,7 @@ class Coder:
     adapter changes it. same_grid: the base stands on the target's grid already.
     """
 
-    target: Quantized
+    target: Format
     rounding: Rounding
     keeps_scales: bool
     merged: bool
@@ -147,7 +147,7 @@ def _zero_rows(rows: torch.Tensor) -> torch.Tensor:
     return (rows.amax(1) == 0).logical_and_(rows.amin(1) == 0)
 
 
-def fresh(target: Quantized, rows: torch.Tensor, start: int) -> Grid:
+def fresh(target: Format, rows: torch.Tensor, start: int) -> Grid:
     """The best shares of the scales that the format's own rule gives, where these are free."""
     grid = target.fit(rows, start)
     return refined(grid, rows) if target.refinable(grid) else grid
@@ -159,7 +159,7 @@ def _conversion(base: torch.Tensor, written: torch.Tensor) -> Change:
 
 
 def choose_coder(
-    job: Rewrite, target: Quantized, bounds: Sequence[Bound], samples: Sequence[tuple[Tile, torch.Tensor]]
+    job: Rewrite, target: Format, bounds: Sequence[Bound], samples: Sequence[tuple[Tile, torch.Tensor]]
 ) -> Coder:
     """Choose scales and rounding of a weight.
 

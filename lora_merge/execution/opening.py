@@ -26,7 +26,6 @@ from lora_merge.execution.device import pick_device
 from lora_merge.execution.factors import FactorReader, uses_of
 from lora_merge.execution.rewriting import OpenWeight, compute_on_one_thread, patched, strengthened
 from lora_merge.execution.tiles import tile_rows
-from lora_merge.formats import Quantized
 from lora_merge.planning.jobs import Rewrite, Shard
 
 
@@ -51,7 +50,7 @@ class WeightOpener:
         """Read the factors of a weight, and see its rows where they must be seen before the first is written."""
         compute_on_one_thread()
         opened = self._patched(job)
-        if not isinstance(job.target, Quantized):
+        if not job.target.coded:
             return opened
         target = job.target.for_weight(
             job.weight, job.quantize.compute_dtype if job.quantize else "F32", self._observe(job, opened)
@@ -97,14 +96,12 @@ class WeightOpener:
 
     def _observe(self, job: Rewrite, opened: OpenWeight) -> torch.Tensor | None:
         """What the target must know of all rows before the first can be written; of the siblings' rows, too."""
-        assert isinstance(job.target, Quantized)
         if not job.target.needs_observation or can_keep_scales(job):
             return None
         family = job.siblings or (job,)
         return torch.cat([self._observed_rows(one, opened if one.name == job.name else None) for one in family])
 
     def _observed_rows(self, job: Rewrite, opened: OpenWeight | None) -> torch.Tensor:
-        assert isinstance(job.target, Quantized)
         with self._lock:
             seen = self._observed.get(job.name)
         if seen is None:

@@ -17,7 +17,6 @@ from lora_merge.checkpoint.rows import RowBuffers, StoredRows, Tile, buffer
 from lora_merge.checkpoint.sources import Reads
 from lora_merge.execution.blocks import BlockBuffers, BlockBytes, PartBytes
 from lora_merge.execution.coder import Change, Coder, Measured, PlainCoder
-from lora_merge.formats import Quantized
 from lora_merge.planning.jobs import Rewrite
 from lora_merge.results import MergedWeight
 
@@ -79,7 +78,7 @@ class _BlockParts:
         """spans: rows `[start, stop)` of each tile."""
         self.job = job
         self.ranges = [job.target.slices(job.weight, columns, *span) for span in spans]
-        self.shared = job.target.shared if isinstance(job.target, Quantized) else ()
+        self.shared = job.target.shared
         self.first = spans[0][0]
         sizes = {part: self._sizes(part) for part in job.target.describe(job.weight)}
         room = torch.split(
@@ -151,6 +150,5 @@ def merged_weight(job: Rewrite, measured: Measured | None, choices: Mapping[str,
 
 
 def _checked_parts(job: Rewrite) -> tuple[str, ...]:
-    """Output tensors of a weight whose dtype says what their bytes are: `verify` looks for NaN in them."""
-    opaque = job.target.opaque if isinstance(job.target, Quantized) else ()
-    return tuple(job.names[part] for part in job.target.describe(job.weight) if part not in opaque)
+    """Output tensors of a weight: `verify` looks for NaN in them."""
+    return tuple(job.names[part] for part in job.target.describe(job.weight))

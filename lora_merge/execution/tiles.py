@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-from lora_merge.formats import Quantized
 from lora_merge.planning.jobs import Rewrite
 
 TILE = 1 << 19
@@ -34,5 +33,5 @@ def tile_rows(job: Rewrite) -> int:
 def rows_bound(job: Rewrite) -> int | None:
     """Rows at whose multiples a tile must end."""
     formats = [(job.target, job.weight)] + ([(job.source.format, job.source.weight)] if job.source else [])
-    found = [format.rows_within(weight) for format, weight in formats if isinstance(format, Quantized)]
+    found = [format.rows_within(weight) for format, weight in formats]
     return next((rows for rows in found if rows), None)

@@ -6,40 +6,42 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from lora_merge.abilities import FormatOptions
 from lora_merge.errors import InputError, printable
 from lora_merge.formats import unread
-from lora_merge.formats.auto_round import METHODS, AutoRound
-from lora_merge.formats.awq import AWQ, AWQGemv, AWQGemvFast
-from lora_merge.formats.base import ByteRange, Format, FormatOptions, Parts, Quantized, StoredWeight
-from lora_merge.formats.bitsandbytes.format import Bitsandbytes
-from lora_merge.formats.chatglm import ChatGLM
-from lora_merge.formats.compressed_tensors.format import CompressedTensors
-from lora_merge.formats.fp8.fbgemm import FbgemmFP8
-from lora_merge.formats.fp8.fine_grained import FP8, FP8Experts
-from lora_merge.formats.gptq.format import GPTQ
-from lora_merge.formats.modelopt import ModelOpt
-from lora_merge.formats.mxfp4 import MXFP4
+from lora_merge.formats.auto_round import AutoRoundMethod
+from lora_merge.formats.awq.method import AWQMethod
+from lora_merge.formats.base import ByteRange, CodedFormat, Format, Parts, StoredWeight
+from lora_merge.formats.bitsandbytes.method import BitsandbytesMethod
+from lora_merge.formats.chatglm import ChatGLMMethod
+from lora_merge.formats.compressed_tensors.method import CompressedTensorsMethod
+from lora_merge.formats.fp8.fbgemm import FbgemmMethod
+from lora_merge.formats.fp8.method import FP8Method
+from lora_merge.formats.gptq.method import GPTQMethod
+from lora_merge.formats.method import QuantMethod
+from lora_merge.formats.modelopt.method import ModelOptMethod
+from lora_merge.formats.mxfp4 import MXFP4Method
 from lora_merge.formats.plain import PART, Plain
 from lora_merge.spec import TensorSpec
 
-QUANTIZED: dict[str, type[Quantized]] = {
-    "chatglm": ChatGLM,
-    "compressed-tensors": CompressedTensors,
-    "bitsandbytes": Bitsandbytes,  # type: ignore[type-abstract]
-    "gptq": GPTQ,
-    "auto-round": AutoRound,
-    "awq": AWQ,
-    "fp8": FP8,
-    "fbgemm_fp8": FbgemmFP8,
-    "modelopt": ModelOpt,
-    "mxfp4": MXFP4,
+METHODS: dict[str, type[QuantMethod[Any]]] = {
+    method.name: method
+    for method in (
+        ChatGLMMethod,
+        CompressedTensorsMethod,
+        BitsandbytesMethod,
+        GPTQMethod,
+        AutoRoundMethod,
+        AWQMethod,
+        FP8Method,
+        FbgemmMethod,
+        ModelOptMethod,
+        MXFP4Method,
+    )
 }
-VARIANTS: tuple[type[Quantized], ...] = (AWQGemv, AWQGemvFast, FP8Experts)
-"""Other layouts under the names above, which are only read, or kept where a checkpoint has them."""
-FORMATS: dict[str, type[Plain | Quantized]] = {"plain": Plain, **QUANTIZED}
-"""By the word on the command line, which is the `quant_method` of config.json. The first that knows the parts of a
-weight has it: the tensors decide, not the config."""
-KNOWN_METHODS = frozenset({*QUANTIZED, *FP8.methods, *METHODS})
+"""By the word on the command line, which is the `quant_method` of config.json. The first with a format that knows the
+parts of a weight has it: the tensors decide, not the config."""
+KNOWN_METHODS = frozenset(name for method in METHODS.values() for name in (method.name, *method.aliases))
 """Each `quant_method` that one of these formats goes by."""
 DENSE_BLOCKS = re.compile(r"(.*\.experts\.(?:gate_up|down)_proj)_blocks")
 
@@ -50,12 +52,12 @@ def weights(
     """Every weight of a checkpoint by the name that it has without quantization; tensors that are no weights (scales of
     activations, counters, buffers) are not among them.
 
-    read: the bytes of a small tensor. Raises InputError and UnsupportedError as `Quantized.detect` does.
+    read: the bytes of a small tensor. Raises InputError and UnsupportedError as `CodedFormat.detect` does.
     """
     unread.refuse(tensors, config)
     found: dict[str, StoredWeight] = {}
     taken: set[str] = set()
-    for kind in (*QUANTIZED.values(), *VARIANTS):
+    for kind in _formats():
         for stem in _stems(kind, tensors):
             names = {part: stem + kind.separator + part for part in kind.part_names}
             parts = {part: name for part, name in names.items() if name in tensors and name not in taken}
@@ -70,6 +72,12 @@ def weights(
     return found
 
 
+def _formats() -> Iterator[type[CodedFormat]]:
+    """Every format of codes in the order in which they are asked: of each method the first, then the others."""
+    yield from (method.formats[0] for method in METHODS.values())
+    yield from (format for method in METHODS.values() for format in method.formats[1:])
+
+
 def _own_name(name: str, spec: TensorSpec, tensors: Mapping[str, TensorSpec]) -> str:
     """The name of a plain weight: its tensor's, but for the experts of gpt-oss, which transformers 5 saves under the
     name of their MXFP4 codes once it has dequantized them, and then cannot load."""
@@ -79,14 +87,14 @@ def _own_name(name: str, spec: TensorSpec, tensors: Mapping[str, TensorSpec]) ->
     return match[1]
 
 
-def _stems(kind: type[Quantized], tensors: Mapping[str, TensorSpec]) -> Iterator[str]:
+def _stems(kind: type[CodedFormat], tensors: Mapping[str, TensorSpec]) -> Iterator[str]:
     """Modules that have a part by which this format's weights are known."""
     ends = tuple(kind.separator + part for part in kind.identifying_parts)
     return iter(dict.fromkeys(name.removesuffix(end) for name in tensors for end in ends if name.endswith(end)))
 
 
 def _stored(
-    kind: type[Quantized],
+    kind: type[CodedFormat],
     stem: str,
     names: Mapping[str, str],
     tensors: Mapping[str, TensorSpec],
@@ -107,14 +115,15 @@ def _stored(
 
 
 __all__ = [
-    "FORMATS",
-    "QUANTIZED",
+    "KNOWN_METHODS",
+    "METHODS",
     "ByteRange",
+    "CodedFormat",
     "Format",
     "FormatOptions",
     "Parts",
     "Plain",
-    "Quantized",
+    "QuantMethod",
     "StoredWeight",
     "weights",
 ]

@@ -17,10 +17,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_merge.errors import UnsupportedError
-from lora_merge.formats.awq import AWQ
-from lora_merge.formats.base import SECTION, ByteRange, ConfigPath, FormatOptions, Parts, Quantized, ReadPart
-from lora_merge.formats.gptq.config import WHERE, GptqOptions, beside, section
+from lora_merge.formats.awq.gemm import AWQ
+from lora_merge.formats.base import ByteRange, CodedFormat, Parts, ReadPart
+from lora_merge.formats.gptq.config import WHERE, GptqOptions, plain_in_blocks, section
 from lora_merge.formats.gptq.format import GPTQ
+from lora_merge.formats.method import SECTION, ConfigPath, QuantMethod
 from lora_merge.models.config_values import OBJECT, WHOLE, value
 from lora_merge.patterns import compiled
 from lora_merge.spec import TensorSpec
@@ -41,7 +42,7 @@ PLAIN = {"bits": 16}
 
 
 @dataclass(frozen=True, slots=True)
-class AutoRound(Quantized):
+class AutoRound(CodedFormat):
     """Weights whose bits lie as `packing` has them."""
 
     packing: GPTQ | AWQ
@@ -49,7 +50,6 @@ class AutoRound(Quantized):
     name: ClassVar[str] = "auto-round"
     part_names: ClassVar[tuple[str, ...]] = GPTQ.part_names
     identifying_parts: ClassVar[tuple[str, ...]] = GPTQ.identifying_parts
-    own_file: ClassVar[str | None] = "quantization_config.json"
 
     @classmethod
     def detect(cls, parts: Parts, config: Mapping[str, Any], module: str, read: ReadPart) -> AutoRound | None:
@@ -73,24 +73,6 @@ class AutoRound(Quantized):
             told = replace(GptqOptions.of(said, module), version=VERSIONS[packing_format])
             packing = GPTQ.of(parts, told, module, read)
         return None if packing is None else cls(packing)
-
-    @classmethod
-    def from_options(cls, wanted: FormatOptions, weights: Mapping[str, TensorSpec]) -> AutoRound:
-        raise UnsupportedError(
-            "AutoRound's own export is read, and written only where a checkpoint is in it already; "
-            "write --format gptq, which stores the same numbers for more loaders"
-        )
-
-    @classmethod
-    def config_changes(
-        cls, written: Mapping[str, AutoRound], kept: Sequence[str], config: Mapping[str, Any]
-    ) -> dict[ConfigPath, Any]:
-        """What the base says of itself, and the linears of its blocks that have become plain."""
-        body = dict(section(config))
-        plain = [module for module in beside(written, kept) if _bits(_extra(body, module)) < PLAIN["bits"]]
-        if plain:
-            body["extra_config"] = {**_layers(body), **dict.fromkeys(plain, PLAIN)}
-        return {**cls.plain_changes(config), (SECTION,): body}
 
     @property
     def bits(self) -> int:
@@ -136,6 +118,26 @@ class AutoRound(Quantized):
 
     def __str__(self) -> str:
         return f"auto-round {self.packing}"
+
+
+class AutoRoundMethod(QuantMethod[AutoRound]):
+    """Kept where a base has it: GPTQ's own config says the same to more loaders."""
+
+    name: ClassVar[str] = "auto-round"
+    aliases: ClassVar[tuple[str, ...]] = METHODS[1:]
+    formats: ClassVar[tuple[type[CodedFormat], ...]] = (AutoRound,)
+    json_file: ClassVar[str | None] = "quantization_config.json"
+
+    @classmethod
+    def config_changes(
+        cls, written: Mapping[str, AutoRound], plain: Sequence[str], config: Mapping[str, Any]
+    ) -> dict[ConfigPath, Any]:
+        """What the base says of itself, and the linears of its blocks that have become plain."""
+        body = dict(section(config))
+        became = [module for module in plain_in_blocks(written, plain) if _bits(_extra(body, module)) < PLAIN["bits"]]
+        if became:
+            body["extra_config"] = {**_layers(body), **dict.fromkeys(became, PLAIN)}
+        return {**cls.config_removal(config), (SECTION,): body}
 
 
 def _extra(body: Mapping[str, Any], module: str) -> Mapping[str, Any]:

@@ -20,8 +20,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from lora_merge.abilities import FormatOptions
 from lora_merge.errors import InputError, UnsupportedError, listed
-from lora_merge.formats.base import ByteRange, ConfigPath, FormatOptions, Parts, Quantized, ReadPart
+from lora_merge.formats.base import ByteRange, CodedFormat, Parts, ReadPart
+from lora_merge.formats.method import ConfigPath, QuantMethod
 from lora_merge.formats.plain import LIMITS
 from lora_merge.formats.raw import fill, numbers, torch_dtype
 from lora_merge.quantization import bits as codec
@@ -44,7 +46,7 @@ SHARED = ("transformer.word_embeddings", "lm_head")
 
 
 @dataclass(frozen=True, slots=True)
-class ChatGLM(Quantized):
+class ChatGLM(CodedFormat):
     """Codes of 4 or 8 bits with one scale per row.
 
     scale: dtype of the stored scale. compute_dtype: in which `fit` and the nearest codes are computed, F32 unless the
@@ -74,46 +76,6 @@ class ChatGLM(Quantized):
             return None
         return cls(_width(weight.shape[1], config, module), scale.dtype)
 
-    @classmethod
-    def from_options(cls, wanted: FormatOptions, weights: Mapping[str, TensorSpec]) -> ChatGLM:
-        """Scales are halves, as the official files have them."""
-        if wanted.bits not in WIDTHS:
-            raise UnsupportedError(f"ChatGLM has weights of {' and '.join(map(str, WIDTHS))} bits, not {wanted.bits}")
-        if wanted.quant_type or wanted.group_size or wanted.double_quant:
-            raise UnsupportedError(
-                "ChatGLM has one scale per row and integer codes; leave --quant-type and "
-                "--group-size out, or choose another --format"
-            )
-        return cls(wanted.bits)
-
-    @classmethod
-    def config_changes(
-        cls, written: Mapping[str, ChatGLM], kept: Sequence[str], config: Mapping[str, Any]
-    ) -> dict[ConfigPath, Any]:
-        left = [module for module in kept if cls.quantizes(module, config)]
-        widths = {format.bits for format in written.values()}
-        if left or len(widths) != 1:
-            raise UnsupportedError(
-                f"ChatGLM's loader takes every linear of its layers at one width: {listed(left) or sorted(widths)} "
-                "cannot differ; leave --keep out, or write --format compressed-tensors"
-            )
-        changes: dict[ConfigPath, Any] = {("quantization_bit",): widths.pop()}
-        if "quantization_embeddings" in config:
-            changes["quantization_embeddings",] = any(module in SHARED for module in written)
-        return changes
-
-    @classmethod
-    def plain_changes(cls, config: Mapping[str, Any]) -> dict[ConfigPath, Any]:
-        """A plain checkpoint that still says 8 loads without an error and with every linear zero, so the 0 stays."""
-        keys = {("quantization_bit",): 0, ("quantization_embeddings",): False}
-        return {path: value for path, value in keys.items() if path[0] in config}
-
-    @classmethod
-    def quantizes(cls, module: str, config: Mapping[str, Any]) -> bool | None:
-        if LINEARS.fullmatch(module):
-            return True
-        return module in SHARED and bool(config.get("quantization_embeddings"))
-
     @property
     def top(self) -> int:
         """The largest code; the smallest is its negative."""
@@ -140,9 +102,6 @@ class ChatGLM(Quantized):
         if weight.shape[1] * self.bits % 8:
             return f"int4 puts two columns into a byte, this weight has {weight.shape[1]}; write 8 bits"
         return None
-
-    def rows_at_once(self, weight: TensorSpec) -> int:
-        return 1
 
     def slices(self, weight: TensorSpec, columns: int, start: int, stop: int) -> dict[str, ByteRange]:
         row, scale = columns * self.bits // 8, BITS[self.scale] // 8
@@ -187,6 +146,46 @@ class ChatGLM(Quantized):
         return Affine(
             scale=scale, low=low, high=self.top, group=max(1, columns), dtype=dtype, compute_dtype=compute_dtype
         )
+
+
+class ChatGLMMethod(QuantMethod[ChatGLM]):
+    """`quantization_bit` in config.json, which the checkpoint's own code reads."""
+
+    name: ClassVar[str] = "chatglm"
+    formats: ClassVar[tuple[type[CodedFormat], ...]] = (ChatGLM,)
+
+    @classmethod
+    def format_for(cls, options: FormatOptions, weights: Mapping[str, TensorSpec]) -> ChatGLM:
+        """Scales are F16, as the official files have them."""
+        return ChatGLM(options.bits)
+
+    @classmethod
+    def config_changes(
+        cls, written: Mapping[str, ChatGLM], plain: Sequence[str], config: Mapping[str, Any]
+    ) -> dict[ConfigPath, Any]:
+        left = [module for module in plain if cls.is_quantized(module, config)]
+        widths = {format.bits for format in written.values()}
+        if left or len(widths) != 1:
+            raise UnsupportedError(
+                f"ChatGLM's loader takes every linear of its layers at one width: {listed(left) or sorted(widths)} "
+                "cannot differ; leave --keep out, or write --format compressed-tensors"
+            )
+        changes: dict[ConfigPath, Any] = {("quantization_bit",): widths.pop()}
+        if "quantization_embeddings" in config:
+            changes["quantization_embeddings",] = any(module in SHARED for module in written)
+        return changes
+
+    @classmethod
+    def config_removal(cls, config: Mapping[str, Any]) -> dict[ConfigPath, Any]:
+        """A plain checkpoint that still says 8 loads without an error and with every linear zero, so the 0 stays."""
+        keys = {("quantization_bit",): 0, ("quantization_embeddings",): False}
+        return {path: value for path, value in keys.items() if path[0] in config}
+
+    @classmethod
+    def is_quantized(cls, module: str, config: Mapping[str, Any]) -> bool | None:
+        if LINEARS.fullmatch(module):
+            return True
+        return module in SHARED and bool(config.get("quantization_embeddings"))
 
 
 def is_chatglm(config: Mapping[str, Any]) -> bool:

@@ -21,11 +21,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from lora_merge.abilities import FormatOptions
 from lora_merge.errors import InputError, UnsupportedError, listed
-from lora_merge.formats.base import ByteRange, ConfigPath, FormatOptions, Parts, Quantized, ReadPart
+from lora_merge.formats.base import ByteRange, CodedFormat, Parts, ReadPart
 from lora_merge.formats.compressed_tensors import codes as layout
 from lora_merge.formats.compressed_tensors import scales as scales
 from lora_merge.formats.compressed_tensors import schemes as schemes
+from lora_merge.formats.method import ConfigPath, QuantMethod
 from lora_merge.formats.raw import fill
 from lora_merge.spec import TensorSpec
 
@@ -45,7 +47,7 @@ OTHER = "write --format compressed-tensors --quant-type mxfp4"
 
 
 @dataclass(frozen=True, slots=True)
-class MXFP4(Quantized):
+class MXFP4(CodedFormat):
     """The one scheme there is; what it holds is the stack `[experts, in, out]`."""
 
     name: ClassVar[str] = "mxfp4"
@@ -68,42 +70,6 @@ class MXFP4(Quantized):
             )
         return cls()
 
-    @classmethod
-    def from_options(cls, wanted: FormatOptions, weights: Mapping[str, TensorSpec]) -> MXFP4:
-        if wanted.bits != 4 or wanted.quant_type not in (None, "mxfp4") or wanted.double_quant:
-            raise UnsupportedError("mxfp4 has 4-bit floats alone; write --bits 4 without --quant-type and "
-                                   "--double-quant, or choose another --format")  # fmt: skip
-        if wanted.group_size not in (None, BLOCK):
-            raise UnsupportedError(f"mxfp4 has blocks of {BLOCK}, not of {wanted.group_size}; leave --group-size out")
-        others = [module for module in weights if not EXPERTS.fullmatch(module)]
-        if others or not weights:
-            raise UnsupportedError(f"mxfp4 is for the experts of gpt-oss, found {listed(others) or 'none'}; {OTHER}")
-        reasons = ((module, cls().refusal(weight)) for module, weight in weights.items())
-        if refused := [f"{module}: {reason}" for module, reason in reasons if reason]:
-            raise UnsupportedError(f"{listed(refused)}; {OTHER}")
-        return cls()
-
-    @classmethod
-    def config_changes(
-        cls, written: Mapping[str, MXFP4], kept: Sequence[str], config: Mapping[str, Any]
-    ) -> dict[ConfigPath, Any]:
-        if config.get("model_type") != MODEL:
-            raise UnsupportedError(
-                f"mxfp4 is loaded for model_type {MODEL} alone, config.json says {config.get('model_type')!r}; {OTHER}"
-            )
-        if left := [module for module in kept if cls.quantizes(module, config)]:
-            raise UnsupportedError(
-                f"vLLM takes all experts of a checkpoint for mxfp4, {listed(left)} cannot stay plain; leave --keep out"
-            )
-        own = config.get("quantization_config")
-        if not isinstance(own, Mapping) or own.get("quant_method") != cls.name:
-            own = {"quant_method": cls.name, "modules_to_not_convert": PLAIN}
-        return {**cls.plain_changes(config), ("quantization_config",): own}
-
-    @classmethod
-    def quantizes(cls, module: str, config: Mapping[str, Any]) -> bool | None:
-        return EXPERTS.fullmatch(module) is not None
-
     @property
     def bits(self) -> int:
         return 4
@@ -111,9 +77,6 @@ class MXFP4(Quantized):
     @property
     def limit(self) -> float:
         return float(2**127 * (1.75 - 2**-23))  # from 1.75 on the code is 4 and the scale half of 2^127
-
-    def for_weight(self, weight: TensorSpec, compute_dtype: str = "F32", seen: torch.Tensor | None = None) -> MXFP4:
-        return self
 
     def describe(self, weight: TensorSpec) -> dict[str, TensorSpec]:
         experts, inputs, outputs = weight.shape
@@ -171,3 +134,41 @@ class MXFP4(Quantized):
         import torch
 
         return scales.fp4(scale.repeat_interleave(BLOCK, 0), 1, torch.float32)
+
+
+class MXFP4Method(QuantMethod[MXFP4]):
+    """transformers loads it for gpt-oss alone; vLLM takes all experts of a checkpoint for it."""
+
+    name: ClassVar[str] = "mxfp4"
+    formats: ClassVar[tuple[type[CodedFormat], ...]] = (MXFP4,)
+
+    @classmethod
+    def format_for(cls, options: FormatOptions, weights: Mapping[str, TensorSpec]) -> MXFP4:
+        others = [module for module in weights if not EXPERTS.fullmatch(module)]
+        if others or not weights:
+            raise UnsupportedError(f"mxfp4 is for the experts of gpt-oss, found {listed(others) or 'none'}; {OTHER}")
+        reasons = ((module, MXFP4().refusal(weight)) for module, weight in weights.items())
+        if refused := [f"{module}: {reason}" for module, reason in reasons if reason]:
+            raise UnsupportedError(f"{listed(refused)}; {OTHER}")
+        return MXFP4()
+
+    @classmethod
+    def config_changes(
+        cls, written: Mapping[str, MXFP4], plain: Sequence[str], config: Mapping[str, Any]
+    ) -> dict[ConfigPath, Any]:
+        if config.get("model_type") != MODEL:
+            raise UnsupportedError(
+                f"mxfp4 is loaded for model_type {MODEL} alone, config.json says {config.get('model_type')!r}; {OTHER}"
+            )
+        if left := [module for module in plain if cls.is_quantized(module, config)]:
+            raise UnsupportedError(
+                f"vLLM takes all experts of a checkpoint for mxfp4, {listed(left)} cannot stay plain; leave --keep out"
+            )
+        own = config.get("quantization_config")
+        if not isinstance(own, Mapping) or own.get("quant_method") != cls.name:
+            own = {"quant_method": cls.name, "modules_to_not_convert": PLAIN}
+        return {**cls.config_removal(config), ("quantization_config",): own}
+
+    @classmethod
+    def is_quantized(cls, module: str, config: Mapping[str, Any]) -> bool | None:
+        return EXPERTS.fullmatch(module) is not None

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from lora_merge.formats.base import ByteRange, Parts
+from lora_merge.abilities import PLAIN
+from lora_merge.formats.base import ByteRange, Format, Parts
 from lora_merge.spec import BITS, PLAIN_FLOATS, TensorSpec
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ LIMITS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Plain:
+class Plain(Format):
     """Values in one float dtype (safetensors name).
 
     transposed: a matrix is stored `[in, out]` (transformers' Conv1D).
@@ -38,14 +39,19 @@ class Plain:
     dtype: str
     transposed: bool = False
 
-    name: ClassVar[str] = "plain"
-    writable: ClassVar[bool] = True
+    name: ClassVar[str] = PLAIN
+    part_names: ClassVar[tuple[str, ...]] = (PART,)
+    identifying_parts: ClassVar[tuple[str, ...]] = (PART,)
 
     @classmethod
     def detect(cls, parts: Parts) -> Plain | None:
         """The plain format of these parts, or None where they are not one tensor of plain floats."""
         spec = parts.get(PART)
         return cls(spec.dtype) if spec and len(parts) == 1 and spec.dtype in PLAIN_FLOATS else None
+
+    @property
+    def as_linear(self) -> bool:
+        return self.transposed
 
     def describe(self, weight: TensorSpec) -> dict[str, TensorSpec]:
         return {PART: TensorSpec(self.dtype, weight.shape[::-1] if self.transposed else weight.shape)}
@@ -56,9 +62,6 @@ class Plain:
 
     def refusal(self, weight: TensorSpec) -> str | None:
         return None if self.dtype in WRITABLE else f"{self.dtype} is read but not written; choose a --dtype"
-
-    def rows_at_once(self, weight: TensorSpec) -> int:
-        return 1
 
     def slices(self, weight: TensorSpec, columns: int, start: int, stop: int) -> dict[str, ByteRange]:
         size = BITS[self.dtype] // 8

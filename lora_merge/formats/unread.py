@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_merge.errors import UnsupportedError, listed
-from lora_merge.formats.base import sections
+from lora_merge.formats.method import sections
 from lora_merge.spec import TensorSpec
 
 ORIGINAL = "Merge onto the checkpoint that it was made from"

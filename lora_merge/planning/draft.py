@@ -13,9 +13,9 @@ from lora_merge.adapters.layers import is_conv1d
 from lora_merge.checkpoint.opening import Checkpoint
 from lora_merge.containers.json_file import read_json
 from lora_merge.errors import printable
-from lora_merge.formats import QUANTIZED, Plain, StoredWeight
+from lora_merge.formats import METHODS, Plain, StoredWeight
 from lora_merge.formats import weights as gathered
-from lora_merge.formats.base import SECTION, ConfigPath
+from lora_merge.formats.method import SECTION, ConfigPath
 from lora_merge.models import config_values
 from lora_merge.models.ties import Extra, Tie, Touch, tied, untie
 from lora_merge.planning.claims import PlacedClaim, PlacedClaims, patches
@@ -55,9 +55,9 @@ class Draft:
         """
         self.weights = gathered(self._tensors, self.config, self._read)
         for name, stored in self.weights.items() if transposed else ():
-            if isinstance(stored.format, Plain) and self.is_conv1d(name) and len(stored.weight.shape) == 2:
+            if not stored.format.coded and self.is_conv1d(name) and len(stored.weight.shape) == 2:
                 weight = TensorSpec(stored.weight.dtype, stored.weight.shape[::-1])
-                self.weights[name] = replace(stored, format=replace(stored.format, transposed=True), weight=weight)
+                self.weights[name] = replace(stored, format=Plain(weight.dtype, transposed=True), weight=weight)
 
     def is_conv1d(self, name: str) -> bool:
         """Whether the model class has this weight `[in, out]`."""
@@ -68,7 +68,7 @@ class Draft:
         transposed."""
         by_tensor = dict(claims.by_tensor)
         for name, stored in self.weights.items():
-            if name in by_tensor and (not isinstance(stored.format, Plain) or stored.format.transposed):
+            if name in by_tensor and stored.format.as_linear:
                 by_tensor[name] = tuple(
                     replace(placed, location=replace(placed.location, as_linear=True)) for placed in by_tensor[name]
                 )
@@ -187,10 +187,10 @@ def _config(base: Checkpoint) -> dict[str, Any]:
     config_values.check(config, f"{printable(base.path)}/config.json")
     if config.get(SECTION):
         return config
-    for kind in QUANTIZED.values():
-        if kind.own_file and Path(kind.own_file) in base.side_files:
-            body = read_json(base.path / kind.own_file)
-            return config | {SECTION: {"quant_method": kind.name} | kind.section(body)}
+    for method in METHODS.values():
+        if method.json_file and Path(method.json_file) in base.side_files:
+            body = read_json(base.path / method.json_file)
+            return config | {SECTION: {"quant_method": method.name} | method.from_json_file(body)}
     return config
 
 

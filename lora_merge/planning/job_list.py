@@ -8,8 +8,7 @@ from dataclasses import replace
 
 from lora_merge.checkpoint.opening import Checkpoint
 from lora_merge.errors import AdapterError, InputError, UnsupportedError, UsageError, listed, printable
-from lora_merge.formats import QUANTIZED, Format, FormatOptions, Plain, Quantized, StoredWeight
-from lora_merge.formats.awq import Layout as AWQLayout
+from lora_merge.formats import METHODS, CodedFormat, Format, FormatOptions, Plain, StoredWeight
 from lora_merge.formats.base import same_grid
 from lora_merge.formats.plain import PART, WRITABLE
 from lora_merge.models.linears import fused_set, linears
@@ -60,16 +59,21 @@ def _refuse_clashes(jobs: Sequence[Job]) -> None:
         )
 
 
-def _rounded(draft: Draft, request: Recipe) -> tuple[Quantized | None, Collection[str]]:
+def _rounded(draft: Draft, request: Recipe) -> tuple[CodedFormat | None, Collection[str]]:
     """The grid that the adapter was trained over, and the weights that lay on it: all linears but the head."""
     if request.trained_on == "as-is":
         return None, ()
-    if any(isinstance(stored.format, Quantized) for stored in draft.weights.values()):
+    if any(stored.format.coded for stored in draft.weights.values()):
         raise UsageError("--trained-on is for a 16-bit base; this one is quantized already, and merged as it is")
     integer = request.trained_on == "int8"
     wanted = FormatOptions(8) if integer else FormatOptions(4, quant_type=request.trained_on)
     found = linears(draft.specs, skeleton(draft.config, draft.specs))
-    return QUANTIZED["bitsandbytes"].from_options(wanted, {}), {f"{module}.weight" for module in found.chosen}
+    return METHODS["bitsandbytes"].from_options(wanted, {}), {f"{module}.weight" for module in found.chosen}
+
+
+def _rescales(format: Format) -> bool:
+    """Whether channels were multiplied by something before they were rounded."""
+    return format.coded and METHODS[format.name].rescales_channels
 
 
 def _scalings(draft: Draft, claims: PlacedClaims, request: Recipe, original: Checkpoint | None) -> Scalings | None:
@@ -77,7 +81,7 @@ def _scalings(draft: Draft, claims: PlacedClaims, request: Recipe, original: Che
 
     Raises AdapterError where nobody said on which of the two it was trained.
     """
-    rescaling = {name for name, stored in draft.weights.items() if isinstance(stored.format, AWQLayout)}
+    rescaling = {name for name, stored in draft.weights.items() if _rescales(stored.format)}
     if not rescaling:
         if request.adapter_base is not None:
             raise UsageError("--adapter-base is for AWQ checkpoints; this base is none, leave it out")
@@ -105,7 +109,7 @@ class _Maker:
         claims: PlacedClaims,
         request: Recipe,
         outputs: OutputFormats,
-        trained_on: Quantized | None,
+        trained_on: CodedFormat | None,
         rounded: Collection[str],
         scalings: Scalings | None,
     ) -> None:
@@ -130,7 +134,7 @@ class _Maker:
         stored = self.draft.source(found)
         if not changes:
             tensors = self.draft.base.tensors
-            names = {PART: name} if isinstance(found.format, Plain) else found.parts
+            names = found.parts if found.format.coded else {PART: name}
             return [Copy(names[part], tensors[source], source) for part, source in stored.parts.items()]
         return [self._rewrite(name, claims, found, stored, target)]
 
@@ -154,16 +158,16 @@ class _Maker:
             return []
         return [Copy(name, weight, patch.factors[0], applied[0].adapter)]
 
-    def _converts(self, found: StoredWeight, target: Format | Quantized) -> bool:
+    def _converts(self, found: StoredWeight, target: Format) -> bool:
         """Whether the target is another format than that of the base; F64 is left alone where nothing was asked."""
-        if isinstance(target, Plain) and isinstance(found.format, Plain):
+        if not target.coded and not found.format.coded:
             return target != found.format and self.request.dtype is not None
         return target != found.format
 
     def _refitted(self, name: str) -> bool:
         """Whether a weight gets fresh scales because it shares one with a weight that does."""
         target = self.outputs[name]
-        if not isinstance(target, Quantized) or not target.fused or self.request.scales != "fresh":
+        if not target.fused or self.request.scales != "fresh":
             return False
         end = target.weight_suffix
         modules = {other.removesuffix(end) for other in self.draft.weights if other.endswith(end)}
@@ -175,7 +179,7 @@ class _Maker:
         claims: Sequence[PlacedClaim],
         found: StoredWeight,
         stored: StoredWeight,
-        target: Format | Quantized,
+        target: Format,
     ) -> Rewrite:
         applied, weight = effects.build(name, found.weight, claims, self.request.strengths)
         if self.scalings is not None and name.split(".")[-2] not in NOT_RESCALED:
@@ -187,11 +191,10 @@ class _Maker:
             )
         if reason := target.refusal(weight):
             raise UnsupportedError(f"{printable(name)} cannot be written as {target}: {reason}")
-        coded = isinstance(target, Quantized)
-        converted = not applied and isinstance(found.format, Plain)
+        converted = not applied and not found.format.coded
         request = self.request
         quantize = QuantizeOptions(request.rounding, request.scales, request.seed, weight.dtype if converted else "F32")
-        if coded and request.scales == "keep" and not same_grid(found.format, target, weight):
+        if target.coded and request.scales == "keep" and not same_grid(found.format, target, weight):
             raise UsageError(
                 f"--scales keep: {printable(name)} goes from {found.format} to {target}, whose scales are others; "
                 "leave --scales out"
@@ -204,7 +207,7 @@ class _Maker:
             target=target,
             names=_part_names(name, found, target, weight),
             stacked=_stacked(applied, found.format, target),
-            quantize=quantize if coded else None,
+            quantize=quantize if target.coded else None,
             trained_on=self.trained_on if name in self.rounded else None,
         )
 
@@ -213,9 +216,9 @@ def _stale(draft: Draft, jobs: Sequence[Job]) -> list[str]:
     """What to say of scales of activations that were measured before the merge."""
     found = []
     for job in jobs:
-        if isinstance(job, Rewrite) and job.effects and isinstance(job.target, Quantized):
+        if isinstance(job, Rewrite) and job.effects:
             stem = job.name.removesuffix(job.target.weight_suffix) + job.target.separator
-            found += [stem + name for name in job.target.beside if stem + name in draft.sources]
+            found += [stem + name for name in job.target.activation_scales if stem + name in draft.sources]
     if not found:
         return []
     return [
@@ -224,15 +227,15 @@ def _stale(draft: Draft, jobs: Sequence[Job]) -> list[str]:
     ]
 
 
-def _stacked(applied: Sequence[Effect], *formats: Format | Quantized) -> bool:
+def _stacked(applied: Sequence[Effect], *formats: Format) -> bool:
     if any(effect.patch.stacked for effect in applied):
         return True
-    return any(isinstance(format, Quantized) and format.stacked for format in formats)
+    return any(format.stacked for format in formats)
 
 
-def _part_names(name: str, found: StoredWeight, target: Format | Quantized, weight: TensorSpec) -> dict[str, str]:
+def _part_names(name: str, found: StoredWeight, target: Format, weight: TensorSpec) -> dict[str, str]:
     """Tensor of each part in the output; what the base has keeps its name."""
-    if not isinstance(target, Quantized):
+    if not target.coded:
         return {PART: name}
     known = found.parts if type(target) is type(found.format) else {}
     stem = name.removesuffix(target.weight_suffix) + target.separator
@@ -244,7 +247,7 @@ def _with_siblings(jobs: Sequence[tuple[str, Job]]) -> list[tuple[str, Job]]:
     fused = {
         job.name.removesuffix(job.target.weight_suffix): job
         for _, job in jobs
-        if isinstance(job, Rewrite) and isinstance(job.target, Quantized) and job.target.fused
+        if isinstance(job, Rewrite) and job.target.fused
     }
     joined = {}
     for module, job in fused.items():

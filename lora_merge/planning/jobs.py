@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lora_merge.formats import Format, Quantized, StoredWeight
-from lora_merge.formats.base import ConfigPath
+from lora_merge.formats import CodedFormat, Format, StoredWeight
+from lora_merge.formats.method import ConfigPath
 from lora_merge.planning.claims import Effect
 from lora_merge.spec import TensorSpec
 
@@ -57,11 +57,11 @@ class Rewrite:
     weight: TensorSpec
     source: StoredWeight | None
     effects: tuple[Effect, ...]
-    target: Format | Quantized
+    target: Format
     names: Mapping[str, str]
     stacked: bool = False
     quantize: QuantizeOptions | None = None
-    trained_on: Quantized | None = None
+    trained_on: CodedFormat | None = None
     siblings: tuple[Rewrite, ...] = ()
 
     @property

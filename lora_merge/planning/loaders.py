@@ -10,9 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lora_merge.errors import UnsupportedError, listed
-from lora_merge.formats.base import Loader, Quantized
+from lora_merge.formats import QuantMethod
+from lora_merge.formats.method import Loader
 from lora_merge.models.linears import linears, of_class
 from lora_merge.models.skeleton import Skeleton
 from lora_merge.spec import Location, TensorSpec
@@ -29,6 +31,11 @@ class LoaderFit:
     written: tuple[str, ...]
     kept: tuple[str, ...]
     reasons: Mapping[str, str]
+
+
+def takes_expert_linears(loader: Loader | None) -> bool:
+    """Whether a loader takes experts that are stored one by one as linears, though the model class stacks them."""
+    return loader is not None and loader.experts == "linears"
 
 
 def fitted(
@@ -66,7 +73,7 @@ def fitted(
 
 
 def still_plain(
-    kind: type[Quantized],
+    method: type[QuantMethod[Any]],
     skeleton: Skeleton | None,
     tensors: Mapping[str, TensorSpec],
     before: Sequence[str],
@@ -76,10 +83,10 @@ def still_plain(
 
     Raises UnsupportedError where the loader could not tell the two apart.
     """
-    every = linears(tensors, skeleton, experts=kind.expert_linears)
+    every = linears(tensors, skeleton, experts=takes_expert_linears(method.loader))
     kept = [module for module in (*every.chosen, *every.kept) if module not in written]
-    was = fitted(kind.loader, skeleton, tensors, before, [module for module in kept if module not in before])
-    fit = fitted(kind.loader, skeleton, tensors, list(written), kept)
+    was = fitted(method.loader, skeleton, tensors, before, [module for module in kept if module not in before])
+    fit = fitted(method.loader, skeleton, tensors, list(written), kept)
     if mixed := [module for module in fit.reasons if module not in was.reasons]:
         raise UnsupportedError(
             f"--keep: {listed(mixed)} cannot stay quantized then ({fit.reasons[mixed[0]]}); keep them as well"

@@ -11,7 +11,6 @@ from lora_merge import __version__
 from lora_merge.adapters.base import Options, Reading
 from lora_merge.checkpoint.opening import Checkpoint, file_sha256, identity
 from lora_merge.errors import AdapterError, UnsupportedError, listed
-from lora_merge.formats import Quantized
 from lora_merge.models.config_paths import at, vocab_paths
 from lora_merge.models.keys import Resolver
 from lora_merge.models.replication import replicate
@@ -78,7 +77,7 @@ def _resolve(
     try:
         claims = effects.agreed(effects.resolve(adapters, readings, resolver, allow_unused), adapters)
     except AdapterError as error:
-        coded = any(isinstance(stored.format, Quantized) for stored in draft.weights.values())
+        coded = any(stored.format.coded for stored in draft.weights.values())
         if coded or not declared(draft.config):
             raise
         raise UnsupportedError(f"{error}. Note that {quantization(draft.config)}") from None
@@ -112,8 +111,8 @@ def _assembled(
     changes = {path: value for path, value in draft.changes.items() if base.config is not None}
     if changes:
         files[CONFIG] = shards.changed_config(base.config or {}, changes)
-    files |= {file: shards.as_file(body) for file, body in outputs.own_files.items() if body is not None}
-    dropped = {*files, *outputs.own_files}
+    files |= {file: shards.as_file(body) for file, body in outputs.json_files.items() if body is not None}
+    dropped = {*files, *outputs.json_files}
     side = tuple(str(path) for path in base.side_files if str(path) not in dropped)
     digests = tuple({file.path.name: file_sha256(file.path) for file in adapter.files} for adapter in adapters)
     configs = [adapter.config for adapter in adapters]

@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from lora_merge.containers.safetensors import layout
-from lora_merge.formats.base import GONE, ConfigPath
+from lora_merge.formats.method import GONE, ConfigPath
 from lora_merge.planning.jobs import Job, Rewrite, Shard
 
 DEFAULT_SHARD_SIZE = 5 * 10**9

@@ -3,15 +3,16 @@
 import pytest
 import torch
 
+from lora_merge.abilities import FormatOptions
 from lora_merge.checkpoint.rows import Tile
 from lora_merge.execution.coder import Coder, fresh
-from lora_merge.formats.awq import AWQ
-from lora_merge.formats.base import FormatOptions
-from lora_merge.formats.bitsandbytes.format import Bitsandbytes
+from lora_merge.formats.awq.method import AWQMethod
+from lora_merge.formats.bitsandbytes.method import BitsandbytesMethod
 from lora_merge.formats.chatglm import ChatGLM
 from lora_merge.formats.compressed_tensors.format import CompressedTensors
+from lora_merge.formats.compressed_tensors.method import CompressedTensorsMethod
 from lora_merge.formats.compressed_tensors.schemes import INT, Scheme
-from lora_merge.formats.gptq.format import GPTQ
+from lora_merge.formats.gptq.method import GPTQMethod
 from lora_merge.quantization.rounding import AdapterAware, Nearest, Stochastic
 from lora_merge.quantization.survival import Directions
 from lora_merge.spec import TensorSpec
@@ -20,14 +21,14 @@ SHAPE = (24, 128)
 FORMATS = {
     "chatglm int4": ChatGLM(4),
     "chatglm int8": ChatGLM(8, "BF16"),
-    "ct int4": CompressedTensors.from_options(FormatOptions(4), {"x": TensorSpec("BF16", SHAPE)}),
-    "ct int8": CompressedTensors.from_options(FormatOptions(8, dtype="F16"), {"x": TensorSpec("F16", SHAPE)}),
-    "ct fp8": CompressedTensors.from_options(FormatOptions(8, quant_type="fp8"), {}),
-    "ct nvfp4": CompressedTensors.from_options(FormatOptions(4, quant_type="nvfp4"), {}),
-    "ct mxfp4": CompressedTensors.from_options(FormatOptions(4, quant_type="mxfp4"), {}),
-    "nf4": Bitsandbytes.from_options(FormatOptions(4), {}),
-    "gptq": GPTQ.from_options(FormatOptions(4), {"x": TensorSpec("F16", SHAPE)}),
-    "awq": AWQ.from_options(FormatOptions(4), {"x": TensorSpec("F16", SHAPE)}),
+    "ct int4": CompressedTensorsMethod.from_options(FormatOptions(4), {"x": TensorSpec("BF16", SHAPE)}),
+    "ct int8": CompressedTensorsMethod.from_options(FormatOptions(8, dtype="F16"), {"x": TensorSpec("F16", SHAPE)}),
+    "ct fp8": CompressedTensorsMethod.from_options(FormatOptions(8, quant_type="fp8"), {}),
+    "ct nvfp4": CompressedTensorsMethod.from_options(FormatOptions(4, quant_type="nvfp4"), {}),
+    "ct mxfp4": CompressedTensorsMethod.from_options(FormatOptions(4, quant_type="mxfp4"), {}),
+    "nf4": BitsandbytesMethod.from_options(FormatOptions(4), {}),
+    "gptq": GPTQMethod.from_options(FormatOptions(4), {"x": TensorSpec("F16", SHAPE)}),
+    "awq": AWQMethod.from_options(FormatOptions(4), {"x": TensorSpec("F16", SHAPE)}),
     "ct int8 tensor": CompressedTensors(Scheme(INT, 8, strategy="tensor")),
 }
 

@@ -9,10 +9,10 @@ import stored_parts as sp
 import torch
 from safetensors.torch import load_file
 
+from lora_merge.abilities import FormatOptions
 from lora_merge.errors import UnsupportedError
-from lora_merge.formats.auto_round import AutoRound
-from lora_merge.formats.awq import AWQ
-from lora_merge.formats.base import FormatOptions
+from lora_merge.formats.auto_round import AutoRound, AutoRoundMethod
+from lora_merge.formats.awq.gemm import AWQ
 from lora_merge.formats.gptq.format import GPTQ
 from lora_merge.spec import TensorSpec
 
@@ -128,19 +128,21 @@ def test_other_packings_name_the_way_out():
 
 
 def test_it_is_written_only_where_it_was():
-    with pytest.raises(UnsupportedError, match="--format gptq"):
-        AutoRound.from_options(FormatOptions(4), {})
+    with pytest.raises(
+        UnsupportedError, match=r"auto-round is kept where a base is in it already.*choose another --format"
+    ):
+        AutoRoundMethod.from_options(FormatOptions(4), {})
 
 
 def test_the_config_stays_but_for_what_became_plain():
     config = json.loads((FIXTURE / "config.json").read_text())
     body = config["quantization_config"]
     written = {module: format for module, format, _, _ in weights()}
-    assert AutoRound.config_changes(written, ["lm_head"], config) == {("quantization_config",): body}
+    assert AutoRoundMethod.config_changes(written, ["lm_head"], config) == {("quantization_config",): body}
     kept = ["lm_head", "model.layers.0.mlp.gate", "model.layers.0.mlp.up_proj"]
     config = said(extra_config={"model.layers.0.mlp.gate": {"bits": 16, "data_type": "float"}})
     del written[kept[2]]
-    changed = AutoRound.config_changes(written, kept, config)["quantization_config",]
+    changed = AutoRoundMethod.config_changes(written, kept, config)["quantization_config",]
     assert changed["extra_config"] == {kept[1]: {"bits": 16, "data_type": "float"}, kept[2]: {"bits": 16}}
     assert {key for key in changed if changed[key] != config["quantization_config"][key]} == {"extra_config"}
 

@@ -12,11 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from lora_merge.abilities import FormatOptions
 from lora_merge.errors import InputError, UnsupportedError
 from lora_merge.formats import weights as stored_weights
-from lora_merge.formats.awq import AWQ, AWQGemv, AWQGemvFast
-from lora_merge.formats.base import GONE, FormatOptions
+from lora_merge.formats.awq.gemm import AWQ
+from lora_merge.formats.awq.gemv import AWQGemv, AWQGemvFast
+from lora_merge.formats.awq.method import AWQMethod
 from lora_merge.formats.gptq.format import GPTQ
+from lora_merge.formats.method import GONE
 from lora_merge.quantization.grids import refined
 from lora_merge.spec import TensorSpec
 
@@ -363,7 +366,7 @@ def test_what_cannot_be_stored_is_refused():
 
 def test_the_preset_has_the_largest_group_that_divides_the_most_weights():
     def preset(*columns, **words):
-        return AWQ.from_options(
+        return AWQMethod.from_options(
             FormatOptions(4, **words), {str(i): TensorSpec("F32", (8, n)) for i, n in enumerate(columns)}
         )
 
@@ -374,15 +377,15 @@ def test_the_preset_has_the_largest_group_that_divides_the_most_weights():
     assert preset() == AWQ(128, "BF16")
     assert preset(256, 80, group_size=16, quant_type="int") == AWQ(16, "BF16")
     for columns, words, message in (
-        ((96,), {"group_size": 48}, "know groups of .*, not 48"),
-        ((96,), {"group_size": -1}, "not -1"),
-        ((128,), {"quant_type": "nf4"}, "integer codes"),
-        ((128,), {"double_quant": True}, "integer codes"),
+        ((96,), {"group_size": 48}, "groups of 128, 64, 32 and 16, not of 48"),
+        ((96,), {"group_size": -1}, "not of -1"),
+        ((128,), {"quant_type": "nf4"}, "no nf4 weights; it has int"),
+        ((128,), {"double_quant": True}, "leave --double-quant out"),
     ):
         with pytest.raises(UnsupportedError, match=message):
             preset(*columns, **words)
-    with pytest.raises(UnsupportedError, match="AWQ has 4 bits, not 8"):
-        AWQ.from_options(FormatOptions(8), {})
+    with pytest.raises(UnsupportedError, match="awq has weights of 4 bits, not 8"):
+        AWQMethod.from_options(FormatOptions(8), {})
 
 
 def test_config_says_what_the_loaders_need():
@@ -391,21 +394,21 @@ def test_config_says_what_the_loaders_need():
         "modules_to_not_convert": ["lm_head", "model.layers.1.mlp.down_proj"],
     }  # fmt: skip
     kept = ["lm_head", "model.layers.1.mlp.down_proj"]
-    changes = AWQ.config_changes({"a": AWQ(64), "b": AWQ(64)}, kept, {})
+    changes = AWQMethod.config_changes({"a": AWQ(64), "b": AWQ(64)}, kept, {})
     assert changes == {("quantization_config",): body}
     text = {"text_config": {"quantization_config": {"quant_method": "gptq", "bits": 8}}}
-    changes = AWQ.config_changes({"a": AWQ(64)}, kept, text)
+    changes = AWQMethod.config_changes({"a": AWQ(64)}, kept, text)
     assert changes == {("text_config", "quantization_config"): GONE, ("quantization_config",): body}
     with pytest.raises(UnsupportedError, match=r"one group size a model.*32, 64"):
-        AWQ.config_changes({"a": AWQ(64), "b": AWQ(32)}, kept, {})
+        AWQMethod.config_changes({"a": AWQ(64), "b": AWQ(32)}, kept, {})
 
 
 def test_what_the_base_said_of_its_own_awq_stays(config):
-    [(path, body)] = AWQ.config_changes({"a": AWQ(32)}, ["lm_head"], config).items()
+    [(path, body)] = AWQMethod.config_changes({"a": AWQ(32)}, ["lm_head"], config).items()
     assert path == ("quantization_config",)
     assert body == config["quantization_config"] | {"modules_to_not_convert": ["lm_head"]}
     config["quantization_config"] |= {"format": "gemv", "checkpoint_format": "gemv", "version": "gemv"}
-    assert AWQ.config_changes({"a": AWQ(32)}, ["lm_head"], config)[path] == body
+    assert AWQMethod.config_changes({"a": AWQ(32)}, ["lm_head"], config)[path] == body
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -420,7 +423,7 @@ def test_transformers_opens_what_is_written(tmp_path, tiny_llama, dtype):
     linears = [key.removesuffix(".weight") for key in base if key.endswith("proj.weight")]
     kept = [linears.pop(3), "lm_head"]
     shapes = {module: TensorSpec(dtype, tuple(base[f"{module}.weight"].shape)) for module in linears}
-    format = AWQ.from_options(FormatOptions(4, dtype), shapes)
+    format = AWQMethod.from_options(FormatOptions(4, dtype), shapes)
     stored, plain = ({key: value.to(kind) for key, value in base.items()} for _ in range(2))
     for module, weight in shapes.items():
         data = sp.encoded(format, weight, base[f"{module}.weight"].float())
@@ -430,7 +433,7 @@ def test_transformers_opens_what_is_written(tmp_path, tiny_llama, dtype):
             words = torch.int32 if spec.dtype == "I32" else kind
             stored[f"{module}.{part}"] = data[part].clone().view(words).view(spec.shape)
     config = json.loads((tiny_llama / "base" / "config.json").read_text())
-    changes = AWQ.config_changes(dict.fromkeys(linears, format), kept, config)
+    changes = AWQMethod.config_changes(dict.fromkeys(linears, format), kept, config)
     config |= {path[0]: value for path, value in changes.items()} | {"dtype": str(kind).removeprefix("torch.")}
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})

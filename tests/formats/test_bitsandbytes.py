@@ -13,8 +13,10 @@ from bnb_cases import CASES, CHECKPOINTS, DTYPES, case, checkpoint, detected, fr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_merge.formats.base import FormatOptions
-from lora_merge.formats.bitsandbytes.format import Bitsandbytes, FourBit, LLMInt8
+from lora_merge.abilities import FormatOptions
+from lora_merge.formats.bitsandbytes.four_bit import FourBit
+from lora_merge.formats.bitsandbytes.int8 import LLMInt8
+from lora_merge.formats.bitsandbytes.method import BitsandbytesMethod
 from lora_merge.formats.bitsandbytes.state import LEVELS, dynamic_map
 from lora_merge.formats.raw import torch_dtype
 from lora_merge.quantization.rounding import AdapterAware, Stochastic
@@ -135,7 +137,7 @@ def test_fresh_bytes_are_those_of_the_library(name):
     stored, rows = detected(parts), original.float()
     weight = TensorSpec(sp.DTYPES[original.dtype], tuple(original.shape))
     wanted = FormatOptions(4, weight.dtype, stored.quant_type, stored.blocksize, bool(stored.nested_blocksize))
-    format = replace(Bitsandbytes.from_options(wanted, {}), storage=stored.storage)
+    format = replace(BitsandbytesMethod.from_options(wanted, {}), storage=stored.storage)
     found = [fresh(format, weight, rows, step) for step in tiles(format, weight)]
     assert all(one == found[0] for one in found)
     library = {part: value.numpy().tobytes() for part, value in sp.raw(parts).items()}
@@ -170,7 +172,7 @@ def test_every_code_is_the_nearest_of_its_block(rows, columns, blocksize, quant_
     generator = torch.Generator().manual_seed(seed)
     weight = TensorSpec(dtype, (rows, columns))
     values = torch.randn(rows, columns, generator=generator).to(torch_dtype(dtype)).float()
-    format = Bitsandbytes.from_options(FormatOptions(4, dtype, quant_type, blocksize, double), {})
+    format = BitsandbytesMethod.from_options(FormatOptions(4, dtype, quant_type, blocksize, double), {})
     data = fresh(format, weight, values, format.rows_at_once(weight))
     specs = format.describe(weight)
     assert {part: len(value) for part, value in data.items()} == {part: spec.nbytes for part, spec in specs.items()}
@@ -204,7 +206,7 @@ def test_llm_int8_is_that_of_the_library(dtype):
     values = torch.randn(50, 37, generator=torch.Generator().manual_seed(1)) * 0.3
     values = values.to(torch_dtype(dtype)).float()
     weight = TensorSpec(dtype, (50, 37))
-    data = fresh(Bitsandbytes.from_options(FormatOptions(8, dtype), {}), weight, values, 7)
+    data = fresh(BitsandbytesMethod.from_options(FormatOptions(8, dtype), {}), weight, values, 7)
     codes, scb = int8_oracle(values.numpy())
     assert data == {"weight": codes.tobytes(), "SCB": scb.tobytes(), "weight_format": b"\0"}
     parts = {part: torch.tensor(list(value)).byte() for part, value in data.items()}
@@ -281,7 +283,7 @@ def test_ties_go_to_the_lower_code_in_large_tiles_as_in_small():
 def test_rows_of_a_stack_are_fitted_as_those_of_a_matrix():
     """`--trained-on nf4` of stacked experts: the grid is asked for, nothing is stored."""
     rows = torch.randn(8, 96, generator=torch.Generator().manual_seed(4))
-    format = Bitsandbytes.from_options(FormatOptions(4, quant_type="nf4"), {})
+    format = BitsandbytesMethod.from_options(FormatOptions(4, quant_type="nf4"), {})
     stack, matrix = (format.for_weight(TensorSpec("BF16", shape)).fit(rows) for shape in ((2, 4, 96), (8, 96)))
     assert torch.equal(stack.values(stack.nearest(rows)), matrix.values(matrix.nearest(rows)))
 
@@ -291,7 +293,9 @@ def test_zero_blocks_stay_zero():
     values[2, 69] = 1.0
     weight = TensorSpec("F32", (3, 70))
     for double in (False, True):
-        format = settled(Bitsandbytes.from_options(FormatOptions(4, "F32", double_quant=double), {}), weight, values)
+        format = settled(
+            BitsandbytesMethod.from_options(FormatOptions(4, "F32", double_quant=double), {}), weight, values
+        )
         grid = format.fit(values)
         decoded = grid.values(grid.nearest(values))
         assert decoded.isfinite().all() and torch.equal(decoded[0], values[0])

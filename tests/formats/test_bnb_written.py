@@ -11,9 +11,12 @@ import torch
 from bnb_cases import CHECKPOINTS, STATE, case, checkpoint, detected, fresh, said
 from safetensors.torch import load_file, save_file
 
+from lora_merge.abilities import FormatOptions
 from lora_merge.errors import InputError, UnsupportedError
-from lora_merge.formats.base import FormatOptions, same_grid
-from lora_merge.formats.bitsandbytes.format import Bitsandbytes, LLMInt8
+from lora_merge.formats.base import same_grid
+from lora_merge.formats.bitsandbytes.format import Bitsandbytes
+from lora_merge.formats.bitsandbytes.int8 import LLMInt8
+from lora_merge.formats.bitsandbytes.method import BitsandbytesMethod
 from lora_merge.formats.bitsandbytes.state import QuantState
 from lora_merge.formats.raw import torch_dtype
 from lora_merge.spec import TensorSpec
@@ -21,7 +24,7 @@ from lora_merge.spec import TensorSpec
 
 def test_a_fresh_quant_state_is_padded_and_a_stored_one_decides_how_many_digits_fit():
     weight, rows = TensorSpec("BF16", (4, 64)), torch.randn(4, 64, generator=torch.Generator().manual_seed(3))
-    format = Bitsandbytes.from_options(FormatOptions(4, double_quant=True), {})
+    format = BitsandbytesMethod.from_options(FormatOptions(4, double_quant=True), {})
     room = format.describe(weight)[STATE].shape[0]
     text = fresh(format, weight, rows)[STATE]
     assert len(text) == room and text.endswith(b" ") and json.loads(text)["shape"] == [4, 64]
@@ -51,7 +54,7 @@ def test_scales_are_kept_by_a_format_with_other_room():
     """--bits 4 --format bitsandbytes on such a base: the parameters are the same, the text of the JSON is not."""
     parts = case("nested_twice")[1]
     stored, weight = detected(parts), TensorSpec("BF16", (260, 64))
-    other = Bitsandbytes.from_options(FormatOptions(4, "BF16", double_quant=True), {})
+    other = BitsandbytesMethod.from_options(FormatOptions(4, "BF16", double_quant=True), {})
     assert same_grid(stored, other, weight) and not same_grid(stored, replace(other, blocksize=128), weight)
     out = sp.blank(other, weight)
     other.for_weight(weight).pack(*stored.unpack(sp.raw(parts), 260, 64), out)
@@ -68,33 +71,33 @@ def test_scales_are_kept_by_a_format_with_other_room():
     ],
 )
 def test_presets(wanted, words):
-    format = Bitsandbytes.from_options(wanted, {})
+    format = BitsandbytesMethod.from_options(wanted, {})
     assert str(format) == words and format.bits == wanted.bits and isinstance(format, Bitsandbytes)
 
 
 @pytest.mark.parametrize(
     ("wanted", "words"),
     [
-        (FormatOptions(4, quant_type="int"), "no int with 4"),
-        (FormatOptions(3), "no type with 3"),
-        (FormatOptions(4, group_size=48), "not 48"),
-        (FormatOptions(8, group_size=64), "one kind of 8 bits"),
-        (FormatOptions(8, quant_type="fp8"), "one kind of 8 bits"),
-        (FormatOptions(8, double_quant=True), "one kind of 8 bits"),
+        (FormatOptions(4, quant_type="int"), "int weights have 8 bits, not 4"),
+        (FormatOptions(3), "weights of 4 and 8 bits, not 3"),
+        (FormatOptions(4, group_size=48), "groups of 32, .*, not of 48"),
+        (FormatOptions(8, group_size=64), "no group size to choose"),
+        (FormatOptions(8, quant_type="fp8"), "no fp8 weights; it has nf4, fp4, int"),
+        (FormatOptions(8, double_quant=True), "leave --double-quant out"),
         (FormatOptions(4, "F64"), "no weights in F64"),
     ],
 )
 def test_what_there_is_no_preset_for(wanted, words):
     with pytest.raises(UnsupportedError, match=words):
-        Bitsandbytes.from_options(wanted, {})
+        BitsandbytesMethod.from_options(wanted, {})
 
 
 def test_refusals():
     for wanted in (FormatOptions(4), FormatOptions(8)):
-        format = Bitsandbytes.from_options(wanted, {})
+        format = BitsandbytesMethod.from_options(wanted, {})
         assert format.refusal(TensorSpec("F32", (3, 5))) is None
         assert "matrices" in format.refusal(TensorSpec("F32", (2, 3, 5)))
-    half = replace(Bitsandbytes.from_options(FormatOptions(4), {}), storage="BF16")
+    half = replace(BitsandbytesMethod.from_options(FormatOptions(4), {}), storage="BF16")
     assert "words of bfloat16" in half.refusal(TensorSpec("F32", (3, 2)))
     assert half.refusal(TensorSpec("F32", (3, 4))) is None
 
@@ -157,13 +160,15 @@ def test_config_is_what_transformers_writes_but_for_the_list_of_the_kept(name):
     stored = config["quantization_config"]
     listed = {"llm_int8_skip_modules": ["lm_head"]}
     path = ("quantization_config",)
-    assert Bitsandbytes.config_changes(written, ["lm_head"], config) == {path: {**stored, **listed}}
+    assert BitsandbytesMethod.config_changes(written, ["lm_head"], config) == {path: {**stored, **listed}}
     compute = {"bnb_4bit_compute_dtype": config["dtype"]} if "int8" not in name else {}
-    fresh_body = Bitsandbytes.config_changes(written, ["lm_head"], {"quantization_config": {"quant_method": "gptq"}})
+    fresh_body = BitsandbytesMethod.config_changes(
+        written, ["lm_head"], {"quantization_config": {"quant_method": "gptq"}}
+    )
     assert fresh_body == {path: {**stored, **listed, **compute}}
     assert isinstance(fresh_body[path]["llm_int8_threshold"], float)
     chosen = {"quantization_config": {**stored, "llm_int8_threshold": 3.0, "bnb_4bit_quant_type": "other"}}
-    body = Bitsandbytes.config_changes(written, [], chosen)[path]
+    body = BitsandbytesMethod.config_changes(written, [], chosen)[path]
     assert body["llm_int8_threshold"] == 3.0 and body["llm_int8_skip_modules"] == []
     assert body["bnb_4bit_quant_type"] == ("other" if "int8" in name else stored["bnb_4bit_quant_type"])
 
@@ -172,7 +177,7 @@ def test_config_is_what_transformers_writes_but_for_the_list_of_the_kept(name):
 def test_names_that_the_loader_would_mix_up_are_refused(kept):
     written = {"model.layers.1.up_proj": LLMInt8("F16"), "model.layers.10.down_proj": LLMInt8("F16")}
     with pytest.raises(UnsupportedError, match="up_proj do not"):
-        Bitsandbytes.config_changes(written, ["lm_head", kept], {})
+        BitsandbytesMethod.config_changes(written, ["lm_head", kept], {})
 
 
 KINDS = {
@@ -189,7 +194,7 @@ def test_bytes_of_the_library_itself(kind, dtype):
     values = torch.randn(96, 200, generator=torch.Generator().manual_seed(2)) * 0.02
     values = values.to(torch_dtype(dtype))
     weight = TensorSpec(dtype, tuple(values.shape))
-    format = Bitsandbytes.from_options(replace(KINDS[kind], dtype=dtype), {})
+    format = BitsandbytesMethod.from_options(replace(KINDS[kind], dtype=dtype), {})
     data = fresh(format, weight, values.float(), format.rows_at_once(weight))
     if kind == "int8":
         codes, scb, _ = functional.int8_vectorwise_quant(values.half())
@@ -213,7 +218,7 @@ def test_transformers_opens_what_is_written(tmp_path, tiny_llama, kind):
     base = load_file(tiny_llama / "base" / "model.safetensors")
     linears = [key.removesuffix(".weight") for key in base if key.endswith("proj.weight")]
     skipped = [linears.pop(3), "lm_head"]
-    format = Bitsandbytes.from_options(replace(KINDS[kind], dtype="F16"), {})
+    format = BitsandbytesMethod.from_options(replace(KINDS[kind], dtype="F16"), {})
     stored, plain = dict(base), dict(base)
     for module in linears:
         weight = TensorSpec("F16", tuple(base[f"{module}.weight"].shape))
@@ -224,7 +229,7 @@ def test_transformers_opens_what_is_written(tmp_path, tiny_llama, kind):
             kinds = {"U8": torch.uint8, "I8": torch.int8, "F32": torch.float32}
             stored[f"{module}.{part}"] = raw[part].view(kinds[spec.dtype]).view(spec.shape)
     config = json.loads((tiny_llama / "base" / "config.json").read_text())
-    changes = Bitsandbytes.config_changes(dict.fromkeys(linears, format), skipped, config)
+    changes = BitsandbytesMethod.config_changes(dict.fromkeys(linears, format), skipped, config)
     config |= {path[0]: value for path, value in changes.items()}
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from lora_merge.abilities import FormatOptions
 from lora_merge.errors import InputError, UnsupportedError
-from lora_merge.formats.base import FormatOptions
-from lora_merge.formats.chatglm import ChatGLM, is_chatglm
+from lora_merge.formats.chatglm import ChatGLM, ChatGLMMethod, is_chatglm
 from lora_merge.spec import TensorSpec
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -80,16 +80,16 @@ def test_exactly_the_official_modules_are_quantized(name):
     config, modules = checkpoint(name)
     originals = load_file(FIXTURES / name / "original.safetensors")
     matrices = [key.removesuffix(".weight") for key in originals if key.endswith(".weight")]
-    assert {module for module in matrices if ChatGLM.quantizes(module, config)} == set(modules)
+    assert {module for module in matrices if ChatGLMMethod.is_quantized(module, config)} == set(modules)
     assert is_chatglm(config)
 
 
 def test_embedding_and_head_of_the_first_generation_are_quantized_on_demand():
     shared = ["transformer.word_embeddings", "lm_head"]
-    assert all(ChatGLM.quantizes(module, {"quantization_embeddings": True}) for module in shared)
-    assert not any(ChatGLM.quantizes(module, {}) for module in shared)
+    assert all(ChatGLMMethod.is_quantized(module, {"quantization_embeddings": True}) for module in shared)
+    assert not any(ChatGLMMethod.is_quantized(module, {}) for module in shared)
     for module in ("transformer.embedding.word_embeddings", "transformer.output_layer", "transformer.prefix_encoder.x"):
-        assert not ChatGLM.quantizes(module, {"quantization_embeddings": True})
+        assert not ChatGLMMethod.is_quantized(module, {"quantization_embeddings": True})
 
 
 def test_nibbles_are_signed_and_the_upper_one_is_the_even_column():
@@ -163,25 +163,30 @@ def test_other_parts_are_not_taken_for_chatglms():
 
 def test_config_says_the_width_or_zero():
     module = "transformer.layers.0.mlp.dense_h_to_4h"
-    assert ChatGLM.config_changes({module: ChatGLM(4)}, ["lm_head"], {}) == {("quantization_bit",): 4}
+    assert ChatGLMMethod.config_changes({module: ChatGLM(4)}, ["lm_head"], {}) == {("quantization_bit",): 4}
     old = {"quantization_bit": 8, "quantization_embeddings": True}
-    assert ChatGLM.plain_changes(old) == {("quantization_bit",): 0, ("quantization_embeddings",): False}
-    assert ChatGLM.plain_changes({"hidden_size": 1}) == {}
+    assert ChatGLMMethod.config_removal(old) == {("quantization_bit",): 0, ("quantization_embeddings",): False}
+    assert ChatGLMMethod.config_removal({"hidden_size": 1}) == {}
 
 
 def test_a_linear_that_the_loader_quantizes_cannot_stay_plain():
     module = "transformer.layers.0.mlp.dense_h_to_4h"
     with pytest.raises(UnsupportedError, match="dense_4h_to_h"):
-        ChatGLM.config_changes({module: ChatGLM(4)}, [module.replace("h_to_4h", "4h_to_h")], {})
+        ChatGLMMethod.config_changes({module: ChatGLM(4)}, [module.replace("h_to_4h", "4h_to_h")], {})
     with pytest.raises(UnsupportedError, match="one width"):
-        ChatGLM.config_changes({module: ChatGLM(4), "b": ChatGLM(8)}, [], {})
+        ChatGLMMethod.config_changes({module: ChatGLM(4), "b": ChatGLM(8)}, [], {})
 
 
 def test_what_chatglm_has_not_is_refused():
-    assert ChatGLM.from_options(FormatOptions(8), {}) == ChatGLM(8)
-    for wanted in (FormatOptions(3), FormatOptions(4, group_size=128), FormatOptions(4, quant_type="nf4")):
-        with pytest.raises(UnsupportedError, match="ChatGLM has"):
-            ChatGLM.from_options(wanted, {})
+    assert ChatGLMMethod.from_options(FormatOptions(8), {}) == ChatGLM(8)
+    for wanted, message in (
+        (FormatOptions(3), "chatglm has weights of 4 and 8 bits, not 3"),
+        (FormatOptions(4, group_size=128), "no group size to choose"),
+        (FormatOptions(4, quant_type="nf4"), "chatglm has no nf4 weights; it has int"),
+        (FormatOptions(4, double_quant=True), "leave --double-quant out"),
+    ):
+        with pytest.raises(UnsupportedError, match=message):
+            ChatGLMMethod.from_options(wanted, {})
 
 
 def test_what_cannot_be_stored_is_refused():

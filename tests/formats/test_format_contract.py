@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_merge.formats import FORMATS, QUANTIZED, FormatOptions, weights
+from lora_merge.abilities import ABILITIES
+from lora_merge.formats import METHODS, FormatOptions, weights
 from lora_merge.formats.auto_round import AutoRound
 from lora_merge.formats.gptq.format import GPTQ
 from lora_merge.formats.plain import LIMITS, PART, WRITABLE, Plain
@@ -68,7 +69,7 @@ def coded():
         module = MODULES.get(name, "model.layers.0.self_attn.q_proj")
         weight = STACK if name == "mxfp4" else TensorSpec("BF16", (128, 256))
         for wanted in kinds:
-            format = QUANTIZED[name].from_options(wanted, {module: weight})
+            format = METHODS[name].from_options(wanted, {module: weight})
             yield pytest.param(format, module, weight, id=f"{name}-{format}".replace(" ", "-"))
     packing = AutoRound(GPTQ(4, named=False))
     yield pytest.param(packing, "model.layers.0.self_attn.q_proj", TensorSpec("F16", (128, 256)), id="auto-round")
@@ -87,7 +88,7 @@ def settled(format, weight, rows):
 
 
 def test_every_coded_format_is_in_the_contract():
-    assert CODED.keys() == QUANTIZED.keys()
+    assert CODED.keys() == METHODS.keys()
 
 
 @pytest.mark.parametrize(("format", "module", "weight"), list(coded()))
@@ -128,7 +129,9 @@ def test_a_checkpoint_of_codes_is_found_in_its_own_format(format, module, weight
         body = {"quant_method": "auto-round", "bits": 4, "group_size": 128, "packing_format": "auto_round:auto_gptq"}
         config["quantization_config"] = body
     else:
-        config |= {path[0]: value for path, value in format.config_changes({module: format}, [], config).items()}
+        config |= {
+            path[0]: value for path, value in METHODS[format.name].config_changes({module: format}, [], config).items()
+        }
     tensors = {module + format.separator + part: spec for part, spec in ready.describe(weight).items()}
     found = weights(tensors, config, lambda name: whole[name.removeprefix(module + format.separator)])
     assert list(found) == [module + format.weight_suffix]
@@ -145,8 +148,11 @@ def encode_with(format):
     return fresh
 
 
-def test_the_table_is_keyed_by_the_formats_own_names():
-    assert {name: kind.name for name, kind in FORMATS.items()} == {name: name for name in FORMATS}
+def test_the_tables_are_keyed_by_the_formats_own_names():
+    assert list(METHODS) == list(ABILITIES)
+    for name, method in METHODS.items():
+        assert {name} == {method.name, *(format.name for format in method.formats)}
+    assert Plain.name not in METHODS
 
 
 @pytest.mark.parametrize("format", READERS, ids=str)

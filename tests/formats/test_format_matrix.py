@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 import lora_merge
 from lora_merge.checkpoint.opening import open_base
-from lora_merge.formats import QUANTIZED, Quantized
+from lora_merge.formats import METHODS
 from lora_merge.planning.draft import Draft
 
 HIDDEN, MLP, VOCABULARY, RANK = 128, 256, 32, 4
@@ -111,7 +111,7 @@ def weights_of(folder):
             data = {part: opened.load(tensor) for part, tensor in stored.parts.items()}
             raw = {part: value.reshape(-1).view(torch.uint8).clone() for part, value in data.items()}
             rows, columns = stored.weight.shape
-            if isinstance(stored.format, Quantized):
+            if stored.format.coded:
                 codes, grid = stored.format.unpack(raw, rows, columns)
                 found[name] = (grid.values(codes), codes, grid)
             else:
@@ -121,7 +121,7 @@ def weights_of(folder):
 
 
 def test_the_matrix_has_every_format_that_is_written():
-    assert set(QUANTIZED) - OTHER_MODELS == {words["format"] for words in OUTPUTS.values() if "format" in words} - {
+    assert set(METHODS) - OTHER_MODELS == {words["format"] for words in OUTPUTS.values() if "format" in words} - {
         "plain"
     }
 

@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from lora_merge.abilities import FormatOptions
 from lora_merge.errors import InputError, UnsupportedError
-from lora_merge.formats.base import FormatOptions
 from lora_merge.formats.fp8 import scales as scales
-from lora_merge.formats.fp8.fbgemm import FbgemmFP8
-from lora_merge.formats.fp8.fine_grained import BLOCK, FP8, INVERSE, ROW, WHOLE, FP8Experts
+from lora_merge.formats.fp8.fbgemm import FbgemmFP8, FbgemmMethod
+from lora_merge.formats.fp8.format import BLOCK, FP8, INVERSE, ROW, WHOLE, FP8Experts
+from lora_merge.formats.fp8.method import FP8Method
 from lora_merge.formats.plain import LIMITS
 from lora_merge.spec import TensorSpec
 
@@ -312,29 +313,29 @@ def test_scales_that_fit_nothing_are_an_error():
 
 
 def test_what_is_asked_for():
-    format = FP8.from_options(FormatOptions(8, "F16"), {})
+    format = FP8Method.from_options(FormatOptions(8, "F16"), {})
     assert (format.block, format.scale, format.dtype, format.bits) == (BLOCK, "F32", "F16", 8)
     assert format.refusal(TensorSpec("BF16", (256, 384))) is None
     assert "blocks of 128 x 128" in format.refusal(TensorSpec("BF16", (64, 128)))
     assert "matrices" in format.refusal(TensorSpec("BF16", (2, 128, 128)))
     assert "--dtype" in FP8(dtype="F64").refusal(TensorSpec("F64", (4, 4)))
     assert FP8().refusal(TensorSpec("BF16", (64, 130))) is None
-    assert FP8.from_options(FormatOptions(8, group_size=128, quant_type="fp8"), {}).block == BLOCK
+    assert FP8Method.from_options(FormatOptions(8, group_size=128, quant_type="fp8"), {}).block == BLOCK
     assert format.for_weight(TensorSpec("F16", (256, 384))) == FP8(dtype="F16")
     for wanted, words in [
-        (FormatOptions(4), "not 4 bits"),
-        (FormatOptions(8, quant_type="int"), "int"),
-        (FormatOptions(8, double_quant=True), "8-bit"),
-        (FormatOptions(8, group_size=64), "128 x 128"),
+        (FormatOptions(4), "weights of 8 bits, not 4"),
+        (FormatOptions(8, quant_type="int"), "no int weights; it has fp8"),
+        (FormatOptions(8, double_quant=True), "leave --double-quant out"),
+        (FormatOptions(8, group_size=64), "groups of 128, not of 64"),
     ]:
         with pytest.raises(UnsupportedError, match=words):
-            FP8.from_options(wanted, {})
+            FP8Method.from_options(wanted, {})
 
 
 def test_config_says_what_is_written_and_what_stays():
     path = ("quantization_config",)
     written = {"model.layers.0.self_attn.q_proj": FP8()}
-    fresh = FP8.config_changes(written, ["model.layers.0.self_attn.k_proj", "lm_head"], {"dtype": "bfloat16"})
+    fresh = FP8Method.config_changes(written, ["model.layers.0.self_attn.k_proj", "lm_head"], {"dtype": "bfloat16"})
     kept = ["model.layers.0.self_attn.k_proj", "lm_head"]
     assert fresh == {
         path: {
@@ -343,21 +344,25 @@ def test_config_says_what_is_written_and_what_stays():
         }
     }  # fmt: skip
     told = config([128, 128], fmt="e4m3", activation_scheme="static", modules_to_not_convert=["lm_head", "k_proj"])
-    assert FP8.config_changes(written, kept, told) == {}
-    more = FP8.config_changes(written, [*kept, "model.layers.0.mlp.gate"], told)[path]
+    assert FP8Method.config_changes(written, kept, told) == {}
+    more = FP8Method.config_changes(written, [*kept, "model.layers.0.mlp.gate"], told)[path]
     assert more["modules_to_not_convert"] == ["lm_head", "k_proj", "model.layers.0.mlp.gate"] == more["ignored_layers"]
     assert (more["fmt"], more["activation_scheme"]) == ("e4m3", "static")
-    fewer = FP8.config_changes({"model.layers.0.self_attn.k_proj": FP8()}, ["lm_head"], told)[path]
+    fewer = FP8Method.config_changes({"model.layers.0.self_attn.k_proj": FP8()}, ["lm_head"], told)[path]
     assert fewer["modules_to_not_convert"] == ["lm_head"]
-    other = FP8.config_changes(written, kept, config([32, 32], activation_scheme="static"))[path]
+    other = FP8Method.config_changes(written, kept, config([32, 32], activation_scheme="static"))[path]
     assert (other["weight_block_size"], other["activation_scheme"]) == ([128, 128], "dynamic")
-    power = FP8.config_changes({"q": FP8(power=True)}, [], {})[path]
+    power = FP8Method.config_changes({"q": FP8(power=True)}, [], {})[path]
     assert power["scale_fmt"] == "ue8m0"
-    assert FP8.config_changes({"q": FP8(block=WHOLE)}, [], {})[path]["weight_block_size"] is None
-    nested = FP8.config_changes(written, ["new"], {"text_config": told})
+    assert FP8Method.config_changes({"q": FP8(block=WHOLE)}, [], {})[path]["weight_block_size"] is None
+    nested = FP8Method.config_changes(written, ["new"], {"text_config": told})
     assert list(nested) == [("text_config", *path)]
     gone = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
-    assert FP8.config_changes(written, kept, gone) == fresh == FP8.config_changes(written, kept, {"text_config": gone})
+    assert (
+        FP8Method.config_changes(written, kept, gone)
+        == fresh
+        == FP8Method.config_changes(written, kept, {"text_config": gone})
+    )
 
 
 @pytest.mark.parametrize("variant", ["preset", "ue8m0", "per tensor"])
@@ -373,7 +378,7 @@ def test_transformers_opens_what_we_write(tmp_path, variant):
     original = LlamaForCausalLM(size).bfloat16().eval()
     specs = {name: TensorSpec("BF16", tuple(module.weight.shape)) for name, module in linears(original)}
     format = {
-        "preset": FP8.from_options(FormatOptions(8), specs),
+        "preset": FP8Method.from_options(FormatOptions(8), specs),
         "ue8m0": FP8(scale="F8_E8M0", power=True, whole_blocks=True),
         "per tensor": FP8(block=WHOLE, rank=0),
     }[variant]
@@ -395,7 +400,7 @@ def test_transformers_opens_what_we_write(tmp_path, variant):
         {name: value.contiguous() for name, value in tensors.items()}, tmp_path / "model.safetensors", {"format": "pt"}
     )
     config = json.loads(original.config.to_json_string())
-    changes = FP8.config_changes(written, [module for module in specs if module not in written], config)
+    changes = FP8Method.config_changes(written, [module for module in specs if module not in written], config)
     (tmp_path / "config.json").write_text(json.dumps(config | {path[0]: value for path, value in changes.items()}))
 
     opened = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
@@ -471,11 +476,11 @@ def test_fbgemm_has_a_scale_a_row():
     assert format.describe(weight) == sp.specs(parts) and str(format) == "fbgemm_fp8 e4m3 per row"
     assert sp.same(encoded(format, values)[1], data)
     assert detect(parts, {}, FbgemmFP8) is None and detect(parts, told, FP8) is None
-    assert encoded(FbgemmFP8.from_options(FormatOptions(8), {}), values)[0] == weight
+    assert encoded(FbgemmMethod.from_options(FormatOptions(8), {}), values)[0] == weight
     with pytest.raises(UnsupportedError):
-        FbgemmFP8.from_options(FormatOptions(4), {})
-    assert FbgemmFP8.config_changes({"q": format}, ["lm_head"], told) == {}
-    assert FbgemmFP8.config_changes({"q": format}, ["lm_head"], {}) == {
+        FbgemmMethod.from_options(FormatOptions(4), {})
+    assert FbgemmMethod.config_changes({"q": format}, ["lm_head"], told) == {}
+    assert FbgemmMethod.config_changes({"q": format}, ["lm_head"], {}) == {
         ("quantization_config",): {
             "quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0, "modules_to_not_convert": ["lm_head"],
         }

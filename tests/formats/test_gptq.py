@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from lora_merge.abilities import FormatOptions
 from lora_merge.errors import InputError, UnsupportedError
-from lora_merge.formats.base import FormatOptions
 from lora_merge.formats.gptq.format import GPTQ
+from lora_merge.formats.gptq.method import GPTQMethod
 from lora_merge.quantization.grids import refined
 from lora_merge.spec import TensorSpec
 
@@ -373,10 +374,10 @@ def modules(*leave, layers=2):
 
 def test_presets():
     weights = {"a": TensorSpec("BF16", (64, 256)), "b": TensorSpec("BF16", (64, 192))}
-    assert GPTQ.from_options(FormatOptions(4), {"a": weights["a"]}) == GPTQ(4, 128)
-    assert GPTQ.from_options(FormatOptions(3), weights) == GPTQ(3, 64)
-    assert GPTQ.from_options(FormatOptions(8), weights | {"c": TensorSpec("BF16", (64, 40))}) == GPTQ(8, -1)
-    assert GPTQ.from_options(FormatOptions(2, group_size=16), weights) == GPTQ(2, 16)
+    assert GPTQMethod.from_options(FormatOptions(4), {"a": weights["a"]}) == GPTQ(4, 128)
+    assert GPTQMethod.from_options(FormatOptions(3), weights) == GPTQ(3, 64)
+    assert GPTQMethod.from_options(FormatOptions(8), weights | {"c": TensorSpec("BF16", (64, 40))}) == GPTQ(8, -1)
+    assert GPTQMethod.from_options(FormatOptions(2, group_size=16), weights) == GPTQ(2, 16)
     for wanted in (
         FormatOptions(5),
         FormatOptions(4, quant_type="nf4"),
@@ -384,11 +385,11 @@ def test_presets():
         FormatOptions(4, group_size=48),
     ):
         with pytest.raises(UnsupportedError):
-            GPTQ.from_options(wanted, weights)
+            GPTQMethod.from_options(wanted, weights)
 
 
 def changed(written, kept=(), config=None):
-    return GPTQ.config_changes(written, kept, config or {})["quantization_config",]
+    return GPTQMethod.config_changes(written, kept, config or {})["quantization_config",]
 
 
 def test_config_of_a_fresh_output():

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from lora_merge.formats.gptq.format import GPTQ
+from lora_merge.formats.gptq.method import GPTQMethod
 from lora_merge.spec import TensorSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -137,7 +138,7 @@ def test_transformers_opens_it(gptqmodel, tmp_path, format, plain):
         stored |= {f"{module}.{part}": tensor for part, tensor in parts.items()}
         weight.copy_(values)
         formats[module] = format
-    body = GPTQ.config_changes(formats, kept, {})["quantization_config",]
+    body = GPTQMethod.config_changes(formats, kept, {})["quantization_config",]
     whole = config.to_dict() | {"architectures": ["LlamaForCausalLM"], "quantization_config": body}
     (tmp_path / "config.json").write_text(json.dumps(whole))
     save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from lora_merge.abilities import FormatOptions
 from lora_merge.errors import InputError, UnsupportedError
-from lora_merge.formats.base import FormatOptions
-from lora_merge.formats.fp8.fine_grained import FP8, ROW
-from lora_merge.formats.modelopt import ModelOpt, ModelOptFP4
+from lora_merge.formats.fp8.format import FP8, ROW
+from lora_merge.formats.modelopt.format import ModelOpt, ModelOptFP4
+from lora_merge.formats.modelopt.method import ModelOptMethod
 from lora_merge.formats.plain import LIMITS
 from lora_merge.spec import TensorSpec
 
@@ -301,8 +302,8 @@ def test_mixed_checkpoints_tell_the_algorithm_of_each_module():
 
 def test_what_is_asked_for():
     eight, four = (
-        ModelOpt.from_options(FormatOptions(8, "F16"), {}),
-        ModelOpt.from_options(FormatOptions(4, quant_type="nvfp4"), {}),
+        ModelOptMethod.from_options(FormatOptions(8, "F16"), {}),
+        ModelOptMethod.from_options(FormatOptions(4, quant_type="nvfp4"), {}),
     )
     assert (type(eight), eight.block, eight.rank, eight.dtype, eight.bits) == (ModelOpt, ROW, 1, "F16", 8)
     assert (type(four), four.block, four.bits, four.fused, eight.fused) == (ModelOptFP4, (1, 16), 4, True, False)
@@ -316,46 +317,49 @@ def test_what_is_asked_for():
         FormatOptions(8, group_size=16),
     ):
         with pytest.raises(UnsupportedError, match="modelopt"):
-            ModelOpt.from_options(wanted, {})
+            ModelOptMethod.from_options(wanted, {})
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_own_file_and_config_say_the_same(name):
     config, own, modules = checkpoint(name)
     body = config["quantization_config"]
-    assert ModelOpt.section(own) == {key: value for key, value in body.items() if key != "config_groups"}
-    assert ModelOpt.as_own_file(body, own) == own
+    assert ModelOptMethod.from_json_file(own) == {key: value for key, value in body.items() if key != "config_groups"}
+    assert ModelOptMethod.to_json_file(body, own) == own
     written = {module: detect(parts, config, module) for module, parts in modules.items()}
-    assert ModelOpt.config_changes(written, ["lm_head"], config) == {}
-    assert ModelOpt.config_changes(written, ["lm_head"], {"quantization_config": ModelOpt.section(own)}) == {}
-    changed = ModelOpt.config_changes(written, ["lm_head", "extra"], config)[("quantization_config",)]
+    assert ModelOptMethod.config_changes(written, ["lm_head"], config) == {}
+    assert (
+        ModelOptMethod.config_changes(written, ["lm_head"], {"quantization_config": ModelOptMethod.from_json_file(own)})
+        == {}
+    )
+    changed = ModelOptMethod.config_changes(written, ["lm_head", "extra"], config)[("quantization_config",)]
     assert changed == body | {"ignore": [*body["ignore"], "extra"]}
-    assert ModelOpt.as_own_file(changed, own)["quantization"]["exclude_modules"] == changed["ignore"]
+    assert ModelOptMethod.to_json_file(changed, own)["quantization"]["exclude_modules"] == changed["ignore"]
 
 
 def test_the_key_value_cache_is_told_in_both():
     own = {"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head"]}}
-    body = ModelOpt.section(own)
+    body = ModelOptMethod.from_json_file(own)
     assert body["kv_cache_scheme"] == {"dynamic": False, "num_bits": 8, "type": "float"}
-    assert ModelOpt.as_own_file(body, own)["quantization"] == own["quantization"]
-    assert ModelOpt.section({}) == {"quant_method": "modelopt"}
+    assert ModelOptMethod.to_json_file(body, own)["quantization"] == own["quantization"]
+    assert ModelOptMethod.from_json_file({}) == {"quant_method": "modelopt"}
 
 
 def test_config_of_new_weights():
     path = ("quantization_config",)
-    four = ModelOpt.config_changes({"q": ModelOptFP4()}, ["lm_head"], {"dtype": "bfloat16"})[path]
+    four = ModelOptMethod.config_changes({"q": ModelOptFP4()}, ["lm_head"], {"dtype": "bfloat16"})[path]
     weights = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
     assert four == {
         "quant_algo": "W4A16_NVFP4", "quant_method": "modelopt", "ignore": ["lm_head"],
         "producer": {"name": "modelopt", "version": "0.47.0"},
         "config_groups": {"group_0": {"weights": weights, "targets": ["Linear"]}},
     }  # fmt: skip
-    assert ModelOpt.as_own_file(four) == {
+    assert ModelOptMethod.to_json_file(four) == {
         "producer": {"name": "modelopt", "version": "0.47.0"},
         "quantization": {
             "kv_cache_quant_algo": None, "quant_algo": "W4A16_NVFP4", "exclude_modules": ["lm_head"], "group_size": 16,
         },
     }  # fmt: skip
     config, _, _ = checkpoint("nvfp4")
-    eight = ModelOpt.config_changes({"q": ModelOpt(block=ROW, rank=1)}, ["lm_head"], config)[path]
+    eight = ModelOptMethod.config_changes({"q": ModelOpt(block=ROW, rank=1)}, ["lm_head"], config)[path]
     assert eight["quant_algo"] == "FP8_PER_CHANNEL_PER_TOKEN" and "config_groups" not in eight

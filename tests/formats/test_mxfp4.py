@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from lora_merge import formats
+from lora_merge.abilities import FormatOptions
 from lora_merge.errors import InputError, UnsupportedError
-from lora_merge.formats.base import GONE, FormatOptions
-from lora_merge.formats.mxfp4 import MXFP4
+from lora_merge.formats.method import GONE
+from lora_merge.formats.mxfp4 import MXFP4, MXFP4Method
 from lora_merge.spec import TensorSpec
 
 FIXTURE = Path(__file__).parents[2] / "fixtures" / "mxfp4_gptoss"
@@ -238,7 +239,7 @@ def test_describe_and_measure_undo_each_other_and_tiles_make_the_whole(experts, 
 
 
 def test_a_checkpoint_has_its_experts_under_the_names_of_the_dense_model(monkeypatch):
-    monkeypatch.setitem(formats.QUANTIZED, "mxfp4", MXFP4)
+    monkeypatch.setitem(formats.METHODS, "mxfp4", MXFP4Method)
     tensors = sp.specs(load_file(FIXTURE / "model.safetensors"))
     config = json.loads((FIXTURE / "config.json").read_text())
     found = formats.weights(tensors, config, lambda name: pytest.fail(f"{name} was read"))
@@ -277,14 +278,14 @@ def test_blocks_without_their_scales_are_damaged(scales):
 
 def test_only_experts_of_gpt_oss_are_written():
     weights = {module: TensorSpec("BF16", (2, 64, 96)) for module in PROJECTIONS}
-    assert MXFP4.from_options(FormatOptions(4), weights) == MXFP4()
-    assert MXFP4.from_options(FormatOptions(4, quant_type="mxfp4", group_size=32), weights) == MXFP4()
+    assert MXFP4Method.from_options(FormatOptions(4), weights) == MXFP4()
+    assert MXFP4Method.from_options(FormatOptions(4, quant_type="mxfp4", group_size=32), weights) == MXFP4()
     linear = {"model.layers.0.self_attn.q_proj": TensorSpec("BF16", (64, 64))}
     for wanted, given_weights, reason in [
         (FormatOptions(8), weights, "--bits 4"),
         (FormatOptions(4, quant_type="nf4"), weights, "--quant-type"),
         (FormatOptions(4, double_quant=True), weights, "--double-quant"),
-        (FormatOptions(4, group_size=64), weights, "blocks of 32, not of 64"),
+        (FormatOptions(4, group_size=64), weights, "groups of 32, not of 64"),
         (FormatOptions(4), {}, "found none"),
         (
             FormatOptions(4),
@@ -295,24 +296,26 @@ def test_only_experts_of_gpt_oss_are_written():
         (FormatOptions(4), {PROJECTIONS[0]: TensorSpec("BF16", (64, 64))}, r"down_proj: mxfp4 holds stacks"),
     ]:
         with pytest.raises(UnsupportedError, match=reason):
-            MXFP4.from_options(wanted, given_weights)
-    assert MXFP4.quantizes(PROJECTIONS[1], CONFIG) is True
+            MXFP4Method.from_options(wanted, given_weights)
+    assert MXFP4Method.is_quantized(PROJECTIONS[1], CONFIG) is True
     for module in (f"{EXPERTS}.gate_up_proj_bias", "model.layers.0.mlp.router", "lm_head"):
-        assert MXFP4.quantizes(module, CONFIG) is False
+        assert MXFP4Method.is_quantized(module, CONFIG) is False
 
 
 def test_config_names_what_stays_plain():
     written, kept = dict.fromkeys(PROJECTIONS, MXFP4()), ["model.layers.0.self_attn.q_proj", "lm_head"]
-    assert MXFP4.config_changes(written, kept, CONFIG) == {("quantization_config",): BODY}
+    assert MXFP4Method.config_changes(written, kept, CONFIG) == {("quantization_config",): BODY}
     own = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
-    assert MXFP4.config_changes(written, kept, CONFIG | {"quantization_config": own}) == {("quantization_config",): own}
+    assert MXFP4Method.config_changes(written, kept, CONFIG | {"quantization_config": own}) == {
+        ("quantization_config",): own
+    }
     other = {"quantization_config": {"quant_method": "fp8"}, "compression_config": {}}
-    changes = MXFP4.config_changes(written, kept, CONFIG | other)
+    changes = MXFP4Method.config_changes(written, kept, CONFIG | other)
     assert changes == {("quantization_config",): BODY, ("compression_config",): GONE}
     with pytest.raises(UnsupportedError, match=r"layers\.7\.mlp\.experts\.down_proj cannot stay plain"):
-        MXFP4.config_changes(written, [*kept, "model.layers.7.mlp.experts.down_proj"], CONFIG)
+        MXFP4Method.config_changes(written, [*kept, "model.layers.7.mlp.experts.down_proj"], CONFIG)
     with pytest.raises(UnsupportedError, match=r"model_type gpt_oss alone, config\.json says 'qwen3_moe'"):
-        MXFP4.config_changes(written, kept, {"model_type": "qwen3_moe"})
+        MXFP4Method.config_changes(written, kept, {"model_type": "qwen3_moe"})
 
 
 def test_transformers_loads_what_is_written(tmp_path):
@@ -321,7 +324,7 @@ def test_transformers_loads_what_is_written(tmp_path):
 
     config = json.loads((FIXTURE / "config.json").read_text())
     assert config.pop("quantization_config") == BODY
-    changes = MXFP4.config_changes(dict.fromkeys(PROJECTIONS, MXFP4()), ["lm_head"], config)
+    changes = MXFP4Method.config_changes(dict.fromkeys(PROJECTIONS, MXFP4()), ["lm_head"], config)
     (tmp_path / "config.json").write_text(json.dumps(config | {key: value for (key,), value in changes.items()}))
     tensors = load_file(FIXTURE / "model.safetensors")
     written = {}

@@ -200,3 +200,16 @@ def test_a_base_that_is_read_but_for_some_codes_is_kept_and_not_converted(tmp_pa
     for words in ({"bits": 16}, {"bits": 4}, {"dtype": "bfloat16"}):
         with pytest.raises(UnsupportedError, match=r"only be written as it is stored: .*experts\.gate_up_proj looks"):
             lora_merge.plan(base, [], **words)
+
+
+@pytest.mark.parametrize(
+    ("folder", "end"),
+    [
+        ("awq_gemv", "(only read)"),
+        ("autoround_w4g32", "(only kept)"),
+        ("awq_gemm_g32", "int4 32"),
+        ("fp8_block128", "x128"),
+    ],
+)
+def test_inspect_says_what_can_be_written(folder, end):
+    assert lora_merge.inspect(FIXTURES / folder).kind.endswith(end)

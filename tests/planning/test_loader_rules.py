@@ -4,14 +4,14 @@ import pytest
 
 import lora_merge
 from lora_merge.errors import UnsupportedError
-from lora_merge.formats import QUANTIZED
-from lora_merge.formats.base import Loader
+from lora_merge.formats import METHODS
+from lora_merge.formats.method import Loader
 from lora_merge.models.skeleton import Skeleton
 from lora_merge.planning import output_formats
 from lora_merge.planning.loaders import LoaderFit, fitted, unfilled
 from lora_merge.spec import Location
 
-PACKED = QUANTIZED["compressed-tensors"].loader
+PACKED = METHODS["compressed-tensors"].loader
 PROJECTIONS = [f"model.experts.{number}.{name}" for number in (0, 1) for name in ("up", "down")]
 
 
@@ -111,8 +111,8 @@ def test_a_stack_that_the_loader_wants_apart_is_refused():
     skeleton = model("model.q", places=places, experts={"model.experts": "Llama4TextExperts"})
     for name in ("compressed-tensors", "bitsandbytes"):
         with pytest.raises(UnsupportedError, match=r"model\.experts: .* one by one, and they are stored as a stack"):
-            fitted(QUANTIZED[name].loader, skeleton, (), ["model.q"], [])
-    assert fitted(QUANTIZED["fp8"].loader, skeleton, (), ["model.q"], []).kept == ("model.experts",)
+            fitted(METHODS[name].loader, skeleton, (), ["model.q"], [])
+    assert fitted(METHODS["fp8"].loader, skeleton, (), ["model.q"], []).kept == ("model.experts",)
 
 
 def test_what_a_loader_cannot_put_together_is_told():

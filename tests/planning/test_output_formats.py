@@ -61,7 +61,7 @@ def test_chatglm_stays_chatglm_where_it_has_the_width(chatglm, plain_chatglm):
     assert targets(chatglm, bits=8) == {"chatglm int8": 4}
     assert targets(chatglm, bits=4) == {}
     assert targets(chatglm, format="chatglm") == {}
-    with pytest.raises(UnsupportedError, match="ChatGLM has weights of 4 and 8 bits, not 3"):
+    with pytest.raises(UnsupportedError, match="chatglm has weights of 4 and 8 bits, not 3"):
         targets(plain_chatglm, bits=3)
     assert targets(plain_chatglm, bits=3, format="compressed-tensors") == {"pack-quantized int3 channel": 4}
 
@@ -70,6 +70,28 @@ def test_a_quantized_base_keeps_its_scheme_at_its_own_width():
     assert targets(W4, bits=4) == targets(W4, format="compressed-tensors") == targets(FP8, bits=8) == {}
     assert targets(W4, bits=4, group_size=64) == {"pack-quantized int4 group 64": 7}
     assert targets(W4, bits=8) == targets(FP8, bits=8, quant_type="int") == {"pack-quantized int8 group 64": 7}
+
+
+@pytest.mark.parametrize(
+    ("fixture", "words"),
+    [
+        ("mxfp4_gptoss", {"bits": 4}),
+        ("mxfp4_gptoss", {"bits": 4, "format": "mxfp4"}),
+        ("autoround_w4g32", {"bits": 4}),
+        ("gptq_4b_g32_sym_v1", {"bits": 4}),
+    ],
+    ids=str,
+)
+def test_a_base_that_has_the_width_keeps_its_format(fixture, words):
+    base = bases.FIXTURES / fixture
+    assert targets(base, **words) == {}
+    assert {weight.target for weight in lora_merge.plan(base, [], **words).weights} == {
+        weight.target for weight in lora_merge.plan(base, []).weights
+    }
+
+
+def test_a_format_that_is_only_kept_is_left_for_another_width():
+    assert targets(bases.FIXTURES / "autoround_w4g32", bits=8) == {"pack-quantized int8 group 128": 7}
 
 
 def test_sixteen_bits_decode(chatglm):

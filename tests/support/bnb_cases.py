@@ -8,7 +8,7 @@ import stored_parts as sp
 import torch
 from safetensors.torch import load_file
 
-from lora_merge.formats.bitsandbytes.format import Bitsandbytes
+from lora_merge.formats.bitsandbytes.method import BitsandbytesMethod
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 CHECKPOINTS = ["bnb_int8", "bnb_nf4", "bnb_nf4_dq", "bnb_fp4"]
@@ -47,7 +47,9 @@ def case(name):
 
 
 def detected(parts, config=None, module="x"):
-    return Bitsandbytes.detect(sp.specs(parts), config or {}, module, lambda part: parts[part].numpy().tobytes())
+    read = lambda part: parts[part].numpy().tobytes()  # noqa: E731
+    found = (kind.detect(sp.specs(parts), config or {}, module, read) for kind in BitsandbytesMethod.formats)
+    return next((format for format in found if format), None)
 
 
 def said(parts):

@@ -15,23 +15,26 @@ from lora_merge.errors import UnsupportedError, listed
 METHOD = "bitsandbytes"
 
 
-def section(old: object, bits: int, dtype: str, kept: Sequence[str], said: Mapping[str, Any]) -> dict[str, Any]:
+def section(old: object, bits: int, dtype: str, plain: Sequence[str], keys: Mapping[str, Any]) -> dict[str, Any]:
     """The section for modules of 4 or 8 bits. Of an old one of the same width, what else its users chose stays.
 
-    dtype: torch's name of the model's. said: what the tensors say, by key.
+    dtype: torch's name of the model's. plain: modules that are not quantized. keys: of the section, what the tensors
+        say.
     """
     same = isinstance(old, Mapping) and old.get("quant_method") == METHOD and old.get(f"load_in_{bits}bit")
     body = dict(old) if same and isinstance(old, Mapping) else _defaults(bits, dtype)
-    return {**body, **said, "llm_int8_skip_modules": list(kept)}
+    return {**body, **keys, "llm_int8_skip_modules": list(plain)}
 
 
-def check_kept(kept: Sequence[str], written: Iterable[str]) -> None:
-    """Raises UnsupportedError where the loader would take a quantized module for one that is kept: it matches names
+def check_plain(plain: Sequence[str], written: Iterable[str]) -> None:
+    """Raises UnsupportedError where the loader would take a quantized module for one that is plain: it matches names
     by their beginning up to a dot, and by their end."""
-    taken = [module for module in written if any(module.startswith(f"{k}.") or module.endswith(k) for k in kept)]
+    taken = [
+        module for module in written if any(module.startswith(f"{name}.") or module.endswith(name) for name in plain)
+    ]
     if taken:
         raise UnsupportedError(
-            f"config.json cannot say that {listed(kept)} stay plain and {listed(taken)} do not: the loader takes the "
+            f"config.json cannot say that {listed(plain)} stay plain and {listed(taken)} do not: the loader takes the "
             "names of the first for the second; keep these plain as well (--keep)"
         )
 

@@ -28,16 +28,16 @@ https://github.com/vllm-project/compressed-tensors/tree/main/src/compressed_tens
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from lora_merge.errors import InputError, UnsupportedError
-from lora_merge.formats.base import ByteRange, ConfigPath, FormatOptions, Loader, Parts, Quantized, ReadPart, shown
+from lora_merge.formats.base import ByteRange, CodedFormat, Parts, ReadPart, shown
 from lora_merge.formats.compressed_tensors import codes as layout
 from lora_merge.formats.compressed_tensors import scales as scales
-from lora_merge.formats.compressed_tensors.recipe import Recipe, quantization_config, section
-from lora_merge.formats.compressed_tensors.schemes import NVFP4, PACK, Scheme, preset, uniform_group_size
+from lora_merge.formats.compressed_tensors.recipe import METHOD, Recipe
+from lora_merge.formats.compressed_tensors.schemes import NVFP4, PACK, Scheme
 from lora_merge.formats.plain import LIMITS
 from lora_merge.formats.raw import fill, numbers, torch_dtype
 from lora_merge.spec import BITS, TensorSpec
@@ -52,7 +52,7 @@ CODES = {"int": "I8", "fp8": "F8_E4M3", "fp4": "U8"}
 
 
 @dataclass(frozen=True, slots=True)
-class CompressedTensors(Quantized):
+class CompressedTensors(CodedFormat):
     """One scheme for one weight.
 
     dtype:   in which the weight decodes; also that of `weight_scale` where it is stored as a plain float.
@@ -71,15 +71,7 @@ class CompressedTensors(Quantized):
     shape: tuple[int, int] | None = None
     shape_dtype: str = field(default="I64", compare=False)
 
-    name: ClassVar[str] = "compressed-tensors"
-    expert_linears: ClassVar[bool] = True
-    loader: ClassVar[Loader | None] = Loader(
-        experts="linears",
-        split_experts=("Llama4TextExperts",),
-        cuts=False,
-        loses_plain=("weight_packed",),
-        served=True,
-    )
+    name: ClassVar[str] = METHOD
     identifying_parts: ClassVar[tuple[str, ...]] = ("weight_scale",)
     part_names: ClassVar[tuple[str, ...]] = (
         "weight_packed", "weight", "weight_scale", "weight_global_scale", "weight_zero_point", "weight_shape",
@@ -112,22 +104,6 @@ class CompressedTensors(Quantized):
         )
 
     @classmethod
-    def from_options(cls, wanted: FormatOptions, weights: Mapping[str, TensorSpec]) -> CompressedTensors:
-        """One scheme for all weights: `int` has the largest group that divides them all, as some loaders need."""
-        quant_type = wanted.quant_type or "int"
-        size = wanted.group_size or uniform_group_size(weight.shape[-1] for weight in weights.values())
-        scheme = preset(quant_type, wanted.bits, 0, size)
-        return cls(scheme, wanted.dtype if scheme.format not in scales.FIXED else "BF16")
-
-    @classmethod
-    def config_changes(
-        cls, written: Mapping[str, CompressedTensors], kept: Sequence[str], config: Mapping[str, Any]
-    ) -> dict[ConfigPath, Any]:
-        body = quantization_config({module: format.scheme for module, format in written.items()}, kept)
-        body["kv_cache_scheme"] = (section(config) or {}).get("kv_cache_scheme")
-        return {**cls.plain_changes(config), ("quantization_config",): body}
-
-    @classmethod
     def _fitting(cls, scheme: Scheme, parts: Parts, shape: tuple[int, int] | None) -> CompressedTensors | None:
         """This scheme for these parts, or None where it stores others."""
         own = parts["weight_scale"].dtype if scheme.format not in scales.FIXED else "BF16"
@@ -155,7 +131,7 @@ class CompressedTensors(Quantized):
         return (*whole, "weight_shape", "weight_g_idx", "weight_global_scale")
 
     @property
-    def fused(self) -> bool:  # type: ignore[override]
+    def fused(self) -> bool:
         return self.scheme.format == NVFP4
 
     @property

@@ -1,6 +1,6 @@
 """`quantization_config` of compressed-tensors: which module has which scheme; and the one that an output needs.
 
-OutputFormats and ignored modules are named in full, by `re:` and a pattern that matches from the start, or by class.
+Targets and ignored modules are named in full, by `re:` and a pattern that matches from the start, or by class.
 https://github.com/vllm-project/compressed-tensors/blob/main/src/compressed_tensors/utils/match.py
 """
 
@@ -14,8 +14,8 @@ from functools import cache
 from typing import Any
 
 from lora_merge.errors import InputError, UnsupportedError, listed, quoted
-from lora_merge.formats.base import sections
 from lora_merge.formats.compressed_tensors.schemes import Scheme
+from lora_merge.formats.method import sections
 from lora_merge.patterns import compiled
 
 METHOD = "compressed-tensors"

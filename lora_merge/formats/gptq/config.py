@@ -15,7 +15,7 @@ from typing import Any
 
 from lora_merge import __version__
 from lora_merge.errors import InputError, UnsupportedError, listed, quoted
-from lora_merge.formats.base import sections
+from lora_merge.formats.method import sections
 from lora_merge.models.config_values import FLAG, NAME_OR_NAMES, NAMES_OR_LISTS, OBJECT, WHOLE, Kind, value
 from lora_merge.patterns import compiled
 
@@ -111,7 +111,7 @@ def changed_section(
     if body and all(
         _quantizes(body, name) and GptqOptions.of(body, name).agrees(said) for name, said in written.items()
     ):
-        told = not any(_quantizes(body, name) for name in beside(written, kept))
+        told = not any(_quantizes(body, name) for name in plain_in_blocks(written, kept))
         return {**body, "quant_method": METHOD, **({} if told else _blocks(list(written), kept))}
     said = _only(written)
     # Zero points that were kept are read as their writer meant them only while it is named.
@@ -161,7 +161,7 @@ def _blocks(written: Sequence[str], kept: Sequence[str]) -> dict[str, Any]:
             "leave the others plain, or choose another --format"
         )
     names = tuple(dict.fromkeys(IN_BLOCK.sub(r"\2", module) for module in written))
-    plain = beside(written, kept)
+    plain = plain_in_blocks(written, kept)
     mixed = [module for module in plain if module.endswith(names)]
     if mixed:
         raise UnsupportedError(
@@ -177,7 +177,7 @@ def _stacks(modules: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(found[1] for module in modules if (found := IN_BLOCK.fullmatch(module))))
 
 
-def beside(written: Iterable[str], kept: Sequence[str]) -> list[str]:
+def plain_in_blocks(written: Iterable[str], kept: Sequence[str]) -> list[str]:
     """Plain linears of the blocks that have quantized ones."""
     stacks = set(_stacks(written))
     return [module for module in kept if stacks & set(_stacks([module]))]

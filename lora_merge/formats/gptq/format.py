@@ -18,14 +18,13 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_merge.errors import InputError, UnsupportedError
-from lora_merge.formats.base import SECTION, ByteRange, ConfigPath, FormatOptions, Loader, Parts, Quantized, ReadPart
-from lora_merge.formats.compressed_tensors.schemes import uniform_group_size
-from lora_merge.formats.gptq.config import GptqOptions, changed_section, section
+from lora_merge.formats.base import ByteRange, CodedFormat, Parts, ReadPart
+from lora_merge.formats.gptq.config import GptqOptions, section
 from lora_merge.formats.plain import LIMITS
 from lora_merge.formats.raw import fill, numbers, torch_dtype
 from lora_merge.quantization import bits as codec
@@ -40,12 +39,10 @@ WORD = 32
 WIDTHS = (2, 3, 4, 8)
 """Bits that loaders take; others are read where they are a stream."""
 SCALES = ("F16", "BF16", "F32")
-GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)
-"""What kernels know; -1: a whole row."""
 
 
 @dataclass(frozen=True, slots=True)
-class GPTQ(Quantized):
+class GPTQ(CodedFormat):
     """One width and group size (-1: a whole row) for one weight.
 
     sym:     fresh zero points are the middle code.
@@ -66,10 +63,8 @@ class GPTQ(Quantized):
     order: bytes | None = field(default=None, repr=False)
 
     name: ClassVar[str] = "gptq"
-    loader: ClassVar[Loader | None] = Loader(derived=False)
     part_names: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales", "g_idx")
     identifying_parts: ClassVar[tuple[str, ...]] = ("qweight",)
-    own_file: ClassVar[str | None] = "quantize_config.json"
 
     @classmethod
     def detect(cls, parts: Parts, config: Mapping[str, Any], module: str, read: ReadPart) -> GPTQ | None:
@@ -114,31 +109,9 @@ class GPTQ(Quantized):
         side_by_side = (column // self._group(columns) for column in range(columns))
         return self if g_idx == struct.pack(f"<{columns}i", *side_by_side) else replace(self, order=g_idx)
 
-    @classmethod
-    def from_options(cls, wanted: FormatOptions, weights: Mapping[str, TensorSpec]) -> GPTQ:
-        if wanted.bits not in WIDTHS:
-            widths = ", ".join(map(str, WIDTHS))
-            raise UnsupportedError(f"GPTQ has {widths} bits, not {wanted.bits}; choose one of these --bits")
-        if wanted.quant_type not in (None, "int") or wanted.double_quant:
-            raise UnsupportedError("GPTQ has integer codes and plain scales; leave --quant-type and --double-quant out")
-        size = wanted.group_size or uniform_group_size(weight.shape[-1] for weight in weights.values())
-        if size not in GROUP_SIZES:
-            known = ", ".join(map(str, GROUP_SIZES))
-            raise UnsupportedError(f"no GPTQ kernel knows groups of {size}; choose a --group-size of {known}")
-        return cls(wanted.bits, size)
-
-    @classmethod
-    def config_changes(
-        cls, written: Mapping[str, GPTQ], kept: Sequence[str], config: Mapping[str, Any]
-    ) -> dict[ConfigPath, Any]:
-        """What the base said of its own GPTQ stays where it holds for the output.
-
-        Raises UnsupportedError for what transformers' loader cannot be told: see `gptq_config`.
-        """
-        said = {module: format._said() for module, format in written.items()}
-        return {**cls.plain_changes(config), (SECTION,): changed_section(said, kept, config)}
-
-    def _said(self) -> GptqOptions:
+    @property
+    def options(self) -> GptqOptions:
+        """What config.json says of it."""
         return GptqOptions(
             self.bits, self.group_size, self.sym, self.version, self.order is not None, gptqmodel=self.carry
         )
@@ -151,9 +124,6 @@ class GPTQ(Quantized):
     @property
     def shared(self) -> tuple[str, ...]:
         return ("g_idx",)
-
-    def for_weight(self, weight: TensorSpec, compute_dtype: str = "F32", seen: torch.Tensor | None = None) -> GPTQ:
-        return self
 
     def describe(self, weight: TensorSpec) -> dict[str, TensorSpec]:
         rows, columns = weight.shape

@@ -18,19 +18,17 @@ https://github.com/huggingface/transformers/blob/main/src/transformers/integrati
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from lora_merge.errors import InputError, UnsupportedError, quoted
-from lora_merge.formats.base import ByteRange, ConfigPath, FormatOptions, Loader, Parts, Quantized, ReadPart, shown
+from lora_merge.errors import InputError, UnsupportedError
+from lora_merge.formats.base import ByteRange, CodedFormat, Parts, ReadPart, shown
 from lora_merge.formats.compressed_tensors.scales import largest
 from lora_merge.formats.fp8 import scales as scales
+from lora_merge.formats.fp8.config import block_size, model_dtype, quantization
 from lora_merge.formats.plain import LIMITS
 from lora_merge.formats.raw import fill, torch_dtype
-from lora_merge.models.config_paths import at, text_parts
-from lora_merge.models.config_values import NAMES
 from lora_merge.spec import BITS, TensorSpec
 
 if TYPE_CHECKING:
@@ -43,20 +41,14 @@ CODES = {"F8_E4M3": 448.0, "F8_E5M2": 57344.0}
 """dtypes of codes, and the largest number of each."""
 INVERSE = "weight_scale_inv"
 """The name of scales that is fp8's alone."""
-SKIPPED = ("modules_to_not_convert", "ignored_layers")
-"""What transformers, and what vLLM calls the linears that stay plain."""
-SECTION = ("quantization_config",)
 STACK_SCALES = "_scale_inv"
 BLOCK = (128, 128)
 MICRO = (1, 32)
 WHOLE, ROW = (0, 0), (1, 0)
-LONGEST = 1 << 16
-"""No side of a block is longer."""
-MODEL_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 @dataclass(frozen=True, slots=True)
-class FP8(Quantized):
+class FP8(CodedFormat):
     """Float8 codes with scales.
 
     part:    name of the part that holds the scales; `scale` its dtype, `rank` its number of dimensions.
@@ -83,14 +75,9 @@ class FP8(Quantized):
     codes_part: ClassVar[str] = "weight"
     identifying_parts: ClassVar[tuple[str, ...]] = (INVERSE, "weight_scale", "scale", "qscale_weight")
     part_names: ClassVar[tuple[str, ...]] = (codes_part, *identifying_parts)
-    beside: ClassVar[tuple[str, ...]] = ("input_scale", "activation_scale", "qscale_act")
-    """Measured scales of what goes into the linear. A merge leaves them as they are, though it moves what they were
-    measured on."""
-    loader: ClassVar[Loader | None] = Loader(
-        derived=False, by_end=True, renames=True, experts="merged", own_experts=True, cuts=False
-    )
-    methods: ClassVar[tuple[str, ...]] = ("fp8", "mxfp8")
-    """What `quant_method` calls it."""
+    activation_scales: ClassVar[tuple[str, ...]] = ("input_scale", "activation_scale", "qscale_act")
+    quant_methods: ClassVar[tuple[str, ...]] = ("fp8", "mxfp8")
+    """What `quant_method` in config.json may be."""
 
     @classmethod
     def detect(cls, parts: Parts, config: Mapping[str, Any], module: str, read: ReadPart) -> Self | None:
@@ -104,7 +91,7 @@ class FP8(Quantized):
         if not marks or not codes or not codes.dtype.startswith("F8_"):
             return None
         body = quantization(config)[1]
-        if body.get("quant_method", cls.name) not in cls.methods and marks[0] != INVERSE:
+        if body.get("quant_method", cls.name) not in cls.quant_methods and marks[0] != INVERSE:
             return None
         if codes.dtype not in CODES or parts[marks[0]].dtype not in scales.SCALES or len(marks) > 1:
             raise UnsupportedError(
@@ -138,52 +125,12 @@ class FP8(Quantized):
 
     def _blocks(self, codes: tuple[int, ...], marks: tuple[int, ...], body: Mapping[str, Any]) -> list[tuple[int, int]]:
         """Blocks that these shapes may have, most likely first."""
-        said = self._said(body)
+        said = block_size(body)
         found = [*([said] if said else []), WHOLE, ROW, BLOCK, MICRO]
         sides = marks[::2] if self.rank == 4 else marks[-2:]
         if len(sides) == 2 and all(sides) and not codes[-2] % sides[0] and not codes[-1] % sides[1]:
             found.append((codes[-2] // sides[0], codes[-1] // sides[1]))
         return found
-
-    @classmethod
-    def from_options(cls, wanted: FormatOptions, weights: Mapping[str, TensorSpec]) -> Self:
-        if wanted.bits != 8 or wanted.quant_type not in (None, "fp8") or wanted.double_quant:
-            kind = f" {wanted.quant_type}" if wanted.quant_type else ""
-            raise UnsupportedError(f"fp8 has 8-bit floats, not {wanted.bits} bits{kind}; leave out --quant-type")
-        if wanted.group_size not in (None, BLOCK[0]):
-            raise UnsupportedError("fp8 is written with blocks of 128 x 128; leave out --group-size")
-        return cls(dtype=wanted.dtype, whole_blocks=True)
-
-    @classmethod
-    def config_changes(
-        cls, written: Mapping[str, Self], kept: Sequence[str], config: Mapping[str, Any]
-    ) -> dict[ConfigPath, Any]:
-        path, old = quantization(config)
-        own = old.get("quant_method") in cls.methods and cls._said(old) in (None, *(f.block for f in written.values()))
-        path, body = (path, dict(old)) if own else (SECTION, cls._new_section(written))
-        told = next((body[key] for key in SKIPPED if body.get(key)), ())
-        skipped = still_skipped(told, written, kept)
-        if not own or skipped != list(told):
-            body |= dict.fromkeys(SKIPPED, skipped)
-        return {path: body} if body != old else {}
-
-    @staticmethod
-    def _said(body: Mapping[str, Any]) -> tuple[int, int] | None:
-        """`weight_block_size` where it is one."""
-        said = body.get("weight_block_size")
-        sized = (
-            isinstance(said, Sequence)
-            and len(said) == 2
-            and all(type(side) is int and 0 < side <= LONGEST for side in said)
-        )
-        return (said[0], said[1]) if sized and said else None
-
-    @classmethod
-    def _new_section(cls, written: Mapping[str, Self]) -> dict[str, Any]:
-        format = next(iter(written.values()))
-        body: dict[str, Any] = {"quant_method": cls.name, "activation_scheme": "dynamic"}
-        body["weight_block_size"] = list(format.block) if all(format.block) else None
-        return body | ({"scale_fmt": "ue8m0"} if format.power else {})
 
     @property
     def bits(self) -> int:
@@ -313,7 +260,7 @@ class FP8Experts(FP8):
     codes_part: ClassVar[str] = ""
     identifying_parts: ClassVar[tuple[str, ...]] = (STACK_SCALES,)
     part_names: ClassVar[tuple[str, ...]] = ("", STACK_SCALES)
-    beside: ClassVar[tuple[str, ...]] = ("_activation_scale",)
+    activation_scales: ClassVar[tuple[str, ...]] = ("_activation_scale",)
     separator: ClassVar[str] = ""
     weight_suffix: ClassVar[str] = ""
     stacked: ClassVar[bool] = True
@@ -346,44 +293,6 @@ class FP8Experts(FP8):
     def _marks(self, shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
         rows, columns = -(-shape[1] // block[0]), -(-shape[2] // (block[1] or max(1, shape[2])))
         return (shape[0], rows, columns)
-
-
-def quantization(config: Mapping[str, Any]) -> tuple[ConfigPath, Mapping[str, Any]]:
-    """`quantization_config` in config.json, or in the text model's part of it, and where it lies; empty where not."""
-    for place in ((), *text_parts(config)):
-        path = (*place, *SECTION)
-        if isinstance(body := at(config, path), Mapping):
-            return path, body
-    return SECTION, {}
-
-
-def model_dtype(config: Mapping[str, Any]) -> str:
-    """The dtype (safetensors name) to which loaders dequantize: that of the model, bfloat16 where it is not told."""
-    for place in ((), *text_parts(config)):
-        for key in ("dtype", "torch_dtype"):
-            said = at(config, (*place, key))
-            if isinstance(said, str) and (named := said.removeprefix("torch.")) in MODEL_DTYPES:
-                return MODEL_DTYPES[named]
-    return "BF16"
-
-
-def still_skipped(entries: Any, written: Collection[str], kept: Sequence[str]) -> list[str]:
-    """The linears that stay plain: entries of the base's list that name none of the written modules, then in full
-    those of the kept modules that no such entry names. Raises InputError where the base's list is none."""
-    if entries and not NAMES.fits(entries):
-        raise InputError(
-            "config.json: quantization_config: what says which linears stay plain is "
-            f"{quoted(entries)}, expected {NAMES.words}; fetch the file again"
-        )
-    still = [entry for entry in entries or () if not any(names(entry, module) for module in written)]
-    return still + [module for module in kept if not any(names(entry, module) for entry in still)]
-
-
-def names(entry: str, module: str) -> bool:
-    """Whether an entry of such a list, a name, the beginning or end of one, or one with wildcards, names a module."""
-    if module == entry or module.startswith(f"{entry}.") or module.endswith(f".{entry}"):
-        return True
-    return "*" in entry and fnmatch.fnmatchcase(module, entry)
 
 
 def _named(block: tuple[int, int]) -> str:

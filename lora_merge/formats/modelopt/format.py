@@ -19,26 +19,18 @@ https://github.com/NVIDIA/Model-Optimizer/blob/main/modelopt/torch/export/quant_
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from lora_merge.errors import InputError, UnsupportedError
-from lora_merge.formats.base import ByteRange, ConfigPath, FormatOptions, Loader, Parts, ReadPart, shown
+from lora_merge.formats.base import ByteRange, Parts, ReadPart, shown
 from lora_merge.formats.compressed_tensors import codes as layout
 from lora_merge.formats.compressed_tensors.scales import E2M1, LARGEST_E4M3, Fp4, fp4, largest
 from lora_merge.formats.compressed_tensors.schemes import NVFP4, Scheme
 from lora_merge.formats.fp8 import scales as scales
-from lora_merge.formats.fp8.fine_grained import (
-    FP8,
-    MICRO,
-    ROW,
-    SECTION,
-    WHOLE,
-    model_dtype,
-    quantization,
-    still_skipped,
-)
+from lora_merge.formats.fp8.config import model_dtype, quantization
+from lora_merge.formats.fp8.format import FP8, MICRO, ROW, WHOLE
 from lora_merge.formats.plain import LIMITS
 from lora_merge.formats.raw import fill, numbers, torch_dtype
 from lora_merge.spec import TensorSpec
@@ -50,15 +42,9 @@ if TYPE_CHECKING:
     from lora_merge.quantization.grids import Grid
 
 NIBBLES = Scheme(NVFP4, 4, "float")
-PRODUCER = {"name": "modelopt", "version": "0.47.0"}
-"""Whose layout is written."""
 ROTATED = ("pre_quant_scale", "svdquant_lora_a", "svdquant_lora_b")
 """Parts of weights that are stored multiplied by something (AWQ, SVDQuant)."""
 LEAST_E4M3 = 2.0**-9
-NAMES = {"ignore": "exclude_modules", "quant_algo": "quant_algo", "quantized_layers": "quantized_layers"}
-"""Keys of `quantization_config`, and what `hf_quant_config.json` calls them."""
-MIXED = "MIXED_PRECISION"
-FP8_KV = {"dynamic": False, "num_bits": 8, "type": "float"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +56,8 @@ class ModelOpt(FP8):
     name: ClassVar[str] = "modelopt"
     identifying_parts: ClassVar[tuple[str, ...]] = ("weight_scale",)
     part_names: ClassVar[tuple[str, ...]] = ("weight", "weight_scale", "weight_scale_2", *ROTATED)
-    beside: ClassVar[tuple[str, ...]] = ("input_scale",)
-    loader: ClassVar[Loader | None] = None
-    methods: ClassVar[tuple[str, ...]] = ("modelopt",)
-    own_file: ClassVar[str | None] = "hf_quant_config.json"
+    activation_scales: ClassVar[tuple[str, ...]] = ("input_scale",)
+    quant_methods: ClassVar[tuple[str, ...]] = ("modelopt",)
 
     @classmethod
     def detect(cls, parts: Parts, config: Mapping[str, Any], module: str, read: ReadPart) -> ModelOpt | None:
@@ -83,7 +67,7 @@ class ModelOpt(FP8):
         """
         body = quantization(config)[1]
         codes, scale, whole = (parts.get(part) for part in ("weight", "weight_scale", "weight_scale_2"))
-        if not codes or not scale or (body.get("quant_method") not in cls.methods and not whole):
+        if not codes or not scale or (body.get("quant_method") not in cls.quant_methods and not whole):
             return None
         if {*parts} <= {"weight", "weight_scale", "weight_scale_2"} and len(codes.shape) == 2:
             if whole and (codes.dtype, scale.dtype) == ("U8", "F8_E4M3") and whole.dtype == "F32" and whole.numel == 1:
@@ -94,55 +78,6 @@ class ModelOpt(FP8):
             f"{module}: its parts are {shown(parts)} ({_algorithm(body, module)}); of ModelOpt only FP8 and NVFP4 "
             "linears are read. Merge onto the checkpoint that it was made from"
         )
-
-    @classmethod
-    def from_options(cls, wanted: FormatOptions, weights: Mapping[str, TensorSpec]) -> ModelOpt:
-        kind = wanted.quant_type or {8: "fp8", 4: "nvfp4"}.get(wanted.bits)
-        if (kind, wanted.bits) not in (("fp8", 8), ("nvfp4", 4)) or wanted.double_quant:
-            raise UnsupportedError(
-                "modelopt has 8-bit floats (--bits 8) and NVFP4 (--bits 4), and no double quantization"
-            )
-        if wanted.group_size not in (None, 16) or (kind == "fp8" and wanted.group_size):
-            raise UnsupportedError("modelopt's group size is fixed, 16 for NVFP4; leave out --group-size")
-        if kind == "nvfp4":
-            return ModelOptFP4(dtype=wanted.dtype)
-        return ModelOpt(dtype=wanted.dtype, block=ROW, rank=1)
-
-    @classmethod
-    def config_changes(
-        cls, written: Mapping[str, Self], kept: Sequence[str], config: Mapping[str, Any]
-    ) -> dict[ConfigPath, Any]:
-        path, old = quantization(config)
-        told = str(old.get("quant_algo") or MIXED).upper()
-        fitting = told == MIXED or all(told in format.algorithms for format in written.values())
-        own = fitting and old.get("quant_method") in cls.methods
-        path, body = (path, dict(old)) if own else (SECTION, _new_section(next(iter(written.values()))))
-        body["ignore"] = still_skipped(body.get("ignore") or (), written, kept)
-        return {path: body} if body != old else {}
-
-    @classmethod
-    def section(cls, own_file: Mapping[str, Any]) -> dict[str, Any]:
-        told = own_file.get("quantization")
-        told = told if isinstance(told, Mapping) else {}
-        found = {key: told[name] for key, name in NAMES.items() if told.get(name) is not None}
-        cache = told.get("kv_cache_quant_algo")
-        found |= {"kv_cache_scheme": FP8_KV if cache == "FP8" else cache} if cache else {}
-        found |= {"producer": own_file["producer"]} if "producer" in own_file else {}
-        return found | {"quant_method": cls.name}
-
-    @classmethod
-    def as_own_file(cls, section: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Undo `section`: the content of hf_quant_config.json, which is all that TensorRT-LLM reads.
-
-        before: what the base has there, whose other keys stay.
-        """
-        old = before or {}
-        told = old.get("quantization")
-        quantization = dict(told) if isinstance(told, Mapping) else {"kv_cache_quant_algo": None}
-        quantization |= {name: section[key] for key, name in NAMES.items() if key in section}
-        if section.get("quant_algo") == ModelOptFP4().algorithms[0]:
-            quantization.setdefault("group_size", ModelOptFP4().block[1])
-        return {**old, "producer": section.get("producer", PRODUCER), "quantization": quantization}
 
     @property
     def algorithms(self) -> tuple[str, ...]:
@@ -173,8 +108,6 @@ class ModelOptFP4(ModelOpt):
     block: tuple[int, int] = (1, 16)
     top: float = LARGEST_E4M3 * E2M1[-1]
 
-    fused: ClassVar[bool] = True
-
     @classmethod
     def _sized(
         cls, codes: TensorSpec, scale: TensorSpec, rank: int, config: Mapping[str, Any], module: str
@@ -195,6 +128,10 @@ class ModelOptFP4(ModelOpt):
     @property
     def shared(self) -> tuple[str, ...]:
         return ("weight_scale_2",)
+
+    @property
+    def fused(self) -> bool:
+        return True
 
     @property
     def needs_observation(self) -> bool:
@@ -278,15 +215,6 @@ class MarkedFp4(Fp4):
 
     def rows(self, start: int, stop: int) -> Self:
         return replace(self, scale=self.scale[start:stop], marks=self.marks[start:stop])
-
-
-def _new_section(format: ModelOpt) -> dict[str, Any]:
-    """`quantization_config` of weights that are written anew, less the list of what stays plain."""
-    body: dict[str, Any] = {"quant_algo": format.algorithms[0], "producer": PRODUCER, "quant_method": "modelopt"}
-    if isinstance(format, ModelOptFP4):
-        weights = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": format.block[1]}
-        body["config_groups"] = {"group_0": {"weights": weights, "targets": ["Linear"]}}
-    return body
 
 
 def _algorithm(body: Mapping[str, Any], module: str) -> str:

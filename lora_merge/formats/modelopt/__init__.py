@@ -1,0 +1,1 @@
+"""NVIDIA ModelOpt: 8-bit floats, and NVFP4."""
