@@ -13,6 +13,7 @@ import click
 
 from lora_merge import __version__
 from lora_merge.abilities import FORMATS, QUANT_TYPES, WIDTHS
+from lora_merge.dtypes import MODEL_DTYPES
 from lora_merge.errors import LoraMergeError, StorageError, UsageError, printable
 from lora_merge.report import (
     Reporter,
@@ -24,7 +25,6 @@ from lora_merge.report import (
 )
 from lora_merge.request import (
     DEFAULTS,
-    DTYPES,
     ROUNDINGS,
     SCALES,
     TRAINED_ON,
@@ -137,7 +137,7 @@ def chosen(word: str, known: tuple[str, ...], text: str) -> Callable[[Any], Any]
 @click.option("--allow-unused", metavar="REGEX", help="Adapter tensors that may have no place in the base.")
 @click.option("--bits", type=click.Choice(tuple(map(str, WIDTHS))), help="Width of the weights. Default: the base's.")
 @chosen("--format", FORMATS, "Of the weights. Default: the base's, if it has that width; README.md says the rest.")
-@chosen("--dtype", tuple(DTYPES), "Of plain weights, and of the scales of others. Default: the base's own.")
+@chosen("--dtype", tuple(MODEL_DTYPES), "Of plain weights, and of the scales of others. Default: the base's own.")
 @chosen("--quant-type", QUANT_TYPES, "Kind of codes, where a format has several.")
 @click.option("--double-quant", is_flag=True, help="Quantize the scales too (bitsandbytes).")
 @click.option("--group-size", type=int, help="Weights of a row that share a scale; -1: all of them.")

@@ -13,8 +13,8 @@ from dataclasses import asdict
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from lora_merge.dtypes import MODEL_DTYPES
 from lora_merge.errors import printable
-from lora_merge.request import DTYPES
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -175,7 +175,7 @@ def _counts(merged: int, converted: int, copied: int, words: tuple[str, str, str
 
 def _planned(weights: Sequence[PlannedWeight], verbose: bool) -> Iterable[str]:
     """Weights that change, and matrices that stay plain where others are stored as codes."""
-    coded = any(weight.target not in DTYPES.values() for weight in weights if weight.action == "merge")
+    coded = any(weight.target not in MODEL_DTYPES.values() for weight in weights if weight.action == "merge")
     shown = [
         weight for weight in weights if verbose or weight.action == "merge" or (coded and _is_plain_matrix(weight))
     ]
@@ -190,7 +190,7 @@ def _planned(weights: Sequence[PlannedWeight], verbose: bool) -> Iterable[str]:
 
 
 def _is_plain_matrix(weight: PlannedWeight) -> bool:
-    return weight.name.endswith(".weight") and len(weight.shape) > 1 and weight.target in DTYPES.values()
+    return weight.name.endswith(".weight") and len(weight.shape) > 1 and weight.target in MODEL_DTYPES.values()
 
 
 def show_result(result: MergeResult, *, as_json: bool) -> None:

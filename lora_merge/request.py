@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from lora_merge.abilities import FORMATS, QUANT_TYPES, WIDTHS
+from lora_merge.dtypes import MODEL_DTYPES
 from lora_merge.errors import UsageError, quoted
 
 # Format, width and kind of codes are spelled out for editors; a test compares them with the table of abilities.
@@ -23,8 +24,6 @@ Rounding: TypeAlias = Literal["auto", "nearest", "stochastic", "dither", "adapte
 Scales: TypeAlias = Literal["auto", "keep", "fresh"]
 TrainedOn: TypeAlias = Literal["as-is", "nf4", "fp4", "int8"]
 
-DTYPES: dict[str, str] = dict(zip(get_args(DtypeName), ("F32", "BF16", "F16"), strict=True))
-"""Words of `--dtype`, and the names that the header of a safetensors file has for them."""
 ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
 SCALES: tuple[Scales, ...] = get_args(Scales)
 TRAINED_ON: tuple[TrainedOn, ...] = get_args(TrainedOn)
@@ -76,7 +75,7 @@ class Recipe:
         if self.weight and len(self.weight) != len(self.adapters):
             raise UsageError(f"--weight: {len(self.weight)} given for {len(self.adapters)} adapters; give one for each")
         for name, known in (
-            ("bits", WIDTHS), ("format", FORMATS), ("dtype", tuple(DTYPES)), ("quant_type", QUANT_TYPES),
+            ("bits", WIDTHS), ("format", FORMATS), ("dtype", tuple(MODEL_DTYPES)), ("quant_type", QUANT_TYPES),
             ("rounding", ROUNDINGS), ("scales", SCALES), ("trained_on", TRAINED_ON),
         ):  # fmt: skip
             value = getattr(self, name)
@@ -140,7 +139,7 @@ class Recipe:
     @property
     def target_dtype(self) -> str | None:
         """`--dtype` as the name in a safetensors header."""
-        return None if self.dtype is None else DTYPES[self.dtype]
+        return None if self.dtype is None else MODEL_DTYPES[self.dtype]
 
     def choices(self) -> dict[str, Any]:
         """The choices that differ from their defaults, as the record and the digest of a job have them (JSON values).

@@ -6,13 +6,7 @@ dtypes are the names of the safetensors header (`BF16`, `F32`, `I8`, ...). No to
 import math
 from dataclasses import dataclass
 
-BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
-    "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
-    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
-    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
-}  # fmt: skip
-PLAIN_FLOATS = ("F64", "F32", "F16", "BF16")
+from lora_merge.dtypes import BITS
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,12 +16,13 @@ from mypy import api as mypy
 
 import lora_merge
 from lora_merge import public, request
+from lora_merge.dtypes import MODEL_DTYPES
 from lora_merge.request import Recipe, RunOptions
 
 FUNCTIONS = [getattr(lora_merge, name) for name in ("inspect", "merge", "plan", "verify")]
 CLASSES = [getattr(lora_merge, name) for name in lora_merge.__all__ if name[0].isupper()]
 WORDS = {
-    "bits": (request.Bits, request.WIDTHS), "dtype": (request.DtypeName, tuple(request.DTYPES)),
+    "bits": (request.Bits, request.WIDTHS), "dtype": (request.DtypeName, tuple(MODEL_DTYPES)),
     "format": (request.FormatName, request.FORMATS), "quant_type": (request.QuantType, request.QUANT_TYPES),
     "rounding": (request.Rounding, request.ROUNDINGS), "scales": (request.Scales, request.SCALES),
     "trained_on": (request.TrainedOn, request.TRAINED_ON),

@@ -15,6 +15,7 @@ import lora_merge
 from lora_merge import cli, errors, request
 from lora_merge.abilities import ABILITIES, PLAIN, QUANT_TYPES
 from lora_merge.adapters import KINDS, LATER, NEVER
+from lora_merge.dtypes import MODEL_DTYPES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -66,7 +67,7 @@ def test_the_table_of_roundings_is_the_code() -> None:
 @pytest.mark.parametrize(
     ("option", "known"),
     [
-        ("dtype", request.DTYPES),
+        ("dtype", MODEL_DTYPES),
         ("quant-type", QUANT_TYPES),
         ("rounding", request.ROUNDINGS),
         ("scales", request.SCALES),

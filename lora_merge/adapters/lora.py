@@ -25,8 +25,9 @@ from lora_merge.adapters.base import Claim, Options, Reading
 from lora_merge.adapters.layers import Pair
 from lora_merge.adapters.lora_config import LoraConfig
 from lora_merge.adapters.peft_keys import Entry, read_keys
+from lora_merge.dtypes import PLAIN_FLOATS
 from lora_merge.errors import AdapterError, UnsupportedError, listed, printable
-from lora_merge.spec import PLAIN_FLOATS, TensorSpec
+from lora_merge.spec import TensorSpec
 
 FACTOR_ROLES = ("A", "B", "B.bias", "embedding_A", "embedding_B", "magnitude", "diagonal")
 TRAINING_ONLY = "steers training only"

@@ -21,8 +21,9 @@ from lora_merge.adapters.base import Claim, Options, Patch, Reading
 from lora_merge.adapters.layers import Pair
 from lora_merge.adapters.lowrank import Factor, LowRank
 from lora_merge.adapters.peft_keys import Entry, strip_prefix
+from lora_merge.dtypes import PLAIN_FLOATS
 from lora_merge.errors import AdapterError, UnsupportedError, UsageError, listed, printable
-from lora_merge.spec import PLAIN_FLOATS, Location, TensorSpec
+from lora_merge.spec import Location, TensorSpec
 
 ENDINGS = (".lora_A", ".lora_B", ".lora_a", ".lora_b")
 BUFFERS = ("inv_freq", "position_ids", "masked_bias", "num_batches_tracked")

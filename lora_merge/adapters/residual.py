@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from lora_merge.adapters.base import Bound, Needs
 from lora_merge.adapters.dora import Dora
 from lora_merge.adapters.lowrank import FLOAT, LowRank, Read
+from lora_merge.dtypes import torch_dtype
 from lora_merge.spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -115,7 +116,4 @@ def residual(weight: torch.Tensor, method: str, r: int, scale: float) -> torch.T
 
 def rounded(weight: torch.Tensor, dtype: str) -> torch.Tensor:
     """float32 values rounded to a 16-bit dtype; other dtypes leave them as they are."""
-    import torch
-
-    narrow = {"BF16": torch.bfloat16, "F16": torch.float16}.get(dtype)
-    return weight if narrow is None else weight.to(narrow).float()
+    return weight.to(torch_dtype(dtype)).float() if dtype in ("BF16", "F16") else weight

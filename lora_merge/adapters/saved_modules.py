@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from lora_merge.adapters.base import Claim, Needs, RowReader
 from lora_merge.adapters.lowrank import Read
 from lora_merge.adapters.peft_keys import Entry
+from lora_merge.dtypes import PLAIN_FLOATS
 from lora_merge.errors import AdapterError, listed, printable
-from lora_merge.spec import PLAIN_FLOATS, Location, TensorSpec
+from lora_merge.spec import Location, TensorSpec
 
 if TYPE_CHECKING:
     import torch

@@ -16,19 +16,13 @@ from lora_merge.containers.json_file import read_json
 from lora_merge.containers.regular_file import RegularFile
 from lora_merge.containers.safetensors import open_safetensors
 from lora_merge.containers.torch_bin import TorchBinFile, open_torch_bin
+from lora_merge.dtypes import TORCH_NAMES
 from lora_merge.errors import InputError, UnsupportedError, listed, printable
 from lora_merge.request import Recipe
 from lora_merge.spec import TensorSpec
 
 if TYPE_CHECKING:
     import torch
-
-TORCH_DTYPES = {
-    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
-    "U64": "uint64", "I64": "int64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
-    "C64": "complex64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +60,7 @@ class Checkpoint:
         import torch
 
         spec = self.tensors[name]
-        dtype = getattr(torch, TORCH_DTYPES.get(spec.dtype, ""), None)
+        dtype = getattr(torch, TORCH_NAMES.get(spec.dtype, ""), None)
         if dtype is None:
             raise UnsupportedError(
                 f"{printable(self.file_of(name).path)}: tensor {printable(name)} has dtype {spec.dtype}, which "

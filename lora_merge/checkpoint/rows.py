@@ -12,11 +12,11 @@ import torch
 
 from lora_merge.checkpoint.opening import Checkpoint
 from lora_merge.checkpoint.sources import Sources
+from lora_merge.dtypes import PLAIN_FLOATS
 from lora_merge.errors import InputError, printable
 from lora_merge.formats import ByteRange, CodedFormat, StoredWeight
 from lora_merge.formats.raw import numbers
 from lora_merge.quantization.grids import Grid
-from lora_merge.spec import PLAIN_FLOATS
 
 WINDOWS = 2
 """Windows of a transposed part that stay in memory: threads at the end of one expert and the beginning of the next."""

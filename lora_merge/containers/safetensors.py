@@ -25,8 +25,9 @@ from pathlib import Path
 from types import MappingProxyType
 
 from lora_merge.containers.regular_file import RegularFile
+from lora_merge.dtypes import BITS
 from lora_merge.errors import InputError, listed, printable
-from lora_merge.spec import BITS, TensorSpec
+from lora_merge.spec import TensorSpec
 
 MAX_HEADER = 100_000_000
 MAX_NUMEL = 2**63

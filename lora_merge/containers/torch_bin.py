@@ -23,8 +23,9 @@ from lora_merge.containers.regular_file import RegularFile
 from lora_merge.containers.strided import read_view
 from lora_merge.containers.torch_values import Refused, View
 from lora_merge.containers.zip_members import Member, check_crc, read_directory
+from lora_merge.dtypes import BITS
 from lora_merge.errors import InputError, UnsupportedError, listed, printable
-from lora_merge.spec import BITS, TensorSpec
+from lora_merge.spec import TensorSpec
 
 MAX_PICKLE = 256 * 2**20
 BASE_STEPS, STEPS_PER_MEMBER = 1_000_000, 100

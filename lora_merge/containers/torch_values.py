@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from lora_merge.dtypes import FROM_TORCH
 from lora_merge.errors import printable
 
 
@@ -68,13 +69,6 @@ STORAGES = {
     "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8",
     "BoolStorage": "BOOL", "ComplexFloatStorage": "C64",
 }  # fmt: skip
-DTYPES = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "complex64": "C64", "bool": "BOOL",
-    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
-    "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8",
-    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
-    "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2fnuz": "F8_E5M2FNUZ",
-}  # fmt: skip
 _UNTYPED = Global("torch.storage", "UntypedStorage")
 _ORDERED_DICT = Global("collections", "OrderedDict")
 _REBUILD = {
@@ -95,7 +89,7 @@ _TYPES = {Global("torch", "Tensor"), Global("torch.nn.parameter", "Parameter")}
 ALLOWED = (
     {_UNTYPED, _ORDERED_DICT, *_REBUILD.values(), *_TYPES}
     | {Global("torch", name) for name in STORAGES}
-    | {Global("torch", name) for name in DTYPES}
+    | {Global("torch", name) for name in FROM_TORCH}
 )
 
 
@@ -131,7 +125,7 @@ def described_call(function: Global, arguments: tuple[Any, ...]) -> Any:
             Global() as dtype,
             *rest,
         ):
-            return _view(storage, DTYPES.get(dtype.name), (offset, shape, stride), rest)
+            return _view(storage, FROM_TORCH.get(dtype.name), (offset, shape, stride), rest)
         case "_rebuild_parameter", (View() as view, bool(), dict()):
             return view
         case "_rebuild_parameter_with_state", (View() as view, bool(), dict(), _):

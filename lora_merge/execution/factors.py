@@ -10,14 +10,10 @@ import torch
 
 from lora_merge.checkpoint.opening import Checkpoint
 from lora_merge.checkpoint.rows import buffer
+from lora_merge.dtypes import torch_dtype
 from lora_merge.execution.tiles import CACHED
 from lora_merge.planning.jobs import Rewrite, Shard
 from lora_merge.spec import TensorSpec
-
-TORCH_DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
-    "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
-}  # fmt: skip
 
 
 class FactorReader:
@@ -55,7 +51,7 @@ class FactorReader:
         piece = TensorSpec(spec.dtype, (stop - start, *spec.shape[1:]))
         data = torch.empty(piece.nbytes, dtype=torch.uint8)
         self.adapter.read_into(name, piece.nbytes // max(1, stop - start) * start, buffer(data))
-        return data.view(TORCH_DTYPES[spec.dtype]).view(piece.shape).to(self.device)
+        return data.view(torch_dtype(spec.dtype)).view(piece.shape).to(self.device)
 
 
 def uses_of(shards: Sequence[Shard], adapters: int) -> list[Counter[str]]:

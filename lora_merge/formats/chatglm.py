@@ -21,13 +21,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_merge.abilities import FormatOptions
+from lora_merge.dtypes import BITS, torch_dtype
 from lora_merge.errors import InputError, UnsupportedError, listed
 from lora_merge.formats.base import ByteRange, CodedFormat, Parts, ReadPart
 from lora_merge.formats.method import ConfigPath, QuantMethod
 from lora_merge.formats.plain import LIMITS
-from lora_merge.formats.raw import fill, numbers, torch_dtype
+from lora_merge.formats.raw import fill, numbers
 from lora_merge.quantization import bits as codec
-from lora_merge.spec import BITS, TensorSpec
+from lora_merge.spec import TensorSpec
 
 if TYPE_CHECKING:
     import torch

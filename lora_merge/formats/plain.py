@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from lora_merge.abilities import PLAIN
+from lora_merge.dtypes import BITS, PLAIN_FLOATS, torch_dtype
 from lora_merge.formats.base import ByteRange, Format, Parts
-from lora_merge.spec import BITS, PLAIN_FLOATS, TensorSpec
+from lora_merge.spec import TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -85,7 +86,4 @@ class Plain(Format):
         return self.dtype
 
     def _values(self, data: torch.Tensor) -> torch.Tensor:
-        import torch
-
-        dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-        return data.view(dtypes[self.dtype])
+        return data.view(torch_dtype(self.dtype))

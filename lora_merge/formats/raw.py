@@ -4,19 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lora_merge.dtypes import torch_dtype
+
 if TYPE_CHECKING:
     import torch
-
-
-def torch_dtype(dtype: str) -> torch.dtype:
-    """torch's name of a dtype of the safetensors header."""
-    import torch
-
-    return {
-        "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-        "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-        "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    }[dtype]  # fmt: skip
 
 
 def numbers(data: torch.Tensor, dtype: str, columns: int) -> torch.Tensor:

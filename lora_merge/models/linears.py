@@ -6,8 +6,9 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from lora_merge.dtypes import PLAIN_FLOATS
 from lora_merge.models.skeleton import Skeleton
-from lora_merge.spec import PLAIN_FLOATS, TensorSpec
+from lora_merge.spec import TensorSpec
 
 NOT_QUANTIZED = re.compile(
     r"(.*\.)?(lm_head|output_layer|embed_out|(\w*_)?embed\w*|wte|wpe|\w*norm\w*|ln_\w+|router|gate|shared_expert_gate"

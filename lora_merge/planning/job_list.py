@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from lora_merge.checkpoint.opening import Checkpoint
+from lora_merge.dtypes import PLAIN_FLOATS
 from lora_merge.errors import AdapterError, InputError, UnsupportedError, UsageError, listed, printable
 from lora_merge.formats import METHODS, CodedFormat, Format, FormatOptions, Plain, StoredWeight
 from lora_merge.formats.base import same_grid
@@ -20,7 +21,7 @@ from lora_merge.planning.jobs import Copy, Job, QuantizeOptions, Rewrite
 from lora_merge.planning.output_formats import OutputFormats, quantization, skeleton
 from lora_merge.planning.rescaling import Scalings, rescaled
 from lora_merge.request import SAME, Recipe
-from lora_merge.spec import PLAIN_FLOATS, TensorSpec
+from lora_merge.spec import TensorSpec
 
 
 def job_list(

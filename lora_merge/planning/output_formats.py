@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 from lora_merge.abilities import FORMATS
 from lora_merge.adapters.layers import is_conv1d
+from lora_merge.dtypes import MODEL_DTYPES, PLAIN_FLOATS
 from lora_merge.errors import UnsupportedError, UsageError, listed, printable
 from lora_merge.formats import (
     KNOWN_METHODS,
@@ -29,8 +30,8 @@ from lora_merge.formats.plain import WRITABLE
 from lora_merge.models.linears import Linears, linears
 from lora_merge.models.skeleton import NoSkeleton, Skeleton, build
 from lora_merge.planning.loaders import fitted, still_plain, takes_expert_linears, unfilled
-from lora_merge.request import DTYPES, Recipe
-from lora_merge.spec import PLAIN_FLOATS, TensorSpec
+from lora_merge.request import Recipe
+from lora_merge.spec import TensorSpec
 
 Method: TypeAlias = type[QuantMethod[Any]]
 
@@ -112,7 +113,7 @@ def _plain(name: str, stored: StoredWeight, request: Recipe, config: Mapping[str
     """The plain format of a weight: as asked, else its own, else what it decodes to; transposed as its class has it."""
     own = stored.weight.dtype if stored.weight.dtype in WRITABLE else "F32"
     if own == "F32" and request.bits == 16 and stored.format.coded:
-        own = DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), own)
+        own = MODEL_DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), own)
     if stored.format.coded:
         module = name.removesuffix(".weight")
         transposed = len(stored.weight.shape) == 2 and is_conv1d(module, config.get("model_type"))

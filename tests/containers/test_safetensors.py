@@ -17,8 +17,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from safetensors.torch import load_file, save_file
 
-from lora_merge.checkpoint.opening import TORCH_DTYPES, open_base
+from lora_merge.checkpoint.opening import open_base
 from lora_merge.containers.safetensors import SafetensorsFile, layout, open_safetensors
+from lora_merge.dtypes import TORCH_NAMES
 from lora_merge.errors import InputError, StorageError
 from lora_merge.spec import TensorSpec
 
@@ -35,9 +36,9 @@ def write(path: Path, entries: str, data: bytes = b"") -> Path:
     return path
 
 
-@pytest.mark.parametrize("dtype", TORCH_DTYPES)
+@pytest.mark.parametrize("dtype", TORCH_NAMES)
 def test_reads_what_the_library_wrote(tmp_path: Path, dtype: str) -> None:
-    values = torch.arange(48).to(torch.uint8).view(getattr(torch, TORCH_DTYPES[dtype])) if dtype != "BOOL" else (
+    values = torch.arange(48).to(torch.uint8).view(getattr(torch, TORCH_NAMES[dtype])) if dtype != "BOOL" else (
         torch.tensor([True, False])
     )  # fmt: skip
     save_file({"a": values, "none": values[:0], "one": values[0].clone()}, tmp_path / "model.safetensors", {"k": "ü"})

@@ -14,10 +14,10 @@ import torch
 from hostile_pickles import K, Q, archive, number, numbers, program, storage, tensor
 from hypothesis import HealthCheck, given, settings
 
-from lora_merge.checkpoint.opening import TORCH_DTYPES
 from lora_merge.containers import strided
 from lora_merge.containers.regular_file import RegularFile
 from lora_merge.containers.torch_bin import TorchBinFile, open_torch_bin
+from lora_merge.dtypes import TORCH_NAMES
 from lora_merge.errors import InputError
 from lora_merge.spec import TensorSpec
 
@@ -70,10 +70,10 @@ def test_values_are_those_of_torch(tmp_path: Path, protocol: int) -> None:
     file.close()
 
 
-@pytest.mark.parametrize("dtype", TORCH_DTYPES)
+@pytest.mark.parametrize("dtype", TORCH_NAMES)
 def test_every_dtype(tmp_path: Path, dtype: str) -> None:
     values = torch.arange(48).to(torch.uint8)
-    values = values.view(getattr(torch, TORCH_DTYPES[dtype])) if dtype != "BOOL" else values > 20
+    values = values.view(getattr(torch, TORCH_NAMES[dtype])) if dtype != "BOOL" else values > 20
     file = saved(tmp_path / "x.bin", {"x": values.reshape(-1, 3).t() if values.numel() % 3 == 0 else values})
     assert file.tensors["x"].dtype == dtype
     assert piece(file, "x") == raw(values.reshape(-1, 3).t() if values.numel() % 3 == 0 else values)

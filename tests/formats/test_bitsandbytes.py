@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_merge.abilities import FormatOptions
+from lora_merge.dtypes import torch_dtype
 from lora_merge.formats.bitsandbytes.four_bit import FourBit
 from lora_merge.formats.bitsandbytes.int8 import LLMInt8
 from lora_merge.formats.bitsandbytes.method import BitsandbytesMethod
 from lora_merge.formats.bitsandbytes.state import LEVELS, dynamic_map
-from lora_merge.formats.raw import torch_dtype
 from lora_merge.quantization.rounding import AdapterAware, Stochastic
 from lora_merge.quantization.survival import Directions
 from lora_merge.spec import TensorSpec

@@ -12,13 +12,13 @@ from bnb_cases import CHECKPOINTS, STATE, case, checkpoint, detected, fresh, sai
 from safetensors.torch import load_file, save_file
 
 from lora_merge.abilities import FormatOptions
+from lora_merge.dtypes import torch_dtype
 from lora_merge.errors import InputError, UnsupportedError
 from lora_merge.formats.base import same_grid
 from lora_merge.formats.bitsandbytes.format import Bitsandbytes
 from lora_merge.formats.bitsandbytes.int8 import LLMInt8
 from lora_merge.formats.bitsandbytes.method import BitsandbytesMethod
 from lora_merge.formats.bitsandbytes.state import QuantState
-from lora_merge.formats.raw import torch_dtype
 from lora_merge.spec import TensorSpec
 
 

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from lora_merge.dtypes import BITS
 from lora_merge.formats.base import ByteRange, CodedFormat, Parts, ReadPart
 from lora_merge.formats.method import sections
 from lora_merge.formats.plain import LIMITS
-from lora_merge.spec import BITS, TensorSpec
+from lora_merge.spec import TensorSpec
 
 if TYPE_CHECKING:
     import torch

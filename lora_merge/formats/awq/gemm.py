@@ -17,11 +17,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from lora_merge.dtypes import torch_dtype
 from lora_merge.errors import InputError, UnsupportedError
 from lora_merge.formats.awq.format import PER_WORD, TOP, VERSIONS, WIDTH, AWQFormat, may_be_gptq, section, transposed
 from lora_merge.formats.awq.gemv import AWQGemv, AWQGemvFast
 from lora_merge.formats.base import ByteRange, Parts, ReadPart
-from lora_merge.formats.raw import fill, numbers, torch_dtype
+from lora_merge.formats.raw import fill, numbers
 from lora_merge.quantization import bits as codec
 from lora_merge.spec import TensorSpec
 

@@ -25,22 +25,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from lora_merge.dtypes import BITS, TORCH_NAMES, torch_dtype
 from lora_merge.errors import InputError, UnsupportedError, printable
 from lora_merge.formats.base import ByteRange, Parts, ReadPart, shown
 from lora_merge.formats.bitsandbytes.format import QUANT_STATE, Bitsandbytes, check_parts, may_be, no_matrix
 from lora_merge.formats.bitsandbytes.grids import Blocks, Doubled, block_absmax, gathered, rising, spread
 from lora_merge.formats.bitsandbytes.state import LEVELS, Nesting, QuantState
 from lora_merge.formats.plain import LIMITS
-from lora_merge.formats.raw import fill, numbers, torch_dtype
+from lora_merge.formats.raw import fill, numbers
 from lora_merge.quantization import bits as codec
-from lora_merge.spec import BITS, TensorSpec
+from lora_merge.spec import TensorSpec
 
 if TYPE_CHECKING:
     import torch
 
     from lora_merge.quantization.grids import Grid
 
-STORAGE = {"U8": "uint8", "I8": "int8", "F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+STORAGE = ("U8", "I8", "F16", "BF16", "F32")
 """dtypes as which the bytes of 4-bit codes may be stored."""
 PADDING = {"nf4": 7, "fp4": 0}
 """The nibble of zero."""
@@ -97,7 +98,7 @@ class FourBit(Bitsandbytes):
     @property
     def config_keys(self) -> dict[str, Any]:
         return {
-            "bnb_4bit_quant_storage": STORAGE[self.storage],
+            "bnb_4bit_quant_storage": TORCH_NAMES[self.storage],
             "bnb_4bit_quant_type": self.quant_type,
             "bnb_4bit_use_double_quant": bool(self.nested_blocksize),
         }
@@ -147,7 +148,7 @@ class FourBit(Bitsandbytes):
 
     def refusal(self, weight: TensorSpec) -> str | None:
         if self._bytes(weight.numel) * 8 % BITS[self.storage]:
-            return f"the codes of {weight.numel} values do not fill words of {STORAGE[self.storage]}"
+            return f"the codes of {weight.numel} values do not fill words of {TORCH_NAMES[self.storage]}"
         return no_matrix(weight)
 
     def rows_at_once(self, weight: TensorSpec) -> int:

@@ -15,14 +15,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lora_merge.dtypes import BITS, MODEL_DTYPES, torch_dtype
 from lora_merge.errors import InputError, UnsupportedError, printable
 from lora_merge.formats.base import ByteRange, Parts, ReadPart, shown
 from lora_merge.formats.bitsandbytes.format import Bitsandbytes, check_parts, may_be, no_matrix
 from lora_merge.formats.bitsandbytes.grids import STEP, Int8Rows
-from lora_merge.formats.bitsandbytes.state import DTYPES
 from lora_merge.formats.plain import LIMITS
-from lora_merge.formats.raw import fill, numbers, torch_dtype
-from lora_merge.spec import BITS, TensorSpec
+from lora_merge.formats.raw import fill, numbers
+from lora_merge.spec import TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +63,7 @@ class LLMInt8(Bitsandbytes):
                 "which the library no longer reads either; save the model again with the version that wrote it, on CPU"
             )
         dtype = config.get("dtype") or config.get("torch_dtype")
-        found = LLMInt8(DTYPES.get(str(dtype), "F16"), scale.dtype, None if tiles is None else tiles.shape)
+        found = LLMInt8(MODEL_DTYPES.get(str(dtype), "F16"), scale.dtype, None if tiles is None else tiles.shape)
         check_parts(found, parts, weight.shape, module)
         return found
 

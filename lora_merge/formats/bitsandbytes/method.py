@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from lora_merge.abilities import FormatOptions
+from lora_merge.dtypes import MODEL_DTYPES, TORCH_NAMES
 from lora_merge.errors import UnsupportedError
 from lora_merge.formats.base import CodedFormat
 from lora_merge.formats.bitsandbytes.config import check_plain, section
 from lora_merge.formats.bitsandbytes.format import METHOD, Bitsandbytes
 from lora_merge.formats.bitsandbytes.four_bit import FourBit
 from lora_merge.formats.bitsandbytes.int8 import LLMInt8
-from lora_merge.formats.bitsandbytes.state import NAMES, NESTED
+from lora_merge.formats.bitsandbytes.state import NESTED
 from lora_merge.formats.method import SECTION, ConfigPath, Loader, QuantMethod
 from lora_merge.spec import TensorSpec
 
@@ -31,7 +32,7 @@ class BitsandbytesMethod(QuantMethod[Bitsandbytes]):
 
     @classmethod
     def format_for(cls, options: FormatOptions, weights: Mapping[str, TensorSpec]) -> Bitsandbytes:
-        if options.dtype not in NAMES:
+        if options.dtype not in MODEL_DTYPES.values():
             raise UnsupportedError(f"bitsandbytes has no weights in {options.dtype}; choose a --dtype")
         if options.quant_type is None or options.quant_type == "int":
             return LLMInt8(options.dtype)
@@ -44,5 +45,5 @@ class BitsandbytesMethod(QuantMethod[Bitsandbytes]):
     ) -> dict[ConfigPath, Any]:
         check_plain(plain, written)
         format, old = next(iter(written.values())), config.get(SECTION)
-        body = section(old, format.bits, NAMES[format.dtype], plain, format.config_keys)
+        body = section(old, format.bits, TORCH_NAMES[format.dtype], plain, format.config_keys)
         return {**cls.config_removal(config), (SECTION,): body}

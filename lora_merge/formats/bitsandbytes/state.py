@@ -22,14 +22,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from lora_merge.dtypes import MODEL_DTYPES, TORCH_NAMES
 from lora_merge.errors import InputError, UnsupportedError, printable
 from lora_merge.formats.bitsandbytes.grids import Doubled
 
 if TYPE_CHECKING:
     import torch
 
-DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
-NAMES = {short: name for name, short in DTYPES.items()}
 LEVELS = {
     "nf4": (
         -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -91,7 +90,7 @@ class QuantState:
         offset = float(said["nested_offset"]) if "nested_blocksize" in said else 0.0
         if not math.isfinite(offset):
             raise ValueError("nested_offset must be finite")
-        dtype, shape = DTYPES[said["dtype"]], tuple(said["shape"])
+        dtype, shape = MODEL_DTYPES[said["dtype"]], tuple(said["shape"])
         return cls(said["quant_type"], said["blocksize"], dtype, shape, said.get("nested_blocksize", 0), offset)
 
     def text(self) -> str:
@@ -125,7 +124,7 @@ class QuantState:
         said = {
             "quant_type": self.quant_type,
             "blocksize": self.blocksize,
-            "dtype": NAMES[self.dtype],
+            "dtype": TORCH_NAMES[self.dtype],
             "shape": list(self.shape),
         }
         if not self.nested_blocksize:

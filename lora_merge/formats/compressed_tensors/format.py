@@ -32,6 +32,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+from lora_merge.dtypes import BITS, torch_dtype
 from lora_merge.errors import InputError, UnsupportedError
 from lora_merge.formats.base import ByteRange, CodedFormat, Parts, ReadPart, shown
 from lora_merge.formats.compressed_tensors import codes as layout
@@ -39,8 +40,8 @@ from lora_merge.formats.compressed_tensors import scales as scales
 from lora_merge.formats.compressed_tensors.recipe import METHOD, Recipe
 from lora_merge.formats.compressed_tensors.schemes import NVFP4, PACK, Scheme
 from lora_merge.formats.plain import LIMITS
-from lora_merge.formats.raw import fill, numbers, torch_dtype
-from lora_merge.spec import BITS, TensorSpec
+from lora_merge.formats.raw import fill, numbers
+from lora_merge.spec import TensorSpec
 
 if TYPE_CHECKING:
     import torch

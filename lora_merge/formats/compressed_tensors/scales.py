@@ -13,8 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lora_merge.dtypes import torch_dtype
 from lora_merge.formats.compressed_tensors.schemes import MXFP4, MXFP8, NVFP4
-from lora_merge.formats.raw import torch_dtype, two_to
+from lora_merge.formats.raw import two_to
 from lora_merge.quantization.grids import Codebook
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ import fnmatch
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from lora_merge.dtypes import MODEL_DTYPES
 from lora_merge.errors import InputError, quoted
 from lora_merge.formats.method import SECTION, ConfigPath
 from lora_merge.models.config_paths import at, text_parts
@@ -13,7 +14,6 @@ from lora_merge.models.config_values import NAMES
 
 LONGEST = 1 << 16
 """No side of a block is longer."""
-MODEL_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 def quantization(config: Mapping[str, Any]) -> tuple[ConfigPath, Mapping[str, Any]]:

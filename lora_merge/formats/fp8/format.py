@@ -22,14 +22,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+from lora_merge.dtypes import BITS, torch_dtype
 from lora_merge.errors import InputError, UnsupportedError
 from lora_merge.formats.base import ByteRange, CodedFormat, Parts, ReadPart, shown
 from lora_merge.formats.compressed_tensors.scales import largest
 from lora_merge.formats.fp8 import scales as scales
 from lora_merge.formats.fp8.config import block_size, model_dtype, quantization
 from lora_merge.formats.plain import LIMITS
-from lora_merge.formats.raw import fill, torch_dtype
-from lora_merge.spec import BITS, TensorSpec
+from lora_merge.formats.raw import fill
+from lora_merge.spec import TensorSpec
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from lora_merge.formats.raw import numbers, torch_dtype, two_to
+from lora_merge.dtypes import torch_dtype
+from lora_merge.formats.raw import numbers, two_to
 from lora_merge.quantization.grids import Float8
 
 if TYPE_CHECKING:

@@ -22,13 +22,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from lora_merge.dtypes import BITS, torch_dtype
 from lora_merge.errors import InputError, UnsupportedError
 from lora_merge.formats.base import ByteRange, CodedFormat, Parts, ReadPart
 from lora_merge.formats.gptq.config import GptqOptions, section
 from lora_merge.formats.plain import LIMITS
-from lora_merge.formats.raw import fill, numbers, torch_dtype
+from lora_merge.formats.raw import fill, numbers
 from lora_merge.quantization import bits as codec
-from lora_merge.spec import BITS, TensorSpec
+from lora_merge.spec import TensorSpec
 
 if TYPE_CHECKING:
     import torch

@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+from lora_merge.dtypes import torch_dtype
 from lora_merge.errors import InputError, UnsupportedError
 from lora_merge.formats.base import ByteRange, Parts, ReadPart, shown
 from lora_merge.formats.compressed_tensors import codes as layout
@@ -32,7 +33,7 @@ from lora_merge.formats.fp8 import scales as scales
 from lora_merge.formats.fp8.config import model_dtype, quantization
 from lora_merge.formats.fp8.format import FP8, MICRO, ROW, WHOLE
 from lora_merge.formats.plain import LIMITS
-from lora_merge.formats.raw import fill, numbers, torch_dtype
+from lora_merge.formats.raw import fill, numbers
 from lora_merge.spec import TensorSpec
 
 if TYPE_CHECKING:
