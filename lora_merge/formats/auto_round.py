@@ -5,9 +5,9 @@ auto_round:auto_gptq  auto_round:gptq    those of GPTQ version 1, without g_idx
 auto_round:gptqmodel  auto_round         those of GPTQ version 2, without g_idx
 auto_round:auto_awq   auto_round:awq     those of AWQ's gemm
 
-`extra_config` gives single layers another width or leaves them plain. All of it stays as it is: weights are written
-back where they were, and no other checkpoint is turned into one of these, since GPTQ's own config says the same to more
-loaders. https://github.com/intel/auto-round/blob/main/auto_round/inference/backend.py
+`extra_config` gives single layers another width or leaves them plain. All of it stays as it is: weights are
+written back where they were. No other checkpoint is turned into one of these, since GPTQ's own config says the same to
+more loaders. https://github.com/intel/auto-round/blob/main/auto_round/inference/backend.py
 """
 
 from __future__ import annotations
@@ -64,14 +64,14 @@ class AutoRound(CodedFormat):
                 f"({', '.join((*VERSIONS, *AS_AWQ))} are); export the model anew in one of these"
             )
         own = _extra(body, module)
-        said = {key: own.get(key, body.get(key)) for key in ("bits", "group_size", "sym")}
+        options = {key: own.get(key, body.get(key)) for key in ("bits", "group_size", "sym")}
         packing: GPTQ | AWQ | None
         if packing_format in AS_AWQ:
-            as_awq = {"quant_method": "awq", "version": "gemm", "group_size": said["group_size"]}
+            as_awq = {"quant_method": "awq", "version": "gemm", "group_size": options["group_size"]}
             packing = AWQ.detect(parts, {SECTION: as_awq}, module, read)
         else:
-            told = replace(GptqOptions.of(said, module), version=VERSIONS[packing_format])
-            packing = GPTQ.of(parts, told, module, read)
+            as_gptq = replace(GptqOptions.of(options, module), version=VERSIONS[packing_format])
+            packing = GPTQ.of(parts, as_gptq, module, read)
         return None if packing is None else cls(packing)
 
     @property
@@ -144,21 +144,21 @@ def _extra(body: Mapping[str, Any], module: str) -> Mapping[str, Any]:
     """What `extra_config` says of this layer: by its name, or by the first pattern found in it."""
     layers = _layers(body)
     named = (
-        [layers[module]] if module in layers else [values for name, values in layers.items() if _found(name, module)]
+        [layers[module]] if module in layers else [values for name, values in layers.items() if _matches(name, module)]
     )
     return next((values for values in named if isinstance(values, Mapping)), {})
 
 
 def _layers(body: Mapping[str, Any]) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = value(body, "extra_config", OBJECT, WHERE, default={})
-    return found
+    layers: Mapping[str, Any] = value(body, "extra_config", OBJECT, WHERE, default={})
+    return layers
 
 
-def _bits(said: Mapping[str, Any]) -> int:
-    return int(value(said, "bits", WHOLE, f"{WHERE}.extra_config", default=0))
+def _bits(layer: Mapping[str, Any]) -> int:
+    return int(value(layer, "bits", WHOLE, f"{WHERE}.extra_config", default=0))
 
 
-def _found(pattern: str, module: str) -> bool:
+def _matches(pattern: str, module: str) -> bool:
     try:
         return compiled(pattern).search(module) is not None
     except ValueError:  # the loader leaves such a pattern out, too

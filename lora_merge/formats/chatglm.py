@@ -51,7 +51,7 @@ class ChatGLM(CodedFormat):
     """Codes of 4 or 8 bits with one scale per row.
 
     scale: dtype of the stored scale. compute_dtype: in which `fit` and the nearest codes are computed, F32 unless the
-    official bytes for a weight of that dtype are wanted.
+    official bytes for a weight of that dtype are asked for.
     """
 
     bits: int
@@ -196,16 +196,16 @@ def is_chatglm(config: Mapping[str, Any]) -> bool:
 
 def _width(stored: int, config: Mapping[str, Any], module: str) -> int:
     """Bits of a code: what the model's own widths make of a row of `stored` bytes, or else what config.json says."""
-    said = config.get("quantization_bit")
+    stated = config.get("quantization_bit")
     hidden = config.get("hidden_size")
     widths = [config.get(key) for key in ("hidden_size", "inner_hidden_size", "ffn_hidden_size")]
     widths += [4 * hidden] if isinstance(hidden, int) else []
     fitting = [bits for bits in WIDTHS if stored * 8 // bits in widths]
-    if said in fitting or (said in WIDTHS and not fitting):
-        return int(said)
+    if stated in fitting or (stated in WIDTHS and not fitting):
+        return int(stated)
     if len(fitting) == 1:
         return fitting[0]
     raise InputError(
         f"{module or 'a ChatGLM weight'}: {stored} bytes a row, and config.json does not say whether they are 4 or 8 "
-        f"bits wide (quantization_bit is {said!r}); set quantization_bit to 4 or 8 there"
+        f"bits wide (quantization_bit is {stated!r}); set quantization_bit to 4 or 8 there"
     )

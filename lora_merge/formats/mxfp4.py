@@ -5,12 +5,12 @@
                                               the upper
     scales  U8     [experts, out, in/32]      w = code * 2^(byte - 127)
 
-Tensors are `...experts.gate_up_proj_blocks`; without quantization the model has `...experts.gate_up_proj`, transposed
-round: `[experts, in, out]`, gate in the even and up in the odd columns. Biases, router and attention stay plain.
+Tensors are `...experts.gate_up_proj_blocks`; without quantization the model has `...experts.gate_up_proj`, transposed:
+`[experts, in, out]`, gate in the even and up in the odd columns. Biases, router and attention stay plain.
 
-Loaders take any scale. The OCP standard has the largest value of a block at 4 to 8 times its scale, which cuts off what
-is above 6, OpenAI's quantizer at 3 to 6; `fit` has it at 3.5 to 7, as compressed-tensors does, for the least error: on
-normal values it makes 11.2 % noise, against 11.5 and 11.7.
+Loaders take any scale. The OCP standard puts the largest value of a block at 4 to 8 times its scale, which cuts off
+what is above 6, OpenAI's quantizer at 3 to 6. `fit` puts it at 3.5 to 7, as compressed-tensors does, for the least
+error: on normal values it makes 11.2 % noise, against 11.5 and 11.7.
 https://github.com/huggingface/transformers/blob/main/src/transformers/integrations/mxfp4.py
 """
 
@@ -59,13 +59,13 @@ class MXFP4(CodedFormat):
 
     @classmethod
     def detect(cls, parts: Parts, config: Mapping[str, Any], module: str, read: ReadPart) -> MXFP4 | None:
-        blocks, marks = parts.get("blocks"), parts.get("scales")
+        blocks, scale_bytes = parts.get("blocks"), parts.get("scales")
         if not blocks or blocks.dtype != "U8" or len(blocks.shape) != 4 or blocks.shape[-1] * 2 != BLOCK:
             return None  # among them the dense `[experts, in, out]` that transformers 5.23 saves under this name
-        wanted = TensorSpec("U8", blocks.shape[:-1])
-        if marks != wanted:
+        expected = TensorSpec("U8", blocks.shape[:-1])
+        if scale_bytes != expected:
             raise InputError(
-                f"{module}: {module}_scales is {marks or 'missing'}, and its blocks {blocks} need {wanted}; "
+                f"{module}: {module}_scales is {scale_bytes or 'missing'}, and its blocks {blocks} need {expected}; "
                 "the checkpoint is damaged or its download incomplete, fetch it again"
             )
         return cls()
@@ -80,8 +80,8 @@ class MXFP4(CodedFormat):
 
     def describe(self, weight: TensorSpec) -> dict[str, TensorSpec]:
         experts, inputs, outputs = weight.shape
-        marks = (experts, outputs, inputs // BLOCK)
-        return {"blocks": TensorSpec("U8", (*marks, BLOCK // 2)), "scales": TensorSpec("U8", marks)}
+        per_block = (experts, outputs, inputs // BLOCK)
+        return {"blocks": TensorSpec("U8", (*per_block, BLOCK // 2)), "scales": TensorSpec("U8", per_block)}
 
     def measure(self, parts: Parts) -> TensorSpec:
         experts, outputs, blocks = parts["scales"].shape
@@ -118,8 +118,8 @@ class MXFP4(CodedFormat):
 
     def unpack(self, parts: Mapping[str, torch.Tensor], rows: int, columns: int) -> tuple[torch.Tensor, Grid]:
         codes = layout.unpacked(parts["blocks"].view(columns, rows // 2), CODES, True, rows)
-        marks = parts["scales"].view(columns, rows // BLOCK)
-        return codes.T.contiguous(), self._grid(scales.loaded(marks, None).T)
+        stored = parts["scales"].view(columns, rows // BLOCK)  # [out, in / 32]
+        return codes.T.contiguous(), self._grid(scales.loaded(stored, None).T)
 
     def pack(self, codes: torch.Tensor, grid: Grid, out: Mapping[str, torch.Tensor]) -> None:
         fill(out["blocks"], layout.packed(codes.T, CODES, True))
@@ -129,7 +129,7 @@ class MXFP4(CodedFormat):
         return self.name
 
     def _grid(self, scale: torch.Tensor) -> Grid:
-        """The grid of scales `[rows / 32, columns]`, each told for all its rows, since grids group columns alone. Every
+        """The grid of scales `[rows / 32, columns]`, each repeated for all its rows: grids group columns alone. Every
         product is a bfloat16 number as it is."""
         import torch
 

@@ -1,8 +1,8 @@
 """Quantizations that are not read: how each is told apart, and what to do with a checkpoint of it.
 
 A checkpoint is one of these where config.json names the method, or where its tensors bear names that no other has.
-Of methods without a name here, codes that lie beside scales tell (`codes`). Such a checkpoint is refused by name: taken
-for a plain one, it would lose its scales to another dtype and keep codes where weights are expected.
+Other methods are known by codes that lie beside scales (`codes`). Such a checkpoint is refused by name: taken for a
+plain one, it would lose its scales to another dtype and keep codes where weights are expected.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ SAVE_PLAIN = "or load it with its own library, dequantize it, save the plain wei
 class Unread:
     """A quantization by the name that its makers give it.
 
-    methods: its `quant_method` in config.json, in lower case. mark: pattern of the end of a tensor's name that only it
-    has, and beside: other parts that must then lie beside that tensor. advice: what to do instead.
+    methods: its `quant_method` in config.json, in lower case. part: pattern of the end of a tensor's name that only it
+    has, and parts: others that its module must then have, too. advice: what to do instead.
     """
 
     name: str
     methods: tuple[str, ...] = ()
-    mark: str = ""
-    beside: tuple[str, ...] = ()
+    part: str = ""
+    parts: tuple[str, ...] = ()
     advice: str = f"{ORIGINAL}, {SAVE_PLAIN}"
 
 
@@ -67,7 +67,7 @@ UNREAD = (
     Unread("BitBLAS", ("bitblas",)),
     Unread(
         "Intel Neural Compressor for Gaudis",
-        mark=r"scale_weight(_\d+_\d+)?",
+        part=r"scale_weight(_\d+_\d+)?",
         advice=f'{ORIGINAL}, or save the model with save(model, folder, format="vllm"), which writes '
         "compressed-tensors, and merge onto that; its other files differ from one Gaudi to another",
     ),
@@ -76,9 +76,9 @@ UNREAD = (
 HQQ `W_q`, `scale`, `zero`; torchao `_weight_qdata`, `_weight_scale`; EETQ `weight` transposed and shuffled,
 `weight_scales`; Gaudi's FP8 `weight`, which lies `[in, out]` on some machines and counts to 240 on others, and
 `scale_weight`, for each rank `scale_weight_0_8`."""
-MARKS = re.compile("|".join(rf"(?P<of{n}>{kind.mark})" for n, kind in enumerate(UNREAD) if kind.mark))
+PARTS = re.compile("|".join(rf"(?P<of{n}>{kind.part})" for n, kind in enumerate(UNREAD) if kind.part))
 DEPTH = 3
-"""Most steps of a name that a mark has: `weight._data._data`."""
+"""Most steps of a name that such a part has: `weight._data._data`."""
 ONLINE = ("bitnet", "quantization_mode", "online")
 """BitNet's master weights are plain and say so: they are quantized each time they are loaded."""
 CODES = ("I8", "U8", "I16", "U16", "I32", "U32", "F4", "F6_E2M3", "F6_E3M2", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ",
@@ -108,8 +108,8 @@ def named(tensors: Collection[str], config: Mapping[str, Any]) -> tuple[Unread, 
 def refuse(tensors: Collection[str], config: Mapping[str, Any]) -> None:
     """Raise UnsupportedError for a checkpoint in a quantization of this table."""
     if found := named(tensors, config):
-        kind, mark = found
-        raise UnsupportedError(f"the base is quantized by {kind.name} ({mark}), which is not read. {kind.advice}")
+        kind, reason = found
+        raise UnsupportedError(f"the base is quantized by {kind.name} ({reason}), which is not read. {kind.advice}")
 
 
 def unknown_method(config: Mapping[str, Any], known: Collection[str]) -> str | None:
@@ -158,12 +158,12 @@ def _marked(tensors: Collection[str]) -> Iterator[tuple[str, Unread]]:
     for name in tensors:
         steps = name.split(".")
         for depth in range(1, min(DEPTH, len(steps)) + 1):
-            match = MARKS.fullmatch(".".join(steps[-depth:]))
+            match = PARTS.fullmatch(".".join(steps[-depth:]))
             if match is None or match.lastgroup is None:
                 continue
-            kind = next(kind for n, kind in enumerate(UNREAD) if kind.mark and match[f"of{n}"] is not None)
+            kind = next(kind for n, kind in enumerate(UNREAD) if kind.part and match[f"of{n}"] is not None)
             stem = ".".join(steps[:-depth])
-            if all(f"{stem}.{part}" in tensors for part in kind.beside):
+            if all(f"{stem}.{part}" in tensors for part in kind.parts):
                 yield name, kind
 
 

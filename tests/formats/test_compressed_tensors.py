@@ -273,7 +273,7 @@ def test_a_scale_of_the_whole_weight_needs_its_peak():
     format = CompressedTensors(Scheme(NVFP4, 4, "float", strategy="tensor_group", group_size=16))
     assert format.needs_observation
     assert not format.for_weight(weight, seen=torch.tensor([1.0, 3.0])).needs_observation
-    with pytest.raises(AssertionError, match="peak was not told"):
+    with pytest.raises(AssertionError, match="peak is not known"):
         format.fit(torch.ones(2, 16))
 
 

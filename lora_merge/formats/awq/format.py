@@ -49,17 +49,17 @@ class AWQFormat(CodedFormat):
             return None
         if parts["scales"].dtype not in SCALES or 0 in parts["scales"].shape:
             return None
-        said = section(config)
-        if may_be_gptq(parts) and str(said.get("version")).lower() != cls.version:
+        body = section(config)
+        if may_be_gptq(parts) and str(body.get("version")).lower() != cls.version:
             return None
-        formats = (cls(size, parts["scales"].dtype) for size in cls._group_sizes(parts, said.get("group_size")))
+        formats = (cls(size, parts["scales"].dtype) for size in cls._group_sizes(parts, body.get("group_size")))
         return next((format for format in formats if format._fits(parts)), None)
 
     @classmethod
-    def _group_sizes(cls, parts: Parts, said: Any) -> Iterator[int]:
-        """Group sizes that these parts may have, likeliest first; `said` is what the config has. The padding of the
+    def _group_sizes(cls, parts: Parts, stated: Any) -> Iterator[int]:
+        """Group sizes that these parts may have, likeliest first; `stated` is what config.json says. The padding of the
         groups tells 128, 64 and 32 apart."""
-        yield from (said,) if isinstance(said, int) and (said > 0 or said == -1) else ()
+        yield from (stated,) if isinstance(stated, int) and (stated > 0 or stated == -1) else ()
         yield from COMMON
 
     def _fits(self, parts: Parts) -> bool:

@@ -46,13 +46,13 @@ class AWQ(AWQFormat):
     def detect(cls, parts: Parts, config: Mapping[str, Any], module: str, read: ReadPart) -> Self | None:
         """Raises InputError and UnsupportedError where config.json says AWQ and the parts are in no layout of it."""
         found = super(AWQ, cls).detect(parts, config, module, read)
-        said = section(config)
-        if found or not said or parts.keys() != set(cls.part_names) or may_be_gptq(parts):
+        body = section(config)
+        if found or not body or parts.keys() != set(cls.part_names) or may_be_gptq(parts):
             return found
         if any(kind.detect(parts, config, module, read) for kind in (AWQGemv, AWQGemvFast)):
             return None
         held = ", ".join(f"{part} {spec}" for part, spec in parts.items())
-        version = str(said.get("version", "gemm")).lower()
+        version = str(body.get("version", "gemm")).lower()
         if version in VERSIONS:
             raise InputError(
                 f"{module or 'a weight'}: its parts are {held}; these do not belong together as AWQ's {version}, "
@@ -64,9 +64,9 @@ class AWQ(AWQFormat):
         )
 
     @classmethod
-    def _group_sizes(cls, parts: Parts, said: Any) -> Iterator[int]:
+    def _group_sizes(cls, parts: Parts, stated: Any) -> Iterator[int]:
         columns, groups = parts["qweight"].shape[0], parts["scales"].shape[0]
-        yield from (-1,) if said == -1 and groups == 1 else ()
+        yield from (-1,) if stated == -1 and groups == 1 else ()
         yield from (columns // groups,) if columns % groups == 0 and columns > groups else ()
 
     def describe(self, weight: TensorSpec) -> dict[str, TensorSpec]:

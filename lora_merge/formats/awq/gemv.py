@@ -82,14 +82,14 @@ class AWQGemvFast(AWQFormat):
     version: ClassVar[str] = "gemv_fast"
 
     @classmethod
-    def _group_sizes(cls, parts: Parts, said: Any) -> Iterator[int]:
+    def _group_sizes(cls, parts: Parts, stated: Any) -> Iterator[int]:
         whole = parts["qweight"].shape[1] % BLOCK == 0
-        return super(AWQGemvFast, cls)._group_sizes(parts, said) if whole else iter(())
+        return super(AWQGemvFast, cls)._group_sizes(parts, stated) if whole else iter(())
 
     def describe(self, weight: TensorSpec) -> dict[str, TensorSpec]:
         rows, columns = weight.shape
-        marks = TensorSpec(self.scale, (PER_WORD * self.zero_words(columns), rows))
-        return {"qweight": TensorSpec("I16", (rows // WOVEN, columns)), "qzeros": marks, "scales": marks}
+        scales = TensorSpec(self.scale, (PER_WORD * self.zero_words(columns), rows))
+        return {"qweight": TensorSpec("I16", (rows // WOVEN, columns)), "qzeros": scales, "scales": scales}
 
     def measure(self, parts: Parts) -> TensorSpec:
         return TensorSpec(self.scale, (parts["scales"].shape[1], parts["qweight"].shape[1]))
@@ -100,8 +100,8 @@ class AWQGemvFast(AWQFormat):
     def slices(self, weight: TensorSpec, columns: int, start: int, stop: int) -> dict[str, ByteRange]:
         parts = self.describe(weight)
         row = parts["qweight"].nbytes // weight.shape[0]
-        marks = transposed(parts["scales"], weight.shape[0], start, stop)
-        return {"qweight": ByteRange(start * row, stop * row), "qzeros": marks, "scales": marks}
+        scales = transposed(parts["scales"], weight.shape[0], start, stop)
+        return {"qweight": ByteRange(start * row, stop * row), "qzeros": scales, "scales": scales}
 
     def unpack(self, parts: Mapping[str, torch.Tensor], rows: int, columns: int) -> tuple[torch.Tensor, Affine]:
         import torch

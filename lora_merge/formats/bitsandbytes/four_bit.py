@@ -53,7 +53,7 @@ LONGEST = 4096
 class FourBit(Bitsandbytes):
     """quant_type: "nf4" or "fp4". nested_blocksize: 0 without double quantization. storage: dtype as which the codes
     are stored. column: whether they are `[N, 1]`, not `[N]`. shape: of the weight, once it is known. room: bytes of the
-    stored quant_state. nesting: the doubly quantized scales of the whole weight, once they were surveyed."""
+    stored quant_state. nesting: the doubly quantized scales of the whole weight, once `observe` has seen all rows."""
 
     quant_type: str
     blocksize: int
@@ -120,10 +120,10 @@ class FourBit(Bitsandbytes):
         return block_absmax(rows, self.blocksize)
 
     def for_weight(self, weight: TensorSpec, compute_dtype: str = "F32", seen: torch.Tensor | None = None) -> FourBit:
-        settled = replace(self, shape=weight.shape)
+        known = replace(self, shape=weight.shape)
         if seen is None or not self.nested_blocksize:
-            return settled
-        return replace(settled, nesting=Nesting.of(seen, settled._state(), settled._room()))
+            return known
+        return replace(known, nesting=Nesting.of(seen, known._state(), known._room()))
 
     @property
     def limit(self) -> float:
@@ -143,7 +143,7 @@ class FourBit(Bitsandbytes):
         return {**parts, self.state_part: TensorSpec("U8", (replace(self, shape=weight.shape)._room(),))}
 
     def measure(self, parts: Parts) -> TensorSpec:
-        assert self.shape, "codes lie flat; the shape of the weight was not told"
+        assert self.shape, "codes lie flat; the shape of the weight is not known"
         return TensorSpec(self.dtype, self.shape)
 
     def refusal(self, weight: TensorSpec) -> str | None:
@@ -169,7 +169,7 @@ class FourBit(Bitsandbytes):
     def fit(self, rows: torch.Tensor, start: int = 0) -> Blocks:
         import torch
 
-        assert not self.needs_observation, "scales are doubly quantized as a whole, and were not all told"
+        assert not self.needs_observation, "scales are doubly quantized as a whole, and are not all known"
         absmax, columns = block_absmax(rows, self.blocksize), rows.shape[1]
         quant_map = torch.tensor(LEVELS[self.quant_type], device=rows.device)
         exact = spread(absmax, self.blocksize, rows.shape)

@@ -123,7 +123,7 @@ class LLMInt8(Bitsandbytes):
         return "bitsandbytes int8"
 
     def _grid(self, SCB: torch.Tensor, columns: int, compute_dtype: torch.dtype | None = None) -> Int8Rows:
-        """compute_dtype: None for scales that are kept, whose codes may be any."""
+        """compute_dtype: None for scales of the base, under which any code may stand."""
         low = -127 if compute_dtype else -128
         return Int8Rows(
             SCB=SCB, scale=SCB * STEP, group=max(1, columns), low=low, high=127, compute_dtype=compute_dtype

@@ -1,4 +1,4 @@
-"""What bitsandbytes keeps of a 4-bit weight beside its codes: levels, quant_state, doubly quantized scales.
+"""What bitsandbytes stores of a 4-bit weight besides its codes: levels, quant_state, doubly quantized scales.
 
 quant_state is JSON text, spaces at its end are no matter:
 
@@ -67,39 +67,39 @@ class QuantState:
     def parse(cls, data: bytes, module: str) -> QuantState:
         """Raises InputError where the text is not the JSON that loaders understand."""
         try:
-            said = json.loads(data.decode("utf-8"))
-            state = cls._read(said)
+            body = json.loads(data.decode("utf-8"))
+            state = cls._read(body)
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise InputError(
                 f"{printable(module)}: its quant_state is not what bitsandbytes writes ({printable(repr(error))} in "
                 f"{printable(data[:200])}); fetch the file again"
             ) from None
-        if state.nested_blocksize and said.get("nested_dtype") != "float32":
+        if state.nested_blocksize and body.get("nested_dtype") != "float32":
             raise UnsupportedError(
-                f"{printable(module)}: nested_dtype {printable(said.get('nested_dtype'))} is not read, only float32"
+                f"{printable(module)}: nested_dtype {printable(body.get('nested_dtype'))} is not read, only float32"
             )
         return state
 
     @classmethod
-    def _read(cls, said: dict[str, Any]) -> QuantState:
-        sizes = [said["blocksize"], *said["shape"], said.get("nested_blocksize", 1)]
+    def _read(cls, body: dict[str, Any]) -> QuantState:
+        sizes = [body["blocksize"], *body["shape"], body.get("nested_blocksize", 1)]
         if any(type(size) is not int or size < 1 for size in sizes):
             raise ValueError("sizes must be positive integers")
         if max(sizes[0], sizes[-1]) > LONGEST:
             raise ValueError(f"blocks have at most {LONGEST} elements")
-        offset = float(said["nested_offset"]) if "nested_blocksize" in said else 0.0
+        offset = float(body["nested_offset"]) if "nested_blocksize" in body else 0.0
         if not math.isfinite(offset):
             raise ValueError("nested_offset must be finite")
-        dtype, shape = MODEL_DTYPES[said["dtype"]], tuple(said["shape"])
-        return cls(said["quant_type"], said["blocksize"], dtype, shape, said.get("nested_blocksize", 0), offset)
+        dtype, shape = MODEL_DTYPES[body["dtype"]], tuple(body["shape"])
+        return cls(body["quant_type"], body["blocksize"], dtype, shape, body.get("nested_blocksize", 0), offset)
 
     def text(self) -> str:
         """JSON as the library writes it."""
-        return json.dumps(self._said())
+        return json.dumps(self._json())
 
     def encoded(self, room: int) -> bytes:
         """JSON in exactly `room` bytes."""
-        texts = (self.text(), json.dumps(self._said(), separators=(",", ":")))
+        texts = (self.text(), json.dumps(self._json(), separators=(",", ":")))
         text = next((text for text in texts if len(text) <= room), None)
         assert text is not None, f"{self} does not go into {room} bytes"
         return text.encode().ljust(room)
@@ -113,24 +113,24 @@ class QuantState:
 
     def fitting(self, room: int) -> QuantState:
         """This state with as many digits of the offset as go into `room` bytes: any offset near the mean will do."""
-        compact = len(json.dumps(self._said(), separators=(",", ":"))) - len(json.dumps(self.nested_offset))
+        compact = len(json.dumps(self._json(), separators=(",", ":"))) - len(json.dumps(self.nested_offset))
         if len(self.text()) <= room or not self.nested_blocksize:
             return self
         texts = [f"{self.nested_offset:.{digits}g}" for digits in range(17, 0, -1)]
         short = [float(text) for text in texts if len(json.dumps(float(text))) <= room - compact]
         return replace(self, nested_offset=short[0] if short else 0.0)
 
-    def _said(self) -> dict[str, Any]:
-        said = {
+    def _json(self) -> dict[str, Any]:
+        body = {
             "quant_type": self.quant_type,
             "blocksize": self.blocksize,
             "dtype": TORCH_NAMES[self.dtype],
             "shape": list(self.shape),
         }
         if not self.nested_blocksize:
-            return said
+            return body
         nested = {"nested_blocksize": self.nested_blocksize, "nested_dtype": "float32"}
-        return {**said, **nested, "nested_offset": self.nested_offset}
+        return {**body, **nested, "nested_offset": self.nested_offset}
 
 
 @dataclass(frozen=True, slots=True)

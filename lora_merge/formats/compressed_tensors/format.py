@@ -60,7 +60,7 @@ class CompressedTensors(CodedFormat):
     compute_dtype:  in which `fit` and the nearest codes are computed.
     peak:    largest magnitude of all values that share one scale, where the scheme has such a scale.
     dense:   whether codes straddle words.
-    shape:   of the weight; its parts may leave it open, and `weight_shape` must tell it.
+    shape:   of the weight; its parts may leave it open, and `weight_shape` says it.
     shape_dtype: of `weight_shape`. Kimi's checkpoints have I32, the library writes I64; the grid is the same.
     """
 
@@ -111,11 +111,11 @@ class CompressedTensors(CodedFormat):
         ordered = replace(scheme, actorder="group" if "weight_g_idx" in parts else None)
         if scheme.codes_part not in parts or len(parts[scheme.codes_part].shape) != 2 or own not in SCALES:
             return None
-        told = shape if scheme.format == PACK else None
-        counted = parts["weight_shape"].dtype if told else "I64"
-        if told and told[0] != parts[scheme.codes_part].shape[0]:
+        known = shape if scheme.format == PACK else None
+        shape_dtype = parts["weight_shape"].dtype if known else "I64"
+        if known and known[0] != parts[scheme.codes_part].shape[0]:
             return None
-        formats = (cls(ordered, own, dense=dense, shape=told, shape_dtype=counted) for dense in (True, False))
+        formats = (cls(ordered, own, dense=dense, shape=known, shape_dtype=shape_dtype) for dense in (True, False))
         return next((format for format in formats if _same(format.describe(format.measure(parts)), parts)), None)
 
     @property
@@ -154,17 +154,17 @@ class CompressedTensors(CodedFormat):
         rows, columns = weight.shape
         scheme, (tall, wide) = self.scheme, self._grain(columns)
         groups = -(-columns // wide)
-        marks = (1,) if scheme.strategy == "tensor" else (-(-rows // tall), groups)
+        scale_shape = (1,) if scheme.strategy == "tensor" else (-(-rows // tall), groups)
         parts = {
             scheme.codes_part: TensorSpec(
                 CODES[scheme.number_type], (rows, columns // 2 if scheme.number_type == "fp4" else columns)
             )
         }
-        parts["weight_scale"] = TensorSpec(scales.FIXED.get(scheme.format, self.dtype), marks)
+        parts["weight_scale"] = TensorSpec(scales.FIXED.get(scheme.format, self.dtype), scale_shape)
         if scheme.format == NVFP4:
             parts["weight_global_scale"] = TensorSpec("F32", (1,))
         if not scheme.symmetric:
-            parts["weight_zero_point"] = TensorSpec("I8", marks)
+            parts["weight_zero_point"] = TensorSpec("I8", scale_shape)
         if scheme.format != PACK:
             return parts
         parts["weight_packed"] = TensorSpec("I32", (rows, self._words(columns)))
@@ -224,7 +224,7 @@ class CompressedTensors(CodedFormat):
         return ByteRange(start * row, stop * row)
 
     def fit(self, rows: torch.Tensor, start: int = 0) -> Grid:
-        assert not self.needs_observation, "a scale of the whole weight is asked for, and its peak was not told"
+        assert not self.needs_observation, "a scale of the whole weight is asked for, and its peak is not known"
         scheme, compute_dtype, dtype = self.scheme, torch_dtype(self.compute_dtype), torch_dtype(self.dtype)
         tall, wide = self._grain(rows.shape[1])
         if scheme.strategy == "tensor":
@@ -249,18 +249,18 @@ class CompressedTensors(CodedFormat):
     def unpack(self, parts: Mapping[str, torch.Tensor], rows: int, columns: int) -> tuple[torch.Tensor, Grid]:
         scheme, wide = self.scheme, self._grain(columns)[1]
         whole = numbers(parts["weight_global_scale"], "F32", 1)[0, 0] if scheme.format == NVFP4 else None
-        marks = 1 if scheme.strategy == "tensor" else -(-columns // wide)
-        marked = numbers(parts["weight_scale"], scales.FIXED.get(scheme.format, self.dtype), marks)
-        scale = self._per_row(scales.loaded(marked, whole), rows)
+        groups = 1 if scheme.strategy == "tensor" else -(-columns // wide)
+        stored_scale = numbers(parts["weight_scale"], scales.FIXED.get(scheme.format, self.dtype), groups)
+        scale = self._per_row(scales.loaded(stored_scale, whole), rows)  # [rows, groups]
         index = None
         if scheme.actorder:
             index = numbers(parts["weight_g_idx"], "I32", columns)[0].long()
-            if not 0 <= int(index.min()) <= int(index.max()) < marks:
+            if not 0 <= int(index.min()) <= int(index.max()) < groups:
                 raise InputError(
                     f"weight_g_idx names groups {int(index.min())} to {int(index.max())}, and there are scales of "
-                    f"{marks}; the checkpoint is damaged, fetch it again"
+                    f"{groups}; the checkpoint is damaged, fetch it again"
                 )
-        zero = self._zero(parts["weight_zero_point"], rows, marks) if not scheme.symmetric else None
+        zero = self._zero(parts["weight_zero_point"], rows, groups) if not scheme.symmetric else None
         if scheme.format == PACK:
             self._check_columns(parts["weight_shape"], columns)
         kind = "I32" if scheme.format == PACK else "U8"
@@ -271,10 +271,10 @@ class CompressedTensors(CodedFormat):
 
     def _check_columns(self, data: torch.Tensor, columns: int) -> None:
         """InputError where `weight_shape` says another width."""
-        told = numbers(data, self.shape_dtype, 2)[0, 1].item()
-        if told != columns:
+        stated = numbers(data, self.shape_dtype, 2)[0, 1].item()
+        if stated != columns:
             raise InputError(
-                f"a weight_shape says {told} columns where the other parts of its weight make {columns}; "
+                f"a weight_shape says {stated} columns where the other parts of its weight make {columns}; "
                 "the checkpoint is damaged, fetch it again"
             )
 
@@ -284,18 +284,18 @@ class CompressedTensors(CodedFormat):
         scheme = self.scheme
         whole = grid.whole if isinstance(grid, scales.Fp4) else None
         fill(out[scheme.codes_part], layout.packed(codes, scheme, self.dense))
-        stored = scales.stored(self._per_mark(grid.scale), scales.FIXED.get(scheme.format, self.dtype), whole)
+        stored = scales.stored(self._per_scale(grid.scale), scales.FIXED.get(scheme.format, self.dtype), whole)
         fill(out["weight_scale"], stored)
         if whole is not None:
             fill(out["weight_global_scale"], whole.cpu())
         if grid.zero is not None:
-            zero = self._per_mark(grid.zero).to(torch.int8)
+            zero = self._per_scale(grid.zero).to(torch.int8)
             packed = scheme.format == PACK
             fill(out["weight_zero_point"], layout.offset_packed(zero, self.bits, self.dense, 0) if packed else zero)
         if grid.index is not None:
             fill(out["weight_g_idx"], grid.index.int())
         if scheme.format == PACK:
-            assert self.shape, "the shape of the weight was not told"
+            assert self.shape, "the shape of the weight is not known"
             fill(out["weight_shape"], torch.tensor(self.shape, dtype=torch_dtype(self.shape_dtype)))
 
     def __str__(self) -> str:
@@ -309,20 +309,20 @@ class CompressedTensors(CodedFormat):
     def _words(self, count: int) -> int:
         return layout.words(count, self.bits, self.dense)
 
-    def _zero(self, data: torch.Tensor, rows: int, marks: int) -> torch.Tensor:
+    def _zero(self, data: torch.Tensor, rows: int, groups: int) -> torch.Tensor:
         """Zero points, float32 `[rows, groups]`, signed."""
         if self.scheme.format != PACK:
-            return self._per_row(numbers(data, "I8", marks).float(), rows)
-        return layout.offset_unpacked(numbers(data, "I32", marks), self.bits, rows, self.dense, 0).float()
+            return self._per_row(numbers(data, "I8", groups).float(), rows)
+        return layout.offset_unpacked(numbers(data, "I32", groups), self.bits, rows, self.dense, 0).float()
 
-    def _per_row(self, marks: torch.Tensor, rows: int) -> torch.Tensor:
-        """Numbers that several rows share, told for each row."""
+    def _per_row(self, scale: torch.Tensor, rows: int) -> torch.Tensor:
+        """Numbers that several rows share, repeated for each row: `[rows, groups]`."""
         if self.scheme.strategy == "tensor":
-            return marks.expand(rows, 1)
+            return scale.expand(rows, 1)
         tall = self._grain(0)[0]
-        return marks if tall == 1 else marks.repeat_interleave(tall, 0)[:rows]
+        return scale if tall == 1 else scale.repeat_interleave(tall, 0)[:rows]
 
-    def _per_mark(self, rows: torch.Tensor) -> torch.Tensor:
+    def _per_scale(self, rows: torch.Tensor) -> torch.Tensor:
         """Undo `_per_row`."""
         return rows[:1] if self.scheme.strategy == "tensor" else rows[:: self._grain(0)[0]]
 

@@ -145,7 +145,7 @@ def extremes(rows: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor
 
 
 def largest(rows: torch.Tensor, group: int, together: int = 1) -> torch.Tensor:
-    """Largest magnitude of every block of `together` rows and `group` columns, told for each of its rows:
+    """Largest magnitude of every block of `together` rows and `group` columns, repeated for each of its rows:
     `[n, columns]` to `[n, groups]`."""
     most = _in_groups(rows.abs(), group).amax(-1)
     if together == 1:

@@ -26,24 +26,21 @@ def quantization(config: Mapping[str, Any]) -> tuple[ConfigPath, Mapping[str, An
 
 
 def model_dtype(config: Mapping[str, Any]) -> str:
-    """The dtype (safetensors name) to which loaders dequantize: that of the model, bfloat16 where it is not told."""
+    """The dtype (safetensors name) to which loaders dequantize: that of the model, BF16 where config.json has none."""
     for place in ((), *text_parts(config)):
         for key in ("dtype", "torch_dtype"):
-            said = at(config, (*place, key))
-            if isinstance(said, str) and (named := said.removeprefix("torch.")) in MODEL_DTYPES:
-                return MODEL_DTYPES[named]
+            dtype = at(config, (*place, key))
+            if isinstance(dtype, str) and (name := dtype.removeprefix("torch.")) in MODEL_DTYPES:
+                return MODEL_DTYPES[name]
     return "BF16"
 
 
 def block_size(body: Mapping[str, Any]) -> tuple[int, int] | None:
-    """`weight_block_size` where it is one."""
-    said = body.get("weight_block_size")
-    sized = (
-        isinstance(said, Sequence)
-        and len(said) == 2
-        and all(type(side) is int and 0 < side <= LONGEST for side in said)
-    )
-    return (said[0], said[1]) if sized and said else None
+    """`weight_block_size`, rows and columns; None where it is missing or no size."""
+    sides = body.get("weight_block_size")
+    if not isinstance(sides, Sequence) or len(sides) != 2:
+        return None
+    return (sides[0], sides[1]) if all(type(side) is int and 0 < side <= LONGEST for side in sides) else None
 
 
 def still_skipped(entries: Any, written: Collection[str], plain: Sequence[str]) -> list[str]:

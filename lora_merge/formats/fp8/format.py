@@ -87,19 +87,19 @@ class FP8(CodedFormat):
 
         Raises InputError where the scales fit no block, UnsupportedError for the 8-bit floats of other machines.
         """
-        marks = [part for part in cls.identifying_parts if part in parts]
+        named = [part for part in cls.identifying_parts if part in parts]
         codes = parts.get(cls.codes_part)
-        if not marks or not codes or not codes.dtype.startswith("F8_"):
+        if not named or not codes or not codes.dtype.startswith("F8_"):
             return None
         body = quantization(config)[1]
-        if body.get("quant_method", cls.name) not in cls.quant_methods and marks[0] != INVERSE:
+        if body.get("quant_method", cls.name) not in cls.quant_methods and named[0] != INVERSE:
             return None
-        if codes.dtype not in CODES or parts[marks[0]].dtype not in scales.SCALES or len(marks) > 1:
+        if codes.dtype not in CODES or parts[named[0]].dtype not in scales.SCALES or len(named) > 1:
             raise UnsupportedError(
                 f"{module}: its parts are {shown(parts)}; {cls.name} is read with codes in {' or '.join(CODES)} and "
                 f"one part of scales in {', '.join(scales.SCALES)}. Dequantize it with the tool that made it"
             )
-        return cls._of(codes, parts[marks[0]], marks[0], config, body, module)
+        return cls._of(codes, parts[named[0]], named[0], config, body, module)
 
     @classmethod
     def _of(
@@ -116,19 +116,19 @@ class FP8(CodedFormat):
         own = cls(codes.dtype, part, scale.dtype, len(scale.shape), power=power, dtype=model_dtype(config))
         whole = len(codes.shape) == 2 + cls.stacked and all(codes.shape)
         for block in own._blocks(codes.shape, scale.shape, body) if whole else ():
-            if own._marks(codes.shape, block) == scale.shape:
+            if own._scale_shape(codes.shape, block) == scale.shape:
                 return replace(own, block=block)
-        said = body.get("weight_block_size")
+        stated = body.get("weight_block_size")
         raise InputError(
-            f"{module}: scales {scale} do not fit codes {codes} in blocks of {said if said else 'any size'} "
+            f"{module}: scales {scale} do not fit codes {codes} in blocks of {stated if stated else 'any size'} "
             "(weight_block_size in config.json); fetch the checkpoint and its config.json again"
         )
 
-    def _blocks(self, codes: tuple[int, ...], marks: tuple[int, ...], body: Mapping[str, Any]) -> list[tuple[int, int]]:
+    def _blocks(self, codes: tuple[int, ...], scale: tuple[int, ...], body: Mapping[str, Any]) -> list[tuple[int, int]]:
         """Blocks that these shapes may have, most likely first."""
-        said = block_size(body)
-        found = [*([said] if said else []), WHOLE, ROW, BLOCK, MICRO]
-        sides = marks[::2] if self.rank == 4 else marks[-2:]
+        stated = block_size(body)
+        found = [*([stated] if stated else []), WHOLE, ROW, BLOCK, MICRO]
+        sides = scale[::2] if self.rank == 4 else scale[-2:]
         if len(sides) == 2 and all(sides) and not codes[-2] % sides[0] and not codes[-1] % sides[1]:
             found.append((codes[-2] // sides[0], codes[-1] // sides[1]))
         return found
@@ -160,7 +160,7 @@ class FP8(CodedFormat):
     def describe(self, weight: TensorSpec) -> dict[str, TensorSpec]:
         return {
             self.codes_part: TensorSpec(self.codes, weight.shape),
-            self.part: TensorSpec(self.scale, self._marks(weight.shape, self.block)),
+            self.part: TensorSpec(self.scale, self._scale_shape(weight.shape, self.block)),
         }
 
     def measure(self, parts: Parts) -> TensorSpec:
@@ -181,12 +181,12 @@ class FP8(CodedFormat):
 
     def slices(self, weight: TensorSpec, columns: int, start: int, stop: int) -> dict[str, ByteRange]:
         tall, wide = self._tall, self._wide(columns)
-        mark = -(-columns // wide) * BITS[self.scale] // 8
-        marks = ByteRange(0, mark) if self._single else ByteRange(-(-start // tall) * mark, -(-stop // tall) * mark)
-        return {self.codes_part: ByteRange(start * columns, stop * columns), self.part: marks}
+        line = -(-columns // wide) * BITS[self.scale] // 8
+        scale = ByteRange(0, line) if self._single else ByteRange(-(-start // tall) * line, -(-stop // tall) * line)
+        return {self.codes_part: ByteRange(start * columns, stop * columns), self.part: scale}
 
     def fit(self, rows: torch.Tensor, start: int = 0) -> Grid:
-        assert not self.needs_observation, "a scale of the whole weight is asked for, and its peak was not told"
+        assert not self.needs_observation, "a scale of the whole weight is asked for, and its peak is not known"
         if self._single:
             most = rows.new_full((len(rows), 1), cast(float, self.peak))
         else:
@@ -207,7 +207,7 @@ class FP8(CodedFormat):
 
     def pack(self, codes: torch.Tensor, grid: Grid, out: Mapping[str, torch.Tensor]) -> None:
         fill(out[self.codes_part], codes)
-        fill(out[self.part], scales.stored(self._per_mark(grid.scale), self.scale))
+        fill(out[self.part], scales.stored(self._per_scale(grid.scale), self.scale))
 
     def __str__(self) -> str:
         kind = self.codes.removeprefix("F8_").lower()
@@ -226,7 +226,7 @@ class FP8(CodedFormat):
     def _wide(self, columns: int) -> int:
         return self.block[1] or max(1, columns)
 
-    def _marks(self, shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
+    def _scale_shape(self, shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
         """Shape of the scales of a weight of this shape."""
         if block == WHOLE:
             return (1,) * self.rank
@@ -235,13 +235,13 @@ class FP8(CodedFormat):
             return (rows, *(1,) * (self.rank - 1))
         return (rows, 1, columns, 1) if self.rank == 4 else (rows, columns)  # 4 as ModelOpt has it
 
-    def _per_row(self, marks: torch.Tensor, rows: int) -> torch.Tensor:
-        """Numbers that several rows share, told for each row."""
+    def _per_row(self, scale: torch.Tensor, rows: int) -> torch.Tensor:
+        """Numbers that several rows share, repeated for each row: `[rows, groups]`."""
         if self._single:
-            return marks.expand(rows, 1)
-        return marks if self._tall == 1 else marks.repeat_interleave(self._tall, 0)[:rows]
+            return scale.expand(rows, 1)
+        return scale if self._tall == 1 else scale.repeat_interleave(self._tall, 0)[:rows]
 
-    def _per_mark(self, rows: torch.Tensor) -> torch.Tensor:
+    def _per_scale(self, rows: torch.Tensor) -> torch.Tensor:
         """Undo `_per_row`."""
         return rows[:1] if self._single else rows[:: self._tall]
 
@@ -286,12 +286,12 @@ class FP8Experts(FP8):
             return f"{self.name} holds stacks of experts, this weight is {list(weight.shape)}"
         return FP8.refusal(self, TensorSpec(weight.dtype, weight.shape[1:]))
 
-    def _blocks(self, codes: tuple[int, ...], marks: tuple[int, ...], body: Mapping[str, Any]) -> list[tuple[int, int]]:
+    def _blocks(self, codes: tuple[int, ...], scale: tuple[int, ...], body: Mapping[str, Any]) -> list[tuple[int, int]]:
         """As above; a scale for a whole expert is a block of its size."""
-        found = FP8._blocks(self, codes, marks, body)
+        found = FP8._blocks(self, codes, scale, body)
         return [(codes[1], codes[2]) if block == WHOLE else block for block in found]
 
-    def _marks(self, shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
+    def _scale_shape(self, shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
         rows, columns = -(-shape[1] // block[0]), -(-shape[2] // (block[1] or max(1, shape[2])))
         return (shape[0], rows, columns)
 

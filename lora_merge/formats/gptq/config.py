@@ -61,15 +61,15 @@ class GptqOptions:
             )
         own = _override(body, module) or {}
 
-        def said(key: str, kind: Kind, default: Any = None) -> Any:
+        def option(key: str, kind: Kind, default: Any = None) -> Any:
             return value(own if key in own else body, key, kind, WHERE, default)
 
         return cls(
-            said("bits", WHOLE),
-            said("group_size", WHOLE),
-            said("sym", FLAG, True),
+            option("bits", WHOLE),
+            option("group_size", WHOLE),
+            option("sym", FLAG, True),
             VERSIONS[layout],
-            said("desc_act", FLAG, False),
+            option("desc_act", FLAG, False),
             any(name.partition(":")[0].lower() == CARRIES for name in _quantizers(body)),
         )
 
@@ -86,7 +86,7 @@ class GptqOptions:
         return self.version == 1 and self.gptqmodel and WORD % bits == 0
 
     def agrees(self, other: GptqOptions) -> bool:
-        """Whether a loader that is told the one decodes the other."""
+        """Whether a loader that reads the one decodes the other."""
         return (self.bits, self.group_size, self.version) == (other.bits, other.group_size, other.version)
 
     def __str__(self) -> str:
@@ -99,7 +99,7 @@ def section(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def changed_section(
-    written: Mapping[str, GptqOptions], kept: Sequence[str], config: Mapping[str, Any]
+    written: Mapping[str, GptqOptions], plain: Sequence[str], config: Mapping[str, Any]
 ) -> dict[str, Any]:
     """`quantization_config` for these modules: that of the base where it holds for them, else a new one.
 
@@ -109,23 +109,23 @@ def changed_section(
     if str(body.get("quant_method", METHOD)).lower() != METHOD:
         body = {}
     if body and all(
-        _quantizes(body, name) and GptqOptions.of(body, name).agrees(said) for name, said in written.items()
+        _quantizes(body, name) and GptqOptions.of(body, name).agrees(options) for name, options in written.items()
     ):
-        told = not any(_quantizes(body, name) for name in plain_in_blocks(written, kept))
-        return {**body, "quant_method": METHOD, **({} if told else _blocks(list(written), kept))}
-    said = _only(written)
-    # Zero points that were kept are read as their writer meant them only while it is named.
-    quantizers = _quantizers(body) if said.gptqmodel else []
-    layout = next(name for name, version in VERSIONS.items() if version == said.version)
+        right = not any(_quantizes(body, name) for name in plain_in_blocks(written, plain))
+        return {**body, "quant_method": METHOD, **({} if right else _blocks(list(written), plain))}
+    options = _only(written)
+    # Zero points of the base are read as their writer meant them only while it is named.
+    quantizers = _quantizers(body) if options.gptqmodel else []
+    layout = next(name for name, version in VERSIONS.items() if version == options.version)
     return {
-        "bits": said.bits,
+        "bits": options.bits,
         "checkpoint_format": layout,
         "desc_act": any(one.desc_act for one in written.values()),
         "format": layout,
-        "group_size": said.group_size,
+        "group_size": options.group_size,
         "lm_head": False,
         "meta": {"quantizer": [*quantizers, f"lora-merge:{__version__}"]},
-        **_blocks(list(written), kept),
+        **_blocks(list(written), plain),
         "pack_dtype": "int32",
         "quant_method": METHOD,
         "sym": all(one.sym for one in written.values()),
@@ -135,18 +135,18 @@ def changed_section(
 def _only(written: Mapping[str, GptqOptions]) -> GptqOptions:
     """What is the same for all modules."""
     found: dict[tuple[Any, ...], tuple[str, GptqOptions]] = {}
-    for module, said in written.items():
-        found.setdefault((said.bits, said.group_size, said.version), (module, said))
+    for module, options in written.items():
+        found.setdefault((options.bits, options.group_size, options.version), (module, options))
     if len(found) > 1:
-        kinds = [f"{module} has {said}, version {said.version}" for module, said in found.values()]
+        kinds = [f"{module} has {options}, version {options.version}" for module, options in found.values()]
         raise UnsupportedError(
             f"transformers loads GPTQ of one width and group size a model, and here {listed(kinds)}; "
             "write them all anew with --bits, --group-size and --scales fresh"
         )
-    return next((said for _, said in found.values()))
+    return next((options for _, options in found.values()))
 
 
-def _blocks(written: Sequence[str], kept: Sequence[str]) -> dict[str, Any]:
+def _blocks(written: Sequence[str], plain: Sequence[str]) -> dict[str, Any]:
     """The keys that tell optimum which linears are quantized: all of the blocks' where there are none."""
     outside = [module for module in written if not IN_BLOCK.fullmatch(module)]
     if outside:
@@ -161,14 +161,14 @@ def _blocks(written: Sequence[str], kept: Sequence[str]) -> dict[str, Any]:
             "leave the others plain, or choose another --format"
         )
     names = tuple(dict.fromkeys(IN_BLOCK.sub(r"\2", module) for module in written))
-    plain = plain_in_blocks(written, kept)
-    mixed = [module for module in plain if module.endswith(names)]
+    beside = plain_in_blocks(written, plain)
+    mixed = [module for module in beside if module.endswith(names)]
     if mixed:
         raise UnsupportedError(
             "transformers' GPTQ loader quantizes a linear in every block or in none, and these would stay plain while "
             f"others that end like them are quantized: {listed(mixed)}; treat them alike, or choose another --format"
         )
-    keys: dict[str, Any] = {"modules_in_block_to_quantize": [list(names)]} if plain else {}
+    keys: dict[str, Any] = {"modules_in_block_to_quantize": [list(names)]} if beside else {}
     return keys if stacks[0] in BLOCKS else {"block_name_to_quantize": stacks[0], **keys}
 
 
@@ -177,10 +177,10 @@ def _stacks(modules: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(found[1] for module in modules if (found := IN_BLOCK.fullmatch(module))))
 
 
-def plain_in_blocks(written: Iterable[str], kept: Sequence[str]) -> list[str]:
+def plain_in_blocks(written: Iterable[str], plain: Sequence[str]) -> list[str]:
     """Plain linears of the blocks that have quantized ones."""
     stacks = set(_stacks(written))
-    return [module for module in kept if stacks & set(_stacks([module]))]
+    return [module for module in plain if stacks & set(_stacks([module]))]
 
 
 def _quantizes(body: Mapping[str, Any], module: str) -> bool:

@@ -76,7 +76,7 @@ class GPTQ(CodedFormat):
         return cls.of(parts, GptqOptions.of(body, module), module, read)
 
     @classmethod
-    def of(cls, parts: Parts, said: GptqOptions, module: str, read: ReadPart) -> GPTQ | None:
+    def of(cls, parts: Parts, options: GptqOptions, module: str, read: ReadPart) -> GPTQ | None:
         """The format of these parts, where config.json says the rest; None where they are laid out otherwise."""
         if not {"qweight", "qzeros", "scales"} <= parts.keys() or any(
             len(spec.shape) != 1 + (part != "g_idx") for part, spec in parts.items()
@@ -93,17 +93,17 @@ class GPTQ(CodedFormat):
         (lines, rows), groups = qweight.shape, scales.shape[0]
         bits = qzeros.shape[1] * WORD // max(1, rows)
         columns = lines * WORD // max(1, bits)
-        size = said.fitting_group_size(columns, groups)
+        size = options.fitting_group_size(columns, groups)
         if bits in range(2, 9) and size is not None:
-            carry = said.carries(bits)
-            format = cls(bits, size, said.sym, said.version, carry, scales.dtype, "g_idx" in parts)
+            carry = options.carries(bits)
+            format = cls(bits, size, options.sym, options.version, carry, scales.dtype, "g_idx" in parts)
             if format.describe(TensorSpec("F32", (rows, columns))) == parts:
-                _refuse_planes(bits, said, module)
-                return format._ordered(read("g_idx"), columns) if said.desc_act and format.named else format
+                _refuse_planes(bits, options, module)
+                return format._ordered(read("g_idx"), columns) if options.desc_act and format.named else format
         held = ", ".join(f"{part} {spec}" for part, spec in parts.items())
         raise InputError(
-            f"{module or 'a weight'}: its parts are {held}, and config.json says {said}; these do not belong together "
-            "as GPTQ, fetch the checkpoint again"
+            f"{module or 'a weight'}: its parts are {held}, and config.json says {options}; these do not belong "
+            "together as GPTQ, fetch the checkpoint again"
         )
 
     def _ordered(self, g_idx: bytes, columns: int) -> GPTQ:
@@ -255,8 +255,8 @@ class GPTQ(CodedFormat):
         return Affine(low=0, high=self._top, scale=scale, zero=zero, group=self._group(columns), index=index)
 
 
-def _refuse_planes(bits: int, said: GptqOptions, module: str) -> None:
-    if said.gptqmodel and bits not in WIDTHS:
+def _refuse_planes(bits: int, options: GptqOptions, module: str) -> None:
+    if options.gptqmodel and bits not in WIDTHS:
         raise UnsupportedError(
             f"{module}: gptqmodel keeps {bits} bits in planes, which are not read; take the checkpoint that it was "
             "made from"

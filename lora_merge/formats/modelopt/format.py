@@ -11,9 +11,9 @@ W4A8_NVFP4_FP8                                                                  
                            weight_scale    F8_E4M3  [out, in/16]                 in/32 in W4A8_NVFP4_FP8
                            weight_scale_2  F32      []                           the same for q, k, v and for gate, up
 
-Products are float32, and rounded to no narrower dtype. Static scales of activations (`input_scale`) lie beside. New
-weights get FP8_PER_CHANNEL_PER_TOKEN or W4A16_NVFP4, which need none. config.json has it as `quantization_config`;
-older checkpoints only `hf_quant_config.json`, under other names.
+Products are float32, and rounded to no narrower dtype. Static scales of activations (`input_scale`) stay as they are.
+New weights get FP8_PER_CHANNEL_PER_TOKEN or W4A16_NVFP4, which need none. config.json has it as
+`quantization_config`; older checkpoints only `hf_quant_config.json`, under other names.
 https://github.com/NVIDIA/Model-Optimizer/blob/main/modelopt/torch/export/quant_utils.py
 """
 
@@ -165,57 +165,57 @@ class ModelOptFP4(ModelOpt):
 
     def slices(self, weight: TensorSpec, columns: int, start: int, stop: int) -> dict[str, ByteRange]:
         row, groups = columns // 2, columns // self.block[1]
-        marks = ByteRange(start * groups, stop * groups)
-        return {"weight": ByteRange(start * row, stop * row), "weight_scale": marks, "weight_scale_2": ByteRange(0, 4)}
+        scale = ByteRange(start * groups, stop * groups)
+        return {"weight": ByteRange(start * row, stop * row), "weight_scale": scale, "weight_scale_2": ByteRange(0, 4)}
 
     def fit(self, rows: torch.Tensor, start: int = 0) -> Grid:
         import torch
 
-        assert not self.needs_observation, "a scale of the whole weight is asked for, and its peak was not told"
+        assert not self.needs_observation, "a scale of the whole weight is asked for, and its peak is not known"
         peak = torch.tensor(cast(float, self.peak), device=rows.device)
         whole = peak / self.top if peak > 0 else torch.ones_like(peak)
-        marks = largest(rows, self.block[1]) / (E2M1[-1] * whole)
-        marks = marks.masked_fill(marks == 0, 1.0).clamp(LEAST_E4M3, LARGEST_E4M3).to(torch.float8_e4m3fn)
-        return self._marked(marks, whole, fresh=True)
+        stored = largest(rows, self.block[1]) / (E2M1[-1] * whole)  # [n, groups]
+        stored = stored.masked_fill(stored == 0, 1.0).clamp(LEAST_E4M3, LARGEST_E4M3).to(torch.float8_e4m3fn)
+        return self._scaled(stored, whole, fresh=True)
 
     def unpack(self, parts: Mapping[str, torch.Tensor], rows: int, columns: int) -> tuple[torch.Tensor, Grid]:
-        stored = numbers(parts["weight"], "U8", columns // 2)
-        marks = numbers(parts["weight_scale"], "F8_E4M3", columns // self.block[1])
+        nibbles = numbers(parts["weight"], "U8", columns // 2)
+        stored = numbers(parts["weight_scale"], "F8_E4M3", columns // self.block[1])
         whole = numbers(parts["weight_scale_2"], "F32", 1)[0, 0]
-        return layout.unpacked(stored, NIBBLES, True, columns), self._marked(marks, whole)
+        return layout.unpacked(nibbles, NIBBLES, True, columns), self._scaled(stored, whole)
 
     def pack(self, codes: torch.Tensor, grid: Grid, out: Mapping[str, torch.Tensor]) -> None:
-        assert isinstance(grid, MarkedFp4) and grid.whole is not None
+        assert isinstance(grid, ScaledFp4) and grid.whole is not None
         fill(out["weight"], layout.packed(codes, NIBBLES, True))
-        fill(out["weight_scale"], grid.marks)
+        fill(out["weight_scale"], grid.stored)
         fill(out["weight_scale_2"], grid.whole)
 
     def __str__(self) -> str:
         return f"modelopt nvfp4 {self.block[1]}"
 
-    def _marked(self, marks: torch.Tensor, whole: torch.Tensor, fresh: bool = False) -> MarkedFp4:
-        plain = fp4(marks.float() * whole, self.block[1], whole=whole)
-        return MarkedFp4(
-            table=plain.table, scale=plain.scale, group=plain.group, whole=whole, marks=marks,
+    def _scaled(self, stored: torch.Tensor, whole: torch.Tensor, fresh: bool = False) -> ScaledFp4:
+        plain = fp4(stored.float() * whole, self.block[1], whole=whole)
+        return ScaledFp4(
+            table=plain.table, scale=plain.scale, group=plain.group, whole=whole, stored=stored,
             fresh=fresh,
         )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class MarkedFp4(Fp4):
-    """The grid of NVFP4: `scale` is `marks * whole`, which are what is stored.
+class ScaledFp4(Fp4):
+    """The grid of NVFP4: `scale` is `stored * whole`: `weight_scale` times `weight_scale_2`.
 
     fresh: whether the codes of -0 and 0 are one, as for weights that were never stored so.
     """
 
-    marks: torch.Tensor
+    stored: torch.Tensor
     fresh: bool = False
 
     def coordinate(self, rows: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         return Fp4.coordinate(self, rows + 0.0 if self.fresh else rows, dtype)
 
     def rows(self, start: int, stop: int) -> Self:
-        return replace(self, scale=self.scale[start:stop], marks=self.marks[start:stop])
+        return replace(self, scale=self.scale[start:stop], stored=self.stored[start:stop])
 
 
 def _algorithm(body: Mapping[str, Any], module: str) -> str:
@@ -223,4 +223,4 @@ def _algorithm(body: Mapping[str, Any], module: str) -> str:
     layers = body.get("quantized_layers")
     own = layers.get(module) if isinstance(layers, Mapping) else None
     place = own if isinstance(own, Mapping) else body
-    return str(place.get("quant_algo") or "quant_algo is not told")
+    return str(place.get("quant_algo") or "no quant_algo")
