@@ -106,6 +106,11 @@ class Codec(ABC):
 
     @property
     @abstractmethod
+    def bits(self) -> int:
+        """Width of a code, or of a plain value."""
+
+    @property
+    @abstractmethod
     def limit(self) -> float:
         """The largest magnitude of a float32 value that it can hold; above it lies an overflow."""
 
@@ -200,11 +205,6 @@ class CodedFormat(Format):
         config: config.json of the checkpoint; `quantization_config` in it may come from the file beside it.
         Raises InputError where the parts contradict each other, UnsupportedError where they cannot be read.
         """
-
-    @property
-    @abstractmethod
-    def bits(self) -> int:
-        """Width of a code."""
 
     @abstractmethod
     def unpack(self, parts: Mapping[str, torch.Tensor], rows: int, columns: int) -> tuple[torch.Tensor, Grid]: ...

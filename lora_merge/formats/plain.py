@@ -71,6 +71,10 @@ class Plain(Format):
         return {PART: ByteRange(start * columns * size, stop * columns * size)}
 
     @property
+    def bits(self) -> int:
+        return BITS[self.dtype]
+
+    @property
     def limit(self) -> float:
         return LIMITS[self.dtype]
 

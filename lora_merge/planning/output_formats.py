@@ -16,7 +16,6 @@ from lora_merge.errors import UnsupportedError, UsageError, listed, printable
 from lora_merge.formats import (
     KNOWN_METHODS,
     METHODS,
-    CodedFormat,
     Format,
     FormatOptions,
     Plain,
@@ -61,9 +60,9 @@ def check_read(
     unread.refuse_codes(unread.codes(tensors, weights), "the base is not plain")
 
 
-def _unreadable(said: str) -> UnsupportedError:
+def _unreadable(name: str) -> UnsupportedError:
     return UnsupportedError(
-        f"config.json says that the base is quantized ({printable(said)}), and no weight in a format that can be read "
+        f"config.json says that the base is quantized ({printable(name)}), and no weight in a format that can be read "
         "is found; take the unquantized original, or a checkpoint in one of the formats that README.md lists"
     )
 
@@ -77,9 +76,9 @@ def decide(
     Raises UnsupportedError where the base cannot be decoded or the output not be written so.
     """
     present = {name: stored for name, stored in weights.items() if stored.format.coded}
-    said = declared(config)
-    if said and not present and (request.quantizes or request.decodes):
-        raise _unreadable(said)
+    name = declared(config)
+    if name and not present and (request.quantizes or request.decodes):
+        raise _unreadable(name)
     if present and (request.quantizes or request.decodes or request.dtype):  # a plain base has been looked through
         unread.refuse_codes(unread.codes(tensors, weights), "the base can only be written as it is stored")
     plain = {name: _plain(name, stored, request, config) for name, stored in weights.items()}
@@ -174,9 +173,9 @@ def _removed_files(present: Mapping[str, StoredWeight]) -> dict[str, Mapping[str
     return {method.json_file: None for method in _methods(present) if method.json_file}
 
 
-def _common(present: Mapping[str, StoredWeight]) -> CodedFormat | None:
+def _common(present: Mapping[str, StoredWeight]) -> Format | None:
     """The format that most quantized weights of the base are in."""
-    counted = Counter(stored.format for stored in present.values() if isinstance(stored.format, CodedFormat))
+    counted = Counter(stored.format for stored in present.values())
     return counted.most_common(1)[0][0] if counted else None
 
 
@@ -196,7 +195,7 @@ def _method(request: Recipe, present: Mapping[str, StoredWeight], config: Mappin
 
 def _is_as_asked(request: Recipe, present: Mapping[str, StoredWeight]) -> bool:
     """Whether the base is already what is asked for, so that its own parameters are kept."""
-    formats = [stored.format for stored in present.values() if isinstance(stored.format, CodedFormat)]
+    formats = [stored.format for stored in present.values()]
     if not formats or request.quant_type or request.group_size or request.double_quant:
         return False
     name = request.format or formats[0].name
@@ -291,7 +290,7 @@ def _refuse_nothing(
 def _options(
     request: Recipe,
     method: Method,
-    own: CodedFormat | None,
+    own: Format | None,
     weights: Mapping[str, StoredWeight],
     chosen: Mapping[str, TensorSpec],
 ) -> FormatOptions:

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from lora_merge.abilities import FormatOptions
 from lora_merge.errors import InputError, UnsupportedError
+from lora_merge.formats.compressed_tensors.method import CompressedTensorsMethod
 from lora_merge.formats.compressed_tensors.recipe import Recipe, quantization_config
 from lora_merge.formats.compressed_tensors.schemes import FLOAT, INT, NAIVE, PACK, Scheme, preset, uniform_group_size
 
@@ -101,9 +103,9 @@ def test_presets_fall_to_what_the_width_allows():
     assert preset("int", 8, 256, -1).strategy == "channel"
     assert preset("fp8", 8, 100).activations()["strategy"] == "token"
     with pytest.raises(UnsupportedError, match="have 8 bits, not 4"):
-        preset("fp8", 4, 128)
+        CompressedTensorsMethod.from_options(FormatOptions(4, quant_type="fp8"), {})
     with pytest.raises(UnsupportedError, match="no nf4"):
-        preset("nf4", 4, 128)
+        CompressedTensorsMethod.from_options(FormatOptions(4, quant_type="nf4"), {})
 
 
 def test_one_group_size_for_all_widths():

@@ -7,8 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_merge.abilities import ABILITIES
-from lora_merge.formats import METHODS, FormatOptions, weights
+from lora_merge.errors import UnsupportedError
+from lora_merge.formats import METHODS, CodedFormat, FormatOptions, QuantMethod, weights
 from lora_merge.formats.auto_round import AutoRound
+from lora_merge.formats.base import Codec, Layout
 from lora_merge.formats.gptq.format import GPTQ
 from lora_merge.formats.plain import LIMITS, PART, WRITABLE, Plain
 from lora_merge.spec import TensorSpec
@@ -34,43 +36,30 @@ def encoded(format, weight, rows):
 
 
 STACK = TensorSpec("BF16", (2, 64, 96))
-CODED = {
-    "chatglm": [FormatOptions(4), FormatOptions(8)],
-    "compressed-tensors": [
-        *(FormatOptions(bits) for bits in range(2, 9)),
-        FormatOptions(4, group_size=-1),
-        FormatOptions(8, quant_type="fp8"),
-        FormatOptions(4, quant_type="nvfp4"),
-        FormatOptions(4, quant_type="mxfp4"),
-        FormatOptions(8, quant_type="mxfp8"),
-    ],
-    "bitsandbytes": [
-        FormatOptions(4),
-        FormatOptions(4, quant_type="fp4"),
-        FormatOptions(4, double_quant=True),
-        FormatOptions(8),
-    ],
-    "gptq": [FormatOptions(2), FormatOptions(3), FormatOptions(4), FormatOptions(8)],
-    "awq": [FormatOptions(4)],
-    "auto-round": [],
-    "fp8": [FormatOptions(8)],
-    "fbgemm_fp8": [FormatOptions(8)],
-    "modelopt": [FormatOptions(4), FormatOptions(8)],
-    "mxfp4": [FormatOptions(4)],
-}
-"""Every kind of output that each format writes. AutoRound's is only kept: it is tested with GPTQ's packing."""
 MODULES = {"mxfp4": "model.layers.0.mlp.experts.down_proj", "chatglm": "transformer.layers.0.mlp.dense_h_to_4h"}
 MODEL_TYPES = {"mxfp4": "gpt_oss", "chatglm": "chatglm"}
 
 
+def options_of(kind, word):
+    """What a kind of codes can be asked for, by width; of group sizes the usual, and a whole row from 4 bits on."""
+    rows = [-1] if kind.group_sizes is None or -1 in kind.group_sizes else []
+    for bits in kind.widths:
+        yield FormatOptions(bits, quant_type=word)
+        yield from (FormatOptions(bits, quant_type=word, group_size=size) for size in rows if bits >= 4)
+        yield from ([FormatOptions(bits, quant_type=word, double_quant=True)] if kind.double_quant else [])
+
+
 def coded():
-    """Format, module and weight of each kind of output."""
-    for name, kinds in CODED.items():
+    """Format, module and weight of each kind of output that the table of abilities has. AutoRound's is only kept: it is
+    tested with GPTQ's packing."""
+    for name, method in METHODS.items():
         module = MODULES.get(name, "model.layers.0.self_attn.q_proj")
         weight = STACK if name == "mxfp4" else TensorSpec("BF16", (128, 256))
-        for wanted in kinds:
-            format = METHODS[name].from_options(wanted, {module: weight})
-            yield pytest.param(format, module, weight, id=f"{name}-{format}".replace(" ", "-"))
+        for word, kind in method.abilities().quant_types.items():
+            for options in options_of(kind, word):
+                format = method.from_options(options, {module: weight})
+                assert format.bits == options.bits
+                yield pytest.param(format, module, weight, id=f"{name}-{word}-{format}".replace(" ", "-"))
     packing = AutoRound(GPTQ(4, named=False))
     yield pytest.param(packing, "model.layers.0.self_attn.q_proj", TensorSpec("F16", (128, 256)), id="auto-round")
 
@@ -88,7 +77,35 @@ def settled(format, weight, rows):
 
 
 def test_every_coded_format_is_in_the_contract():
-    assert CODED.keys() == METHODS.keys()
+    tested = {type(parameter.values[0]).name for parameter in coded()}
+    assert tested == METHODS.keys() == ABILITIES.keys()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_a_format_has_not_is_refused_by_its_name(name):
+    method, has = METHODS[name], METHODS[name].abilities()
+    refused = [FormatOptions(bits) for bits in range(2, 9) if bits not in has.widths]
+    refused += [FormatOptions(bits, quant_type="nf5") for bits in has.widths]
+    for word, kind in has.quant_types.items():
+        bits = kind.widths[0]
+        refused += [FormatOptions(other, quant_type=word) for other in range(2, 9) if other not in kind.widths]
+        refused += [FormatOptions(bits, quant_type=word, group_size=7)] if kind.group_sizes is not None else []
+        refused += [FormatOptions(bits, quant_type=word, double_quant=True)] if kind.double_quant is False else []
+    for options in refused:
+        with pytest.raises(UnsupportedError, match=rf"^{name}\b.*(choose|leave)"):
+            method.from_options(options, {})
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_group_size_of_the_table_can_be_written(name):
+    method = METHODS[name]
+    module = MODULES.get(name, "model.layers.0.self_attn.q_proj")
+    weight = STACK if name == "mxfp4" else TensorSpec("BF16", (256, 4096))
+    for word, kind in method.abilities().quant_types.items():
+        for size in kind.group_sizes or ():
+            options = FormatOptions(kind.widths[0], quant_type=word, group_size=size)
+            format = method.from_options(options, {module: weight})
+            assert format.refusal(weight) is None
 
 
 @pytest.mark.parametrize(("format", "module", "weight"), list(coded()))
@@ -213,3 +230,10 @@ def test_the_limit_is_the_last_float32_that_stays_finite(dtype):
 def test_float64_is_read_and_not_written():
     assert "--dtype" in Plain("F64").refusal(TensorSpec("F64", (2, 2)))
     assert Plain("F32").refusal(TensorSpec("F32", (2, 2))) is None
+
+
+@pytest.mark.parametrize("contract", [Layout, Codec, QuantMethod])
+def test_no_contract_has_more_members_than_one_keeps_in_mind(contract):
+    members = {name for name in (*vars(contract), *vars(contract).get("__annotations__", ())) if name[0] != "_"}
+    assert len(members) <= 15, sorted(members)
+    assert len(CodedFormat.__abstractmethods__) <= 10

@@ -132,7 +132,8 @@ class Scheme:
 
 
 def preset(quant_type: str, bits: int, columns: int, group_size: int | None = None) -> Scheme:
-    """The scheme that `--bits` and `--quant-type` stand for, for a weight with so many columns.
+    """The scheme that `--bits` and `--quant-type` stand for, for a weight with so many columns. Both are such as the
+    format has.
 
     "int" is grouped (of `group_size`, else the largest of 128, 64 and 32 that divides the columns, else one scale per
     row), weights only. "fp8" has one scale per row and codes activations per token. group_size -1: one scale per row.
@@ -146,10 +147,6 @@ def preset(quant_type: str, bits: int, columns: int, group_size: int | None = No
         "mxfp4": Scheme(MXFP4, 4, "float", group_size=32),
         "mxfp8": Scheme(MXFP8, 8, "float", group_size=32),
     }
-    if quant_type not in presets:
-        raise UnsupportedError(f"compressed-tensors has no {quant_type} weights; it has int, {', '.join(presets)}")
-    if presets[quant_type].num_bits != bits:
-        raise UnsupportedError(f"{quant_type} weights have {presets[quant_type].num_bits} bits, not {bits}")
     return presets[quant_type]
 
 
