@@ -8,8 +8,8 @@ from pathlib import Path
 
 from lora_merge.checkpoint.opening import Checkpoint, open_adapter, open_base
 from lora_merge.formats import KNOWN_METHODS, METHODS, Format, unread
+from lora_merge.planning.base_formats import declared
 from lora_merge.planning.draft import Draft
-from lora_merge.planning.output_formats import declared
 from lora_merge.results import InspectedTensor, Inspection
 
 FACTOR = re.compile(r"\.lora_[abAB](\.|$)")

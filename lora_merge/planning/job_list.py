@@ -15,10 +15,11 @@ from lora_merge.formats.plain import PART, WRITABLE
 from lora_merge.models.linears import fused_set, linears
 from lora_merge.planning import claims as effects
 from lora_merge.planning.awq_scales import NOT_RESCALED
+from lora_merge.planning.base_formats import quantization
 from lora_merge.planning.claims import Effect, PlacedClaim, PlacedClaims
 from lora_merge.planning.draft import Draft
 from lora_merge.planning.jobs import Copy, Job, QuantizeOptions, Rewrite
-from lora_merge.planning.output_formats import OutputFormats, quantization, skeleton
+from lora_merge.planning.output_formats import OutputFormats, skeleton
 from lora_merge.planning.rescaling import Scalings, rescaled
 from lora_merge.request import SAME, Recipe
 from lora_merge.spec import TensorSpec

@@ -7,32 +7,29 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 from lora_merge.abilities import FORMATS
 from lora_merge.adapters.layers import is_conv1d
 from lora_merge.dtypes import MODEL_DTYPES, PLAIN_FLOATS
 from lora_merge.errors import UnsupportedError, UsageError, listed, printable
 from lora_merge.formats import (
-    KNOWN_METHODS,
     METHODS,
     Format,
     FormatOptions,
     Plain,
-    QuantMethod,
     StoredWeight,
     unread,
 )
 from lora_merge.formats.chatglm import is_chatglm
-from lora_merge.formats.method import SECTION, ConfigPath, sections
+from lora_merge.formats.method import SECTION, ConfigPath
 from lora_merge.formats.plain import WRITABLE
 from lora_merge.models.linears import Linears, linears
 from lora_merge.models.skeleton import NoSkeleton, Skeleton, build
+from lora_merge.planning.base_formats import Method, common, declared, removal, removed_files, unreadable
 from lora_merge.planning.loaders import fitted, still_plain, takes_expert_linears, unfilled
 from lora_merge.request import Recipe
 from lora_merge.spec import TensorSpec
-
-Method: TypeAlias = type[QuantMethod[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,27 +43,6 @@ class OutputFormats:
     json_files: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
 
 
-def check_read(
-    weights: Mapping[str, StoredWeight], config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]
-) -> None:
-    """Raise UnsupportedError for a base in a quantization that is not known, which would be taken for a plain one.
-
-    weights, tensors: as for `decide`.
-    """
-    if any(stored.format.coded for stored in weights.values()):
-        return
-    if unread.unknown_method(config, KNOWN_METHODS):
-        raise _unreadable(str(declared(config)))
-    unread.refuse_codes(unread.codes(tensors, weights), "the base is not plain")
-
-
-def _unreadable(name: str) -> UnsupportedError:
-    return UnsupportedError(
-        f"config.json says that the base is quantized ({printable(name)}), and no weight in a format that can be read "
-        "is found; take the unquantized original, or a checkpoint in one of the formats that README.md lists"
-    )
-
-
 def decide(
     request: Recipe, weights: Mapping[str, StoredWeight], config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]
 ) -> OutputFormats:
@@ -78,7 +54,7 @@ def decide(
     present = {name: stored for name, stored in weights.items() if stored.format.coded}
     name = declared(config)
     if name and not present and (request.quantizes or request.decodes):
-        raise _unreadable(name)
+        raise unreadable(name)
     if present and (request.quantizes or request.decodes or request.dtype):  # a plain base has been looked through
         unread.refuse_codes(unread.codes(tensors, weights), "the base can only be written as it is stored")
     plain = {name: _plain(name, stored, request, config) for name, stored in weights.items()}
@@ -92,20 +68,6 @@ def decide(
     model = skeleton(config, tensors)
     chosen = _chosen(method, keep, present, weights, config, tensors, model)
     return _quantized(request, method, chosen, present, plain, weights, config, model, tensors)
-
-
-def quantization(config: Mapping[str, Any]) -> str:
-    """What to say of a weight that cannot be read."""
-    named = declared(config)
-    return f"the base is quantized ({named})" if named else "the base does not store floats there"
-
-
-def declared(config: Mapping[str, Any]) -> str | None:
-    """The quantization that config.json names, or None."""
-    bodies = (body for _, body in sections(config) if isinstance(body, Mapping))
-    method = next((body["quant_method"] for body in bodies if body.get("quant_method")), None)
-    bits = config.get("quantization_bit")
-    return str(method) if method else f"ChatGLM int{bits}" if bits else None
 
 
 def _plain(name: str, stored: StoredWeight, request: Recipe, config: Mapping[str, Any]) -> Plain:
@@ -135,7 +97,7 @@ def _check_sixteen_bits(request: Recipe, weights: Mapping[str, StoredWeight], pl
 def _decoded(
     present: Mapping[str, StoredWeight], plain: Mapping[str, Plain], config: Mapping[str, Any]
 ) -> OutputFormats:
-    return OutputFormats(plain, _removed(present, config), json_files=_removed_files(present))
+    return OutputFormats(plain, removal(present, config), json_files=removed_files(present))
 
 
 def _own(
@@ -160,30 +122,11 @@ def _own(
     return OutputFormats({**plain, **own}, changes, json_files=_json_file(method, changes))
 
 
-def _methods(present: Mapping[str, StoredWeight]) -> list[Method]:
-    return [METHODS[name] for name in dict.fromkeys(stored.format.name for stored in present.values())]
-
-
-def _removed(present: Mapping[str, StoredWeight], config: Mapping[str, Any]) -> dict[ConfigPath, Any]:
-    """What config.json must say once the base's own formats are gone."""
-    return {path: value for method in _methods(present) for path, value in method.config_removal(config).items()}
-
-
-def _removed_files(present: Mapping[str, StoredWeight]) -> dict[str, Mapping[str, Any] | None]:
-    return {method.json_file: None for method in _methods(present) if method.json_file}
-
-
-def _common(present: Mapping[str, StoredWeight]) -> Format | None:
-    """The format that most quantized weights of the base are in."""
-    counted = Counter(stored.format for stored in present.values())
-    return counted.most_common(1)[0][0] if counted else None
-
-
 def _method(request: Recipe, present: Mapping[str, StoredWeight], config: Mapping[str, Any]) -> Method | None:
     """The method that is asked for. None: every weight stays in the format that it has."""
     if request.format is not None and request.format not in METHODS:
         raise UsageError(f"--format: {request.format!r} is not one of {', '.join(FORMATS)}")
-    own = _common(present)
+    own = common(present)
     if not request.quantizes or _is_as_asked(request, present):
         return None
     if request.format is not None:
@@ -257,7 +200,7 @@ def _quantized(
     end = method.formats[0].weight_suffix
     specs = {module: weights[module + end].weight for module in found.chosen}
     _refuse_nothing(method, specs, [name for name in present if name.removesuffix(end) not in specs], present)
-    format = method.from_options(_options(request, method, _common(present), weights, specs), specs)
+    format = method.from_options(_options(request, method, common(present), weights, specs), specs)
     reasons = {module: reason for module, spec in specs.items() if (reason := format.refusal(spec))}
     written = {module: format for module in specs if module not in reasons}
     fit = fitted(method.loader, model, tensors, list(written), [*found.kept, *reasons])
@@ -265,11 +208,11 @@ def _quantized(
     reasons |= fit.reasons
     if not written:
         raise UnsupportedError(f"no weight can be written as {format}: {listed(set(reasons.values()), 3)}")
-    changes = _removed(present, config) | method.config_changes(written, fit.kept, config)
+    changes = removal(present, config) | method.config_changes(written, fit.kept, config)
     notes = [f"{printable(module)} stays plain: {reason}" for module, reason in reasons.items()]
     if missing := unfilled(method.loader, model, format.describe(next(iter(specs.values()))), written):
         notes.append(_unopened(method, missing))
-    json_files = _removed_files(present) | _json_file(method, changes)
+    json_files = removed_files(present) | _json_file(method, changes)
     formats = {**plain, **{module + end: format for module in written}}
     return OutputFormats(formats, changes, tuple(notes), json_files)
 

@@ -18,11 +18,12 @@ from lora_merge.models.skeleton import build
 from lora_merge.models.ties import is_vocabulary
 from lora_merge.planning import claims as effects
 from lora_merge.planning import shards
+from lora_merge.planning.base_formats import check_read, declared, quantization
 from lora_merge.planning.claims import PlacedClaims
 from lora_merge.planning.draft import Draft
 from lora_merge.planning.job_list import job_list
 from lora_merge.planning.jobs import Copy, Job, Plan, Rewrite
-from lora_merge.planning.output_formats import OutputFormats, check_read, decide, declared, quantization
+from lora_merge.planning.output_formats import OutputFormats, decide
 from lora_merge.request import Recipe
 
 CONFIG = "config.json"

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from lora_merge.abilities import FormatOptions
 from lora_merge.errors import InputError, UnsupportedError
 from lora_merge.formats.fp8 import scales as scales
+from lora_merge.formats.fp8.experts import FP8Experts
 from lora_merge.formats.fp8.fbgemm import FbgemmFP8, FbgemmMethod
-from lora_merge.formats.fp8.format import BLOCK, FP8, INVERSE, ROW, WHOLE, FP8Experts
+from lora_merge.formats.fp8.format import BLOCK, FP8, INVERSE, ROW, WHOLE
 from lora_merge.formats.fp8.method import FP8Method
 from lora_merge.formats.plain import LIMITS
 from lora_merge.spec import TensorSpec

@@ -45,10 +45,10 @@ class AWQ(AWQFormat):
     @classmethod
     def detect(cls, parts: Parts, config: Mapping[str, Any], module: str, read: ReadPart) -> Self | None:
         """Raises InputError and UnsupportedError where config.json says AWQ and the parts are in no layout of it."""
-        found = super(AWQ, cls).detect(parts, config, module, read)
+        gemm = super(AWQ, cls).detect(parts, config, module, read)
         body = section(config)
-        if found or not body or parts.keys() != set(cls.part_names) or may_be_gptq(parts):
-            return found
+        if gemm or not body or parts.keys() != set(cls.part_names) or may_be_gptq(parts):
+            return gemm
         if any(kind.detect(parts, config, module, read) for kind in (AWQGemv, AWQGemvFast)):
             return None
         held = ", ".join(f"{part} {spec}" for part, spec in parts.items())

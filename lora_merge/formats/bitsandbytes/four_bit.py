@@ -87,9 +87,11 @@ class FourBit(Bitsandbytes):
             raise UnsupportedError(f"{printable(module)}: {reason}; take the unquantized original")
         column = len(parts["weight"].shape) != 1
         nested = state.nested_blocksize
-        found = FourBit(state.quant_type, state.blocksize, state.dtype, nested, storage, column, state.shape, len(text))
-        check_parts(found, parts, state.shape, module)
-        return found
+        format = FourBit(
+            state.quant_type, state.blocksize, state.dtype, nested, storage, column, state.shape, len(text)
+        )
+        check_parts(format, parts, state.shape, module)
+        return format
 
     @property
     def bits(self) -> int:

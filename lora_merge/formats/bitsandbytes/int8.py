@@ -63,9 +63,9 @@ class LLMInt8(Bitsandbytes):
                 "which the library no longer reads either; save the model again with the version that wrote it, on CPU"
             )
         dtype = config.get("dtype") or config.get("torch_dtype")
-        found = LLMInt8(MODEL_DTYPES.get(str(dtype), "F16"), scale.dtype, None if tiles is None else tiles.shape)
-        check_parts(found, parts, weight.shape, module)
-        return found
+        format = LLMInt8(MODEL_DTYPES.get(str(dtype), "F16"), scale.dtype, None if tiles is None else tiles.shape)
+        check_parts(format, parts, weight.shape, module)
+        return format
 
     @property
     def bits(self) -> int:

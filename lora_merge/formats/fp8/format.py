@@ -6,7 +6,6 @@
                                                                          ones at the edges
                                             [], [1] or [1, 1]            one for the weight (weight_block_size null)
                                             [out] or [out, 1]            one a row
-    experts.gate_up_proj, experts.down_proj and the same with _scale_inv: stacks [experts, out, in] of the above
 
 w = code * weight_scale_inv in float32, and rounded to no narrower dtype: kernels multiply the two so, and loaders give
 that product bit for bit to a float32 model. Despite its name the scale multiplies. Its other
@@ -42,7 +41,6 @@ CODES = {"F8_E4M3": 448.0, "F8_E5M2": 57344.0}
 """dtypes of codes, and the largest number of each."""
 INVERSE = "weight_scale_inv"
 """The name of scales that is fp8's alone."""
-STACK_SCALES = "_scale_inv"
 BLOCK = (128, 128)
 MICRO = (1, 32)
 WHOLE, ROW = (0, 0), (1, 0)
@@ -127,11 +125,11 @@ class FP8(CodedFormat):
     def _blocks(self, codes: tuple[int, ...], scale: tuple[int, ...], body: Mapping[str, Any]) -> list[tuple[int, int]]:
         """Blocks that these shapes may have, most likely first."""
         stated = block_size(body)
-        found = [*([stated] if stated else []), WHOLE, ROW, BLOCK, MICRO]
+        blocks = [*([stated] if stated else []), WHOLE, ROW, BLOCK, MICRO]
         sides = scale[::2] if self.rank == 4 else scale[-2:]
         if len(sides) == 2 and all(sides) and not codes[-2] % sides[0] and not codes[-1] % sides[1]:
-            found.append((codes[-2] // sides[0], codes[-1] // sides[1]))
-        return found
+            blocks.append((codes[-2] // sides[0], codes[-1] // sides[1]))
+        return blocks
 
     @property
     def bits(self) -> int:
@@ -248,52 +246,6 @@ class FP8(CodedFormat):
     def _grid(self, scale: torch.Tensor, inverse: torch.Tensor | None, columns: int) -> Grid:
         """The grid of scales `[rows, groups]`."""
         return scales.Scaled8(kind=torch_dtype(self.codes), scale=scale, inverse=inverse, group=self._wide(columns))
-
-
-@dataclass(frozen=True, slots=True)
-class FP8Experts(FP8):
-    """The same for experts that lie stacked in one tensor, each by itself in blocks."""
-
-    part: str = STACK_SCALES
-    rank: int = 3
-
-    name: ClassVar[str] = FP8.name
-    codes_part: ClassVar[str] = ""
-    identifying_parts: ClassVar[tuple[str, ...]] = (STACK_SCALES,)
-    part_names: ClassVar[tuple[str, ...]] = ("", STACK_SCALES)
-    activation_scales: ClassVar[tuple[str, ...]] = ("_activation_scale",)
-    separator: ClassVar[str] = ""
-    weight_suffix: ClassVar[str] = ""
-    stacked: ClassVar[bool] = True
-
-    @classmethod
-    def detect(cls, parts: Parts, config: Mapping[str, Any], module: str, read: ReadPart) -> Self | None:
-        codes, scale = parts.get(cls.codes_part), parts.get(STACK_SCALES)
-        if not codes or not scale or len(codes.shape) != 3 or codes.dtype not in CODES:
-            return None
-        if scale.dtype not in scales.SCALES or len(scale.shape) != 3 or scale.shape[0] != codes.shape[0]:
-            raise InputError(f"{module}: codes {codes} and scales {scale} do not belong together; fetch the file again")
-        own = cls._of(codes, scale, STACK_SCALES, config, quantization(config)[1], module)
-        if codes.shape[1] % own.block[0]:
-            raise UnsupportedError(
-                f"{module}: experts of {codes.shape[1]} rows in blocks of {own.block[0]} rows are not read; save the "
-                "model with its experts as separate linears"
-            )
-        return own
-
-    def refusal(self, weight: TensorSpec) -> str | None:
-        if len(weight.shape) != 3:
-            return f"{self.name} holds stacks of experts, this weight is {list(weight.shape)}"
-        return FP8.refusal(self, TensorSpec(weight.dtype, weight.shape[1:]))
-
-    def _blocks(self, codes: tuple[int, ...], scale: tuple[int, ...], body: Mapping[str, Any]) -> list[tuple[int, int]]:
-        """As above; a scale for a whole expert is a block of its size."""
-        found = FP8._blocks(self, codes, scale, body)
-        return [(codes[1], codes[2]) if block == WHOLE else block for block in found]
-
-    def _scale_shape(self, shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
-        rows, columns = -(-shape[1] // block[0]), -(-shape[2] // (block[1] or max(1, shape[2])))
-        return (shape[0], rows, columns)
 
 
 def _named(block: tuple[int, int]) -> str:

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 from lora_merge.abilities import FormatOptions
 from lora_merge.formats.base import CodedFormat
 from lora_merge.formats.fp8.config import block_size, quantization, still_skipped
-from lora_merge.formats.fp8.format import FP8, FP8Experts
+from lora_merge.formats.fp8.experts import FP8Experts
+from lora_merge.formats.fp8.format import FP8
 from lora_merge.formats.method import SECTION, ConfigPath, Loader, QuantMethod
 from lora_merge.spec import TensorSpec
 

@@ -134,16 +134,16 @@ def changed_section(
 
 def _only(written: Mapping[str, GptqOptions]) -> GptqOptions:
     """What is the same for all modules."""
-    found: dict[tuple[Any, ...], tuple[str, GptqOptions]] = {}
+    first: dict[tuple[Any, ...], tuple[str, GptqOptions]] = {}
     for module, options in written.items():
-        found.setdefault((options.bits, options.group_size, options.version), (module, options))
-    if len(found) > 1:
-        kinds = [f"{module} has {options}, version {options.version}" for module, options in found.values()]
+        first.setdefault((options.bits, options.group_size, options.version), (module, options))
+    if len(first) > 1:
+        kinds = [f"{module} has {options}, version {options.version}" for module, options in first.values()]
         raise UnsupportedError(
             f"transformers loads GPTQ of one width and group size a model, and here {listed(kinds)}; "
             "write them all anew with --bits, --group-size and --scales fresh"
         )
-    return next((options for _, options in found.values()))
+    return next((options for _, options in first.values()))
 
 
 def _blocks(written: Sequence[str], plain: Sequence[str]) -> dict[str, Any]:
@@ -207,11 +207,11 @@ def _override(body: Mapping[str, Any], module: str) -> Mapping[str, Any] | None:
 
 
 def _meta(body: Mapping[str, Any]) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = value(body, "meta", OBJECT, WHERE, default={})
-    return found
+    meta: Mapping[str, Any] = value(body, "meta", OBJECT, WHERE, default={})
+    return meta
 
 
 def _quantizers(body: Mapping[str, Any]) -> list[str]:
     """Programs that wrote the file, each `name:version`."""
-    found = value(_meta(body), "quantizer", NAME_OR_NAMES, f"{WHERE}.meta", default=[])
-    return [found] if isinstance(found, str) else list(found)
+    names = value(_meta(body), "quantizer", NAME_OR_NAMES, f"{WHERE}.meta", default=[])
+    return [names] if isinstance(names, str) else list(names)

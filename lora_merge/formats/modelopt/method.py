@@ -50,11 +50,11 @@ class ModelOptMethod(QuantMethod[ModelOpt]):
     def from_json_file(cls, content: dict[str, Any]) -> dict[str, Any]:
         body = content.get("quantization")
         body = body if isinstance(body, Mapping) else {}
-        found = {key: body[name] for key, name in NAMES.items() if body.get(name) is not None}
+        section = {key: body[name] for key, name in NAMES.items() if body.get(name) is not None}
         cache = body.get("kv_cache_quant_algo")
-        found |= {"kv_cache_scheme": FP8_KV if cache == "FP8" else cache} if cache else {}
-        found |= {"producer": content["producer"]} if "producer" in content else {}
-        return found | {"quant_method": cls.name}
+        section |= {"kv_cache_scheme": FP8_KV if cache == "FP8" else cache} if cache else {}
+        section |= {"producer": content["producer"]} if "producer" in content else {}
+        return section | {"quant_method": cls.name}
 
     @classmethod
     def to_json_file(cls, section: Mapping[str, Any], old: Mapping[str, Any] | None = None) -> dict[str, Any]:
