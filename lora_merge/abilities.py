@@ -81,6 +81,9 @@ class Abilities:
 
         name: of the format, for errors. Raises UnsupportedError for what this format does not have.
         """
+        if not self.quant_types:
+            state = "kept where a base is in it already" if self.writable else "only read"
+            raise UnsupportedError(f"{name} is {state}, and nothing else is turned into it; choose another --format")
         quant_type = options.quant_type or self._default_type(name, options.bits)
         if quant_type not in self.quant_types:
             known = ", ".join(self.quant_types)
@@ -107,9 +110,6 @@ class Abilities:
             raise UnsupportedError(
                 f"{name} has weights of {_either(self.widths)} bits, not {bits}; choose --bits "
                 f"{_either(self.widths, 'or')}, or another --format"
-                if self.widths
-                else f"{name} is kept where a base is in it already, and nothing else is turned into it; choose "
-                "another --format"
             )
         return found
 

@@ -169,6 +169,7 @@ def test_the_tables_are_keyed_by_the_formats_own_names():
     assert list(METHODS) == list(ABILITIES)
     for name, method in METHODS.items():
         assert {name} == {method.name, *(format.name for format in method.formats)}
+        assert method.abilities().writable == any(format.writable for format in method.formats)
     assert Plain.name not in METHODS
 
 
