@@ -62,7 +62,7 @@ class QuantMethod(Generic[F]):
     aliases: ClassVar[tuple[str, ...]] = ()
     """Other values of `quant_method` that mean the same."""
     formats: ClassVar[tuple[type[CodedFormat], ...]]
-    """Layouts under this name. New weights are written in the first; the others are read, and kept if writable."""
+    """Layouts under this name, the usual one first: new weights have its names and, where it says so, are stacks."""
     loader: ClassVar[Loader | None] = None
     """None where transformers loads no checkpoints of this format, or quantizes what the tensors say."""
     json_file: ClassVar[str | None] = None

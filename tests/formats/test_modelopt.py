@@ -321,7 +321,7 @@ def test_what_is_asked_for():
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_own_file_and_config_say_the_same(name):
+def test_the_file_beside_config_says_the_same(name):
     config, own, modules = checkpoint(name)
     body = config["quantization_config"]
     assert ModelOptMethod.from_json_file(own) == {key: value for key, value in body.items() if key != "config_groups"}
