@@ -29,7 +29,8 @@ AWQ = ("--adapter-base", "same")
 
 
 def merge(base: Path, adapter: Path | None, out: Path, *words: str) -> Measured:
-    command = [sys.executable, "-m", "lora_merge", base, *([adapter] if adapter else []), out, *words]
+    adapters = [adapter] if adapter else []
+    command: list[str | Path] = [sys.executable, "-m", "lora_merge", base, *adapters, out, *words]
     return measure([*command, "--min-survival", "0"], out)
 
 

@@ -132,10 +132,10 @@ def _peft(home: Path) -> Iterator[Merge]:
 
 def _families(home: Path) -> Iterator[Merge]:
     """Every family of transformers that can be had tiny."""
-    import families
     import opened
+    import tiny_families
 
-    for _, model_type, name in families.families():
+    for _, model_type, name in tiny_families.families():
         base = home / "families" / model_type
         try:
             opened.saved(base / "base", model_type, name)
@@ -157,13 +157,21 @@ def _options(home: Path) -> Iterator[Merge]:
     lora_merge.merge(home / base, [], home / "tiny/int4", bits=4)
     lora_merge.merge(home / base, [], home / "tiny/awq", format="awq")
     for rounding, scales in STRATEGIES:
-        words = {"bits": 4, "rounding": rounding, "scales": scales, "seed": 3, "min_survival": 0.0, "weight": 0.5}
+        words: dict[str, Any] = {
+            "bits": 4,
+            "rounding": rounding,
+            "scales": scales,
+            "seed": 3,
+            "min_survival": 0.0,
+            "weight": 0.5,
+        }
         yield Merge(f"tiny/{rounding}/{scales}", "tiny/int4", one, words)
-    for name, words in {
+    others: dict[str, dict[str, Any]] = {
         "keep": {"bits": 4, "keep": ["down_proj", r"layers\.1\."]}, "weights": {"weight": [0.7, -0.2]},
         "alpha": {"alpha": 4.0}, "shards": {"max_shard_size": "3MB"}, "nf4": {"trained_on": "nf4", "bits": 4},
         "int8": {"trained_on": "int8"}, "groups": {"bits": 4, "group_size": 32},
-    }.items():  # fmt: skip
+    }  # fmt: skip
+    for name, words in others.items():
         yield Merge(f"tiny/{name}", base, one * (2 if name == "weights" else 1), words)
     yield Merge("tiny/awq/original", "tiny/awq", one, {"adapter_base": "tiny/base"})
     for stop in (0.1, 0.5, 0.9):
@@ -181,7 +189,7 @@ def _adapters(base: Path, home: Path) -> list[str]:
             lora_merge.merge(base, [], Path(room) / "plain", format="plain", dtype="float32")
         except LoraMergeError:
             return []
-        factors = {}
+        factors: dict[str, torch.Tensor] = {}
         generator = torch.Generator().manual_seed(5)
         for file in sorted((Path(room) / "plain").glob("*.safetensors")):
             with safe_open(file, "pt") as tensors:

@@ -26,8 +26,8 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "oracles"))
 
-import families
 import opened
+import tiny_families
 
 import lora_merge
 from lora_merge.errors import LoraMergeError
@@ -43,7 +43,7 @@ def main() -> None:
     words = parser.parse_args()
     quiet()
     seen: Counter[str] = Counter()
-    for kind, model_type, name in families.families():
+    for kind, model_type, name in tiny_families.families():
         if words.families and model_type not in words.families:
             continue
         with tempfile.TemporaryDirectory() as folder:

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 import lora_merge
 from lora_merge.errors import UnsupportedError
 
-PLAIN = {"format": "plain", "dtype": "float32"}
+PLAIN: dict[str, Any] = {"format": "plain", "dtype": "float32"}
 EVERY = 341
 """Windows of eval.bin."""
 DRAWS = {"stochastic", "dither"}

@@ -1,8 +1,8 @@
 """Put values of every wrong type and size at every key that is read of a config, and see how each run ends.
 
-Every case of `tests/support/wrong_types.py`, or so many of each subject: none may end in anything but success or an
-error of lora_merge, within 5 s and 1 GB. Tells the count, the worst time and memory, and every fault; exits with 1 if
-there is one.
+Every case of `tests/support/wrong_type_cases.py`, or so many of each subject: none may end in anything but success or
+an error of lora_merge, within 5 s and 1 GB. Tells the count, the worst time and memory, and every fault; exits with 1
+if there is one.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "oracles"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
 import transformers
+import wrong_type_cases as wt
 import wrong_type_subjects as subjects
-import wrong_types as wt
 
 
 def main() -> int:

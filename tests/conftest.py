@@ -2,7 +2,10 @@
 
 import os
 import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 
@@ -19,7 +22,7 @@ def tiny_llama() -> Path:
 
 
 @pytest.fixture
-def one_thread():
+def one_thread() -> Iterator[None]:
     """torch computes on one thread, so that the last bit does not depend on the machine."""
     import torch
 
@@ -30,9 +33,13 @@ def one_thread():
 
 
 @pytest.fixture
-def hears_signals():
+def hears_signals() -> Iterator[None]:
     """Also where the tests run under nohup or in the background of a shell, whose children ignore some of them."""
-    heard = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    heard: dict[signal.Signals, signal.Handlers | Callable[[int, FrameType | None], Any]] = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
     before = {number: signal.signal(number, handler) for number, handler in heard.items()}
     yield
     for number, handler in before.items():

@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import small
@@ -13,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lora_merge
+from lora_merge.checkpoint.opening import Checkpoint
 from lora_merge.errors import (
     AdapterError,
     MemoryLimitError,
@@ -23,23 +26,25 @@ from lora_merge.errors import (
     VerificationError,
 )
 
+Job = tuple[Path, dict[str, torch.Tensor], dict[str, torch.Tensor]]
+
 
 @pytest.fixture
-def job(tmp_path):
+def job(tmp_path: Path) -> Job:
     base = small.write_base(tmp_path / "base")
     adapter = small.write_adapter(tmp_path / "adapter", base)
     return tmp_path, base, adapter
 
 
-def contents(folder):
+def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def tensors(folder):
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
 
 
-def close(ours, wanted):
+def close(ours: torch.Tensor, wanted: torch.Tensor) -> None:
     """At most 0.1 % of the elements differ, each by one step of their dtype or the float32 noise of the sum."""
     differs = ours != wanted
     assert differs.float().mean() <= 1e-3
@@ -50,7 +55,7 @@ def close(ours, wanted):
     assert ((steps <= 1) | noise).all()
 
 
-def test_a_merge_gives_the_sum_rounded_once_and_leaves_the_rest_alone(job):
+def test_a_merge_gives_the_sum_rounded_once_and_leaves_the_rest_alone(job: Job) -> None:
     path, base, adapter = job
     result = lora_merge.merge(path / "base", path / "adapter", path / "out")
     got, wanted = tensors(path / "out"), small.merged(base, adapter)
@@ -70,7 +75,7 @@ def test_a_merge_gives_the_sum_rounded_once_and_leaves_the_rest_alone(job):
     assert not list(path.glob(".*partial*"))
 
 
-def test_what_was_measured_is_what_happened(job):
+def test_what_was_measured_is_what_happened(job: Job) -> None:
     path, base, _adapter = job
     result = lora_merge.merge(path / "base", path / "adapter", path / "out")
     got = tensors(path / "out")
@@ -92,7 +97,7 @@ def test_what_was_measured_is_what_happened(job):
     ],
     ids=str,
 )
-def test_the_same_bytes_whatever_the_machine(job, words):
+def test_the_same_bytes_whatever_the_machine(job: Job, words: dict[str, Any]) -> None:
     path = job[0]
     lora_merge.merge(path / "base", path / "adapter", path / "one", threads=2)
     if words.get("max_memory") == "least":
@@ -102,11 +107,11 @@ def test_the_same_bytes_whatever_the_machine(job, words):
 
 
 @pytest.mark.parametrize(("threads", "after"), [(1, 1), (1, 2), (2, 1)])
-def test_a_resume_in_the_middle_gives_the_same_bytes(job, threads, after):
+def test_a_resume_in_the_middle_gives_the_same_bytes(job: Job, threads: int, after: int) -> None:
     path = job[0]
     lora_merge.merge(path / "base", path / "adapter", path / "calm")
 
-    def stop(name, nbytes, total):
+    def stop(name: str, nbytes: int, total: int) -> None:
         if len(list(path.glob(".out.partial/files/*.safetensors"))) >= after:
             raise KeyboardInterrupt
 
@@ -120,10 +125,10 @@ def test_a_resume_in_the_middle_gives_the_same_bytes(job, threads, after):
     assert contents(path / "out") == contents(path / "calm")
 
 
-def test_a_stage_of_another_job_is_not_resumed(job):
+def test_a_stage_of_another_job_is_not_resumed(job: Job) -> None:
     path = job[0]
 
-    def stop(name, nbytes, total):
+    def stop(name: str, nbytes: int, total: int) -> None:
         if list(path.glob(".out.partial/files/*.safetensors")):
             raise KeyboardInterrupt
 
@@ -136,7 +141,7 @@ def test_a_stage_of_another_job_is_not_resumed(job):
     assert contents(path / "out") == contents(path / "calm")
 
 
-def test_blocks_of_any_number_of_tiles_give_the_same_bytes(job, monkeypatch):
+def test_blocks_of_any_number_of_tiles_give_the_same_bytes(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     from lora_merge.execution import memory as machine
 
     path = job[0]
@@ -148,14 +153,14 @@ def test_blocks_of_any_number_of_tiles_give_the_same_bytes(job, monkeypatch):
     assert all(other == seen[0] for other in seen[1:])
 
 
-def test_less_memory_than_the_least_is_refused_before_anything_is_written(job):
+def test_less_memory_than_the_least_is_refused_before_anything_is_written(job: Job) -> None:
     path = job[0]
     with pytest.raises(MemoryLimitError, match="needs at least"):
         lora_merge.merge(path / "base", path / "adapter", path / "out", max_memory="50MB")
     assert not (path / "out").exists() and not list(path.glob(".*partial*"))
 
 
-def test_a_plan_writes_nothing_and_tells_sizes(job):
+def test_a_plan_writes_nothing_and_tells_sizes(job: Job) -> None:
     path = job[0]
     plan = lora_merge.plan(path / "base", path / "adapter", path / "out")
     assert sorted(os.listdir(path)) == ["adapter", "base"]
@@ -167,7 +172,7 @@ def test_a_plan_writes_nothing_and_tells_sizes(job):
     assert plan.disk == written
 
 
-def test_two_adapters_add_in_float32_and_round_once(job):
+def test_two_adapters_add_in_float32_and_round_once(job: Job) -> None:
     path, base, first = job
     second = small.write_adapter(path / "second", base, seed=11)
     lora_merge.merge(path / "base", [path / "adapter", path / "second"], path / "out", weight=[0.7, 0.3])
@@ -180,7 +185,7 @@ def test_two_adapters_add_in_float32_and_round_once(job):
     close(got[name], (base[name].float() + delta).to(base[name].dtype))
 
 
-def test_no_adapter_is_a_conversion(job):
+def test_no_adapter_is_a_conversion(job: Job) -> None:
     path, base, _ = job
     lora_merge.merge(path / "base", [], path / "out", dtype="float16")
     assert {name: value.dtype for name, value in tensors(path / "out").items()} == dict.fromkeys(base, torch.float16)
@@ -190,7 +195,7 @@ def test_no_adapter_is_a_conversion(job):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-def test_plain_dtypes_in_and_out(tmp_path, dtype):
+def test_plain_dtypes_in_and_out(tmp_path: Path, dtype: torch.dtype) -> None:
     base = small.write_base(tmp_path / "base", shards=1, dtype=dtype, layers=1)
     adapter = small.write_adapter(tmp_path / "adapter", base)
     lora_merge.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
@@ -204,7 +209,7 @@ def test_plain_dtypes_in_and_out(tmp_path, dtype):
         close(got[name], wanted.to(dtype))
 
 
-def test_overflow_of_float16_names_the_tensor(tmp_path):
+def test_overflow_of_float16_names_the_tensor(tmp_path: Path) -> None:
     base = small.write_base(tmp_path / "base", shards=1, dtype=torch.float16, layers=1)
     base["model.layers.0.down_proj.weight"][3] = 65000
     save_file(base, tmp_path / "base/model.safetensors")
@@ -217,7 +222,7 @@ def test_overflow_of_float16_names_the_tensor(tmp_path):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("where", ["base", "adapter"])
-def test_values_that_are_not_finite_are_found(tmp_path, value, where):
+def test_values_that_are_not_finite_are_found(tmp_path: Path, value: float, where: str) -> None:
     base = small.write_base(tmp_path / "base", shards=1, layers=1)
     adapter = small.write_adapter(tmp_path / "adapter", base)
     if where == "base":
@@ -230,7 +235,7 @@ def test_values_that_are_not_finite_are_found(tmp_path, value, where):
         lora_merge.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
 
 
-def test_float8_that_nobody_touches_passes_as_bytes(tmp_path):
+def test_float8_that_nobody_touches_passes_as_bytes(tmp_path: Path) -> None:
     base = small.write_base(tmp_path / "base", shards=1, layers=1)
     adapter = small.write_adapter(tmp_path / "adapter", base)
     base["extra.weight"] = torch.randn(16, 16).to(torch.float8_e4m3fn)
@@ -248,7 +253,7 @@ def test_float8_that_nobody_touches_passes_as_bytes(tmp_path):
 
 
 @pytest.mark.parametrize("stray", ["all", "one"])
-def test_an_adapter_that_does_not_fit_is_refused_and_named(job, stray):
+def test_an_adapter_that_does_not_fit_is_refused_and_named(job: Job, stray: str) -> None:
     path, _base, adapter = job
     moved = {}
     for name, value in adapter.items():
@@ -262,7 +267,7 @@ def test_an_adapter_that_does_not_fit_is_refused_and_named(job, stray):
     assert sorted(os.listdir(path)) == ["adapter", "base"]
 
 
-def test_a_tensor_may_be_left_unused_on_purpose(job):
+def test_a_tensor_may_be_left_unused_on_purpose(job: Job) -> None:
     path, base, adapter = job
     extra = {"base_model.model.model.layers.7.up_proj.lora_A.weight": torch.randn(small.RANK, small.NARROW)}
     extra["base_model.model.model.layers.7.up_proj.lora_B.weight"] = torch.randn(small.WIDE, small.RANK)
@@ -273,7 +278,7 @@ def test_a_tensor_may_be_left_unused_on_purpose(job):
     assert sorted(tensors(path / "out")) == sorted(base)
 
 
-def test_max_shard_size_cuts_and_names_shards(job):
+def test_max_shard_size_cuts_and_names_shards(job: Job) -> None:
     path, base, _ = job
     lora_merge.merge(path / "base", path / "adapter", path / "out", max_shard_size="4MB")
     files = sorted(file.name for file in (path / "out").glob("*.safetensors"))
@@ -281,7 +286,7 @@ def test_max_shard_size_cuts_and_names_shards(job):
     assert sorted(tensors(path / "out")) == sorted(base)
 
 
-def test_verify_proves_and_disproves(job):
+def test_verify_proves_and_disproves(job: Job) -> None:
     path = job[0]
     lora_merge.merge(path / "base", path / "adapter", path / "out", verify=True)
     lora_merge.verify(path / "out")
@@ -297,7 +302,7 @@ def test_verify_proves_and_disproves(job):
         lora_merge.verify(path / "out")
 
 
-def test_verify_asks_for_the_adapters_of_the_merge(job, monkeypatch):
+def test_verify_asks_for_the_adapters_of_the_merge(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     path, base, _ = job
     small.write_adapter(path / "other", base, seed=12)
     both = [path / "adapter", path / "other"]
@@ -306,7 +311,8 @@ def test_verify_asks_for_the_adapters_of_the_merge(job, monkeypatch):
     assert lora_merge.verify(path / "two", base=path / "base", adapters=both).recomputed
     assert lora_merge.verify(path / "none", base=path / "base").recomputed
     monkeypatch.setattr("lora_merge.api.verify_output", lambda *words: pytest.fail("everything was read first"))
-    for adapters in ([], path / "adapter", [*both, path / "other"]):
+    wrong: list[Any] = [[], path / "adapter", [*both, path / "other"]]
+    for adapters in wrong:
         with pytest.raises(UsageError, match=r"merged with 2 adapters, .* --adapter, in this order: adapter, other"):
             lora_merge.verify(path / "two", base=path / "base", adapters=adapters)
     with pytest.raises(UsageError, match="merged with 0 adapters, and 1 are given; leave --adapter out"):
@@ -315,7 +321,7 @@ def test_verify_asks_for_the_adapters_of_the_merge(job, monkeypatch):
         lora_merge.verify(path / "two", adapters=both)
 
 
-def test_an_output_that_exists_is_kept_unless_told_otherwise(job):
+def test_an_output_that_exists_is_kept_unless_told_otherwise(job: Job) -> None:
     path = job[0]
     lora_merge.merge(path / "base", path / "adapter", path / "out")
     before = contents(path / "out")
@@ -325,17 +331,17 @@ def test_an_output_that_exists_is_kept_unless_told_otherwise(job):
     assert contents(path / "out") == before
 
 
-def test_words_that_are_none_are_usage_errors(job):
+def test_words_that_are_none_are_usage_errors(job: Job) -> None:
     path = job[0]
     with pytest.raises(UsageError, match="colour"):
-        lora_merge.merge(path / "base", path / "adapter", path / "out", colour="red")
+        lora_merge.merge(path / "base", path / "adapter", path / "out", colour="red")  # type: ignore[call-arg]
     with pytest.raises(UsageError, match="2 given for 1"):
         lora_merge.merge(path / "base", path / "adapter", path / "out", weight=[1, 2])
     with pytest.raises(UsageError, match="not a size"):
         lora_merge.merge(path / "base", path / "adapter", path / "out", max_memory="lots")
 
 
-def test_progress_adds_up_and_nothing_is_printed(job, capfd):
+def test_progress_adds_up_and_nothing_is_printed(job: Job, capfd: pytest.CaptureFixture[str]) -> None:
     path = job[0]
     seen = []
     result = lora_merge.merge(
@@ -345,14 +351,14 @@ def test_progress_adds_up_and_nothing_is_printed(job, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_inspect_tells_what_is_there(job):
+def test_inspect_tells_what_is_there(job: Job) -> None:
     path = job[0]
     found = lora_merge.inspect(path / "base")
     assert (found.role, found.kind, len(found.tensors)) == ("checkpoint", "plain", 8)
     assert lora_merge.inspect(path / "adapter").kind == "LORA"
 
 
-def test_public_names_are_all_there():
+def test_public_names_are_all_there() -> None:
     code = (
         "import lora_merge as m, sys; assert 'torch' not in sys.modules; "
         "print(all(getattr(m, name) for name in m.__all__), callable(m.plan), callable(m.verify))"
@@ -360,7 +366,7 @@ def test_public_names_are_all_there():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "True True True\n"
 
 
-def test_a_resume_of_what_is_finished_finds_it_finished(job):
+def test_a_resume_of_what_is_finished_finds_it_finished(job: Job) -> None:
     path = job[0]
     lora_merge.merge(path / "base", path / "adapter", path / "out")
     before = contents(path / "out")
@@ -373,7 +379,7 @@ def test_a_resume_of_what_is_finished_finds_it_finished(job):
         lora_merge.merge(path / "base", path / "adapter", path / "out", resume=True)
 
 
-def test_a_loralib_file_beside_the_output(job):
+def test_a_loralib_file_beside_the_output(job: Job) -> None:
     path, base, _ = job
     name = "model.layers.1.up_proj"
     factors = {f"{name}.lora_a": torch.randn(4, small.NARROW), f"{name}.lora_b": torch.randn(small.WIDE, 4) * 0.02}
@@ -386,7 +392,7 @@ def test_a_loralib_file_beside_the_output(job):
     close(tensors(path / "out")[f"{name}.weight"], (base[f"{name}.weight"].float() + delta).to(torch.bfloat16))
 
 
-def test_saved_counters_that_are_no_floats_are_replaced(tmp_path):
+def test_saved_counters_that_are_no_floats_are_replaced(tmp_path: Path) -> None:
     base = small.write_base(tmp_path / "base", shards=1, layers=1)
     save_file(base | {"norm.num_batches_tracked": torch.tensor(3)}, tmp_path / "base/model.safetensors")
     saved = {"base_model.model.norm.num_batches_tracked": torch.tensor(11)}
@@ -395,28 +401,29 @@ def test_saved_counters_that_are_no_floats_are_replaced(tmp_path):
     assert load_file(tmp_path / "out/model.safetensors")["norm.num_batches_tracked"].item() == 11
 
 
-def test_factors_that_several_weights_share_are_read_once_and_let_go(monkeypatch):
+def test_factors_that_several_weights_share_are_read_once_and_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     from lora_merge.execution.factors import FactorReader
     from lora_merge.execution.tiles import CACHED
 
     class Counted:
         loads = 0
 
-        def load(self, name):
+        def load(self, name: str) -> torch.Tensor:
             Counted.loads += 1
             return torch.ones(2)
 
-    reader = FactorReader(Counted(), torch.device("cpu"), {"shared": 3, "alone": 1})
+    checkpoint = cast(Checkpoint, Counted())
+    reader = FactorReader(checkpoint, torch.device("cpu"), {"shared": 3, "alone": 1})
     for name in ("shared", "alone", "shared", "shared"):
         assert reader(name).sum() == 2
     assert Counted.loads == 2 and not reader.cached
-    many = FactorReader(Counted(), torch.device("cpu"), {str(n): 2 for n in range(20)})
+    many = FactorReader(checkpoint, torch.device("cpu"), {str(n): 2 for n in range(20)})
     for n in range(20):
         many(str(n))
     assert len(many.cached) == CACHED
 
 
-def test_half_a_new_vocabulary_is_refused(job):
+def test_half_a_new_vocabulary_is_refused(job: Job) -> None:
     path = job[0]
     name = "base_model.model.model.embed_tokens.weight"
     small.save_adapter(path / "half", {name: torch.randn(310, small.NARROW)})
@@ -431,7 +438,7 @@ def test_half_a_new_vocabulary_is_refused(job):
     assert json.loads((path / "out/config.json").read_bytes())["vocab_size"] == 310
 
 
-def test_sixteen_bits_of_a_wider_base_need_a_dtype(tmp_path):
+def test_sixteen_bits_of_a_wider_base_need_a_dtype(tmp_path: Path) -> None:
     base = small.write_base(tmp_path / "base", shards=1, dtype=torch.float32, layers=1)
     small.write_adapter(tmp_path / "adapter", base)
     with pytest.raises(UsageError, match="--dtype bfloat16 or --dtype float16"):
@@ -439,12 +446,12 @@ def test_sixteen_bits_of_a_wider_base_need_a_dtype(tmp_path):
     with pytest.raises(UsageError, match="exclude each other"):
         lora_merge.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", bits=16, dtype="float32")
     with pytest.raises(UsageError, match="not one of 2, 3, 4"):
-        lora_merge.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", bits=9)
+        lora_merge.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", bits=9)  # type: ignore[arg-type]
     lora_merge.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", bits=16, dtype="float16")
     assert tensors(tmp_path / "out")["lm_head.weight"].dtype == torch.float16
 
 
-def test_a_classifier_with_other_labels_is_no_vocabulary(job):
+def test_a_classifier_with_other_labels_is_no_vocabulary(job: Job) -> None:
     path, base, _ = job
     shutil.rmtree(path / "base")
     small.write_base(path / "base", shards=1)
@@ -458,7 +465,7 @@ def test_a_classifier_with_other_labels_is_no_vocabulary(job):
     assert any("labels" in note for note in result.notes)
 
 
-def test_the_record_names_adapters_by_their_digest(job):
+def test_the_record_names_adapters_by_their_digest(job: Job) -> None:
     path = job[0]
     lora_merge.merge(path / "base", path / "adapter", path / "out")
     inputs = json.loads((path / "out/lora_merge.json").read_bytes())["inputs"]

@@ -23,18 +23,18 @@ from lora_merge.results import MergedWeight, MergeResult
 
 
 @pytest.fixture
-def job(tmp_path, monkeypatch):
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     base = small.write_base(tmp_path / "base")
     small.write_adapter(tmp_path / "adapter", base)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def last_line(text):
+def last_line(text: str) -> str:
     return text.strip().splitlines()[-1]
 
 
-def test_the_plain_merge(job, capsys):
+def test_the_plain_merge(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["base", "adapter", "out"]) == 0
     said = capsys.readouterr()
     assert "4 tensors merged, 4 copied" in said.out and "written to out" in said.out
@@ -42,7 +42,7 @@ def test_the_plain_merge(job, capsys):
     assert said.err == ""  # no bar where stderr is no terminal
 
 
-def test_json_is_one_object_on_stdout_and_nothing_else(job, capsys):
+def test_json_is_one_object_on_stdout_and_nothing_else(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["base", "adapter", "out"], ["base", "adapter", "two", "--dry-run"]):
         assert cli.run([*words, "--json"]) == 0
         said = capsys.readouterr()
@@ -53,23 +53,23 @@ def test_json_is_one_object_on_stdout_and_nothing_else(job, capsys):
         assert json.loads(capsys.readouterr().out)
 
 
-def test_quiet_says_nothing(job, capsys):
+def test_quiet_says_nothing(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["base", "adapter", "out", "-q"]) == 0
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_dry_run_shows_and_writes_nothing(job, capsys):
+def test_a_dry_run_shows_and_writes_nothing(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["base", "adapter", "out", "--dry-run", "-v"]) == 0
     out = capsys.readouterr().out
     assert "model.layers.1.down_proj.weight" in out and "BF16" in out and "nothing was written" in out
     assert sorted(os.listdir(job)) == ["adapter", "base"]
 
 
-def test_every_word_reaches_the_request(job, monkeypatch):
+def test_every_word_reaches_the_request(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Asked(Exception):
         pass
 
-    def asked(request):
+    def asked(request: Request) -> None:
         raise Asked(request)
 
     monkeypatch.setattr(api, "plan_request", asked)
@@ -90,7 +90,7 @@ def test_every_word_reaches_the_request(job, monkeypatch):
     assert found.value.args[0] == Request(Recipe(Path("base"), (Path("adapter"),)), Path("out"))
 
 
-def test_the_help_shows_every_option_once_under_its_heading(capsys):
+def test_the_help_shows_every_option_once_under_its_heading(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
     heads = [line[:-1] for line in lines if line.endswith(":") and not line.startswith(" ")]
@@ -101,7 +101,9 @@ def test_the_help_shows_every_option_once_under_its_heading(capsys):
     assert sorted(shown) == sorted([*(option.opts[-1] for option in options), "--help"])
 
 
-def test_a_dry_run_to_four_bits_shows_from_to_and_what_stays_plain(job, capsys):
+def test_a_dry_run_to_four_bits_shows_from_to_and_what_stays_plain(
+    job: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.run(["base", "adapter", "out", "--bits", "4", "--dry-run"]) == 0
     lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
     shown = {words[0]: " ".join(words[1].split()) for words in lines if len(words) == 2}
@@ -116,14 +118,16 @@ def test_a_dry_run_to_four_bits_shows_from_to_and_what_stays_plain(job, capsys):
     assert "4 tensors to convert, 4 to copy" in said and said.count("conversion\n") == 2
 
 
-def test_weights_of_a_family_that_go_different_ways_are_told_apart(job, capsys):
+def test_weights_of_a_family_that_go_different_ways_are_told_apart(
+    job: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.run(["base", "adapter", "out", "--bits", "4", "--keep", "1.up_proj", "--dry-run"]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "model.layers.0.up_proj.weight [1536, 1024] BF16 pack-quantized int4 group 128 lora" in lines
     assert "model.layers.1.up_proj.weight [1536, 1024] BF16 BF16 lora" in lines
 
 
-def test_a_result_in_codes_shows_what_is_kept(job, capsys):
+def test_a_result_in_codes_shows_what_is_kept(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["base", "adapter", "out", "--bits", "4"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[-7:] == ["rounding", "scales", "survival", "least", "raw", "projection", "noise"]
@@ -137,14 +141,14 @@ def test_a_result_in_codes_shows_what_is_kept(job, capsys):
     assert all(weight["survival"] > 0.3 and weight["scales"] in ("kept", "fresh") for weight in body["weights"])
 
 
-def test_notes_that_say_the_same_of_several_layers_are_one_line(capsys):
+def test_notes_that_say_the_same_of_several_layers_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     notes = ("a.0.b stays plain: odd", "a.1.b stays plain: odd", "a.0.c stays plain: odd", "torn\x1b")
     show_result(MergeResult(Path("out"), "", (), 0, 1, (), 0, 1.0, "cpu", notes), as_json=False)
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
     assert said == ["note: a.*.b stays plain: odd (x2)", "note: a.0.c stays plain: odd", "note: torn\\x1b"]
 
 
-def test_one_lost_weight_shows_in_its_family(capsys):
+def test_one_lost_weight_shows_in_its_family(capsys: pytest.CaptureFixture[str]) -> None:
     weights = [
         MergedWeight(
             f"a.{n}.w", ("lora",), (0,), "int4", (8, 8), 0.1, 0.2, (), rounding, "kept", survival, 0.5, 1.0, 2.0, 3.0
@@ -156,7 +160,7 @@ def test_one_lost_weight_shows_in_its_family(capsys):
     assert " ".join(row.split()) == "a.*.w x3 lora 10.00 % 20.0 % stochastic 2, nearest 1 kept 0.60 0.00 0.50 1.00 2.00"
 
 
-def test_a_lost_adapter_exits_5_and_says_what_keeps_it(job, capsys):
+def test_a_lost_adapter_exits_5_and_says_what_keeps_it(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["base", "int4", "--bits", "4"]) == 0
     said = capsys.readouterr().out
     assert "4 tensors converted, 4 copied" in said and "survival" not in said
@@ -190,14 +194,16 @@ def test_a_lost_adapter_exits_5_and_says_what_keeps_it(job, capsys):
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else None,
 )
-def test_exit_codes_and_last_lines(job, capsys, words, code, says):
+def test_exit_codes_and_last_lines(
+    job: Path, capsys: pytest.CaptureFixture[str], words: list[str], code: int, says: str
+) -> None:
     got = cli.run(words)
     err = capsys.readouterr().err
     assert (got, says in err, "Traceback" in err) == (code, True, False), err
     assert sorted(os.listdir(job)) == ["adapter", "base"]
 
 
-def test_an_adapter_for_another_model_exits_4(job, capsys):
+def test_an_adapter_for_another_model_exits_4(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = {
         "base_model.model.a.b.lora_A.weight": torch.ones(8, 4),
         "base_model.model.a.b.lora_B.weight": torch.ones(4, 8),
@@ -207,14 +213,14 @@ def test_an_adapter_for_another_model_exits_4(job, capsys):
     assert "a.b.weight" in last_line(capsys.readouterr().err)
 
 
-def test_an_existing_output_exits_7_and_overwrite_replaces_it(job, capsys):
+def test_an_existing_output_exits_7_and_overwrite_replaces_it(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["base", "adapter", "out", "-q"]) == 0
     assert cli.run(["base", "adapter", "out", "-q"]) == 7
     assert "--overwrite" in last_line(capsys.readouterr().err)
     assert cli.run(["base", "adapter", "out", "-q", "--overwrite"]) == 0
 
 
-def test_control_characters_of_a_file_do_not_reach_the_terminal(job, capsys):
+def test_control_characters_of_a_file_do_not_reach_the_terminal(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     key = "base_model.model.\x1b[31mred\n.lora_{}.weight"
     small.save_adapter(job / "evil", {key.format("A"): torch.ones(8, 4), key.format("B"): torch.ones(4, 8)})
     assert cli.run(["base", "evil", "out"]) == 4
@@ -224,7 +230,7 @@ def test_control_characters_of_a_file_do_not_reach_the_terminal(job, capsys):
 
 @pytest.mark.parametrize("words", [["-v"], ["--json"], []], ids=str)
 @pytest.mark.parametrize("coding", ["ascii", "latin-1", "utf-8"])
-def test_names_that_stdout_cannot_write(tmp_path, words, coding):
+def test_names_that_stdout_cannot_write(tmp_path: Path, words: list[str], coding: str) -> None:
     name = "\u043c\u043e\u0434\u0435\u043b\u044c.\xe9.\U0001f600.weight"
     save_file({name: torch.ones(1)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"model_type": "\\u0436"}')
@@ -239,12 +245,12 @@ def test_names_that_stdout_cannot_write(tmp_path, words, coding):
         assert name.encode(coding, "backslashreplace").decode(coding) in said
 
 
-def test_a_folder_called_like_a_command(job, capsys):
+def test_a_folder_called_like_a_command(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     os.rename(job / "base", job / "verify")
     assert cli.run(["./verify", "adapter", "out"]) == 0
 
 
-def test_a_nan_exits_5(job, capsys):
+def test_a_nan_exits_5(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = small.write_base(job / "bad", shards=1)
     base["model.layers.0.up_proj.weight"][0, 0] = float("nan")
     save_file(base, job / "bad/model.safetensors")
@@ -253,19 +259,21 @@ def test_a_nan_exits_5(job, capsys):
 
 
 @pytest.mark.parametrize(("text", "wanted"), [("2GB", 2 * 10**9), ("1.5MiB", 1572864), ("7", 7), ("3 kb", 3000)])
-def test_sizes(text, wanted):
+def test_sizes(text: str, wanted: int) -> None:
     assert parse_size(text) == wanted
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "1XB", "1e9"])
-def test_what_is_no_size(text):
+def test_what_is_no_size(text: str) -> None:
     with pytest.raises(UsageError, match="not a size"):
         parse_size(text)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.usefixtures("hears_signals")
-def test_a_signal_leaves_a_stage_that_resumes_to_the_same_bytes(tmp_path, number, code):
+def test_a_signal_leaves_a_stage_that_resumes_to_the_same_bytes(
+    tmp_path: Path, number: signal.Signals, code: int
+) -> None:
     base = small.write_base(tmp_path / "base", shards=8, layers=32)
     small.write_adapter(tmp_path / "adapter", base)
     command = [sys.executable, "-m", "lora_merge", "base", "adapter"]

@@ -69,7 +69,9 @@ def statements(nodes: list[ast.stmt], everywhere: bool) -> Iterator[ast.Import |
         if isinstance(node, ast.Import | ast.ImportFrom):
             yield node
         elif everywhere:
-            yield from statements([child for child in ast.walk(node) if is_import(child)], True)
+            yield from statements(
+                [child for child in ast.walk(node) if isinstance(child, ast.stmt) and is_import(child)], True
+            )
         elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             yield from statements(node.orelse, False)
         elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):

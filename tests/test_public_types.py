@@ -15,15 +15,15 @@ import torch
 from mypy import api as mypy
 
 import lora_merge
-from lora_merge import public, request
+from lora_merge import abilities, public, request
 from lora_merge.dtypes import MODEL_DTYPES
 from lora_merge.request import Recipe, RunOptions
 
 FUNCTIONS = [getattr(lora_merge, name) for name in ("inspect", "merge", "plan", "verify")]
 CLASSES = [getattr(lora_merge, name) for name in lora_merge.__all__ if name[0].isupper()]
 WORDS = {
-    "bits": (request.Bits, request.WIDTHS), "dtype": (request.DtypeName, tuple(MODEL_DTYPES)),
-    "format": (request.FormatName, request.FORMATS), "quant_type": (request.QuantType, request.QUANT_TYPES),
+    "bits": (request.Bits, abilities.WIDTHS), "dtype": (request.DtypeName, tuple(MODEL_DTYPES)),
+    "format": (request.FormatName, abilities.FORMATS), "quant_type": (request.QuantType, abilities.QUANT_TYPES),
     "rounding": (request.Rounding, request.ROUNDINGS), "scales": (request.Scales, request.SCALES),
     "trained_on": (request.TrainedOn, request.TRAINED_ON),
 }  # fmt: skip
@@ -72,7 +72,7 @@ def test_every_keyword_has_a_type_and_a_line_of_meaning(function: Callable[..., 
     assert not {parameter.kind for parameter in signature.parameters.values()} & {
         inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL,
     }  # fmt: skip
-    lines = pydoc.render_doc(function, renderer=pydoc.plaintext)
+    lines = pydoc.render_doc(function, renderer=pydoc.plaintext)  # type: ignore[attr-defined]  # made at run time
     for name in signature.parameters:
         assert f"    {name}: " in lines, name
 

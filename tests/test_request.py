@@ -1,6 +1,7 @@
 """Every number and every word of a request is looked at before anything is opened."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,18 @@ from lora_merge.request import DEFAULTS, Request
 
 REAL = ("weight", "alpha", "min_survival")
 WHOLE = ("bits", "group_size", "seed", "threads", "max_memory", "max_shard_size")
-NO_NUMBERS = (float("nan"), float("inf"), -float("inf"), 10**400, True, "much", [], {}, Ellipsis, 2j)
+NO_NUMBERS: tuple[object, ...] = (
+    float("nan"),
+    float("inf"),
+    -float("inf"),
+    10**400,
+    True,
+    "much",
+    [],
+    {},
+    Ellipsis,
+    2j,
+)
 """None of them is a sane value of any number."""
 OUT_OF_RANGE = {
     "weight": (1e300, -1e300, 1e16), "alpha": (1e300, -1e16), "min_survival": (1.5, 1e300),
@@ -61,7 +73,7 @@ def test_the_dtype_may_be_torchs_own(dtype: object) -> None:
     assert request_of("base", "adapter", "out", dtype=dtype).recipe.dtype == "bfloat16"
 
 
-WRONG_WORDS = {
+WRONG_WORDS: dict[str, tuple[object, ...]] = {
     "dtype": (torch.int8, 7, "bf16", Ellipsis), "keep": (3, [3], [None], b"x", {"a": 1}.items(), "("),
     "weight": ("1", ["1"], [None], [[1]], {1: 2}.values), "format": (3, "gguf", torch), "double_quant": ("yes", 1),
     "resume": (0, "no"), "device": (0,), "adapter_base": (3, b"x", "a\0b"), "allow_unused": (3, "(", b"x"),
@@ -78,15 +90,15 @@ def test_words_of_the_wrong_kind(name: str, value: object) -> None:
 
 
 @pytest.mark.parametrize("path", [3, None, b"base", "a\0b", ["base"], 1.5], ids=str)
-def test_what_is_no_path(path: object) -> None:
+def test_what_is_no_path(path: Any) -> None:
     for words in ((path, "adapter", "out"), ("base", [path], "out"), ("base", "adapter", [path])):
         with pytest.raises(UsageError):
-            request_of(*words)  # type: ignore[arg-type]
+            request_of(*words)
     for function in (public.inspect, public.verify):
         with pytest.raises(UsageError, match="is not a path"):
-            function(path)  # type: ignore[operator]
+            function(path)
     with pytest.raises(UsageError, match="is not a path"):
-        public.merge("base", "adapter", path if path is not None else 3)  # type: ignore[arg-type]
+        public.merge("base", "adapter", 3 if path is None else path)  # type: ignore[arg-type]
 
 
 def test_none_is_the_default() -> None:

@@ -83,7 +83,7 @@ class Factor:
         if self.expert is not None:
             stack = stack[self.expert : self.expert + 1]
         if self.blocks > 1:
-            stack = torch.block_diag(*stack[0].chunk(self.blocks)).unsqueeze(0)  # type: ignore[no-untyped-call]
+            stack = torch.block_diag(*stack[0].chunk(self.blocks)).unsqueeze(0)
         if self.diagonal is not None:
             stack = stack.float() * read(self.diagonal).float()
         stack = stack.transpose(1, 2) if self.transpose else stack

@@ -146,7 +146,7 @@ def _on_meta(config: Mapping[str, Any], tensors: int) -> Any:
 
     if model_type not in CONFIG_MAPPING:
         raise NoSkeleton(f"transformers {transformers.__version__} has no model type {printable(model_type)}")
-    cls = getattr(transformers, name, None) if name.isidentifier() else None
+    cls: type[Any] | None = getattr(transformers, name, None) if name.isidentifier() else None
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise NoSkeleton(f"transformers {transformers.__version__} has no class {printable(name)}")
     plain.pop("model_type", None)
@@ -155,9 +155,7 @@ def _on_meta(config: Mapping[str, Any], tensors: int) -> Any:
     if not isinstance(parsed, cls.config_class or ()):
         raise NoSkeleton(f"{name} is no class for model type {printable(model_type)}")
     with hushed(), torch.device("meta"), counted(tensors):
-        return cls._from_config(  # type: ignore[no-untyped-call]
-            parsed, attn_implementation="eager", dtype=torch.float32
-        )
+        return cls._from_config(parsed, attn_implementation="eager", dtype=torch.float32)
 
 
 def _describe(model: Any, tensors: Mapping[str, TensorSpec]) -> Skeleton:

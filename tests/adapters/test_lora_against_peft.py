@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -27,6 +27,9 @@ from lora_merge.errors import UnsupportedError
 BF16, F32 = torch.bfloat16, torch.float32
 
 
+M = TypeVar("M", bound=nn.Module)
+
+
 class Block(nn.Module):
     """One of each: linear with and without bias, a square one, Conv1D, embedding, norm."""
 
@@ -41,7 +44,8 @@ class Block(nn.Module):
         self.lm_head = nn.Linear(48, 56, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.lm_head(self.norm(self.embed_tokens(x)))
+        scores: torch.Tensor = self.lm_head(self.norm(self.embed_tokens(x)))
+        return scores
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens
@@ -68,6 +72,8 @@ class Attention(nn.Module):
 class Experts(nn.Module):
     """Fused experts `[E, 2I, H]` and `[E, H, I]`, with a router that is a bare parameter."""
 
+    is_transposed: bool
+
     def __init__(self) -> None:
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.randn(4, 40, 24) * 0.1)
@@ -87,12 +93,12 @@ class Mixture(nn.Module):
         self.experts = Experts()
 
 
-def model(kind: type[nn.Module], dtype: torch.dtype = F32) -> nn.Module:
+def model(kind: type[M], dtype: torch.dtype = F32) -> M:
     torch.manual_seed(5)
     return kind().to(dtype)
 
 
-LINEAR = {
+LINEAR: dict[str, dict[str, Any]] = {
     "plain": {},
     "rslora": {"use_rslora": True},
     "rank_and_alpha_pattern": {

@@ -128,7 +128,7 @@ def test_alpha_is_never_guessed() -> None:
 @pytest.mark.parametrize("field", REFUSED)
 def test_refused_fields(field: str) -> None:
     with pytest.raises(UnsupportedError, match=f"{field} is set: "):
-        settings(**{field: [1, 2]})
+        settings(None, False, **{field: [1, 2]})
 
 
 @pytest.mark.parametrize("init", ["corda", "lora_ga", "loftq", "pissa_niter_16", "PiSSA_niter_2", "tomorrow"])

@@ -1,6 +1,7 @@
 """Fingerprints of what was read: the same for the same bytes, and for no others."""
 
 import random
+from pathlib import Path
 
 import pytest
 import small
@@ -30,7 +31,7 @@ def test_lines_that_change_places_are_seen(width: int) -> None:
     assert fingerprint(memoryview(b"".join(lines))) != before
 
 
-def test_what_was_read_is_found_again_and_a_change_is_named(tmp_path) -> None:
+def test_what_was_read_is_found_again_and_a_change_is_named(tmp_path: Path) -> None:
     small.write_base(tmp_path / "base", shards=1)
     sources, name, other = Sources(), "lm_head.weight", "model.embed_tokens.weight"
     with open_base(tmp_path / "base") as base:

@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ FEW = 3
 
 
 @pytest.fixture
-def files(tmp_path, monkeypatch):
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[RegularFile]]:
     monkeypatch.setattr(descriptors, "most", lambda: FEW)
     monkeypatch.setattr(descriptors, "_KEPT", descriptors._Kept())
     made = []
@@ -39,7 +40,7 @@ def opened(folder: Path) -> list[str]:
     return sorted(link for link in links if link.startswith(f"{folder}/"))
 
 
-def test_all_are_read_and_few_are_open(files, tmp_path):
+def test_all_are_read_and_few_are_open(files: list[RegularFile], tmp_path: Path) -> None:
     for _ in range(3):
         for number, file in enumerate(files):
             assert bytes(file.read(100, 4000, "x")) == bytes([number]) * 4000 and file.size == 5000
@@ -50,7 +51,7 @@ def test_all_are_read_and_few_are_open(files, tmp_path):
     assert opened(tmp_path) == []
 
 
-def test_the_last_used_stay_open(files, tmp_path):
+def test_the_last_used_stay_open(files: list[RegularFile], tmp_path: Path) -> None:
     for _ in range(5):
         files[0].read(0, 1, "x")
         files[9].read(0, 1, "x")
@@ -58,7 +59,9 @@ def test_the_last_used_stay_open(files, tmp_path):
 
 
 @pytest.mark.parametrize("change", ["replaced", "written", "gone", "restored"])
-def test_a_file_that_changed_while_it_was_closed_is_noticed(files, tmp_path, change):
+def test_a_file_that_changed_while_it_was_closed_is_noticed(
+    files: list[RegularFile], tmp_path: Path, change: str
+) -> None:
     path = tmp_path / "0"
     assert str(path) not in opened(tmp_path)
     stat = path.stat()
@@ -73,7 +76,7 @@ def test_a_file_that_changed_while_it_was_closed_is_noticed(files, tmp_path, cha
             again()
 
 
-def test_another_current_folder_changes_nothing(tmp_path, monkeypatch):
+def test_another_current_folder_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(descriptors, "most", lambda: 1)
     monkeypatch.chdir(tmp_path)
     Path("a").write_bytes(b"a")
@@ -85,7 +88,7 @@ def test_another_current_folder_changes_nothing(tmp_path, monkeypatch):
     second.close()
 
 
-def test_threads_do_not_close_what_another_reads(files):
+def test_threads_do_not_close_what_another_reads(files: list[RegularFile]) -> None:
     wrong, errors = [], []
 
     def reading(seed: int) -> None:
@@ -105,7 +108,9 @@ def test_threads_do_not_close_what_another_reads(files):
     assert not wrong and not errors
 
 
-def test_where_the_system_gives_no_more_others_are_closed(files, tmp_path, monkeypatch):
+def test_where_the_system_gives_no_more_others_are_closed(
+    files: list[RegularFile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(descriptors, "most", lambda: 100)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     used = len(os.listdir("/proc/self/fd"))
@@ -122,7 +127,7 @@ def test_where_the_system_gives_no_more_others_are_closed(files, tmp_path, monke
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_a_model_and_an_adapter_of_more_files_than_may_be_open(tmp_path):
+def test_a_model_and_an_adapter_of_more_files_than_may_be_open(tmp_path: Path) -> None:
     base = {f"model.layers.{n}.up_proj.weight": torch.randn(8, 8) for n in range(60)}
     (tmp_path / "base").mkdir()
     homes = {name: f"model-{n + 1:05d}-of-00060.safetensors" for n, name in enumerate(base)}

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import small
@@ -32,11 +33,11 @@ def stopped(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
     return tmp_path
 
 
-def merge(path: Path, out: str = "out", **words: object) -> MergeResult:
+def merge(path: Path, out: str = "out", **words: Any) -> MergeResult:
     return lora_merge.merge(path / "base", path / "adapter", path / out, threads=1, **words)
 
 
-def stop_after(path: Path, part: float, **words: object) -> None:
+def stop_after(path: Path, part: float, **words: Any) -> None:
     """Merge, and stop when so much of the output is written."""
     done = 0
 
@@ -143,13 +144,14 @@ def test_a_replaced_adapter_is_another_job(stopped: Path) -> None:
 )
 @pytest.mark.parametrize("threads", [1, 3])
 def test_a_lone_shard_is_gone_on_with_wherever_it_was_stopped(
-    tmp_path: Path, words: dict[str, object], threads: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, words: dict[str, Any], threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shard, "SPAN", 1)
     monkeypatch.setattr("lora_merge.execution.blocks.COPIED", 100_000)  # the embedding takes several blocks
     small.write_adapter(tmp_path / "adapter", small.write_base(tmp_path / "base", shards=1))
-    inputs, words = (tmp_path / "base", tmp_path / "adapter"), {"min_survival": -9, **words}
-    calm = lora_merge.merge(*inputs, tmp_path / "calm", **words)
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    words = {"min_survival": -9, **words}
+    calm = lora_merge.merge(base, adapter, tmp_path / "calm", **words)
     for part in (0.02, 0.3, 0.6, 0.97):
         done = 0
 
@@ -160,8 +162,8 @@ def test_a_lone_shard_is_gone_on_with_wherever_it_was_stopped(
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            lora_merge.merge(*inputs, tmp_path / "out", threads=threads, progress=progress, **words)
-        result = lora_merge.merge(*inputs, tmp_path / "out", threads=4 - threads, resume=True, **words)
+            lora_merge.merge(base, adapter, tmp_path / "out", threads=threads, progress=progress, **words)
+        result = lora_merge.merge(base, adapter, tmp_path / "out", threads=4 - threads, resume=True, **words)
         assert result.resumed == 0 and 0 <= part * calm.nbytes - result.resumed_bytes < 8_000_000
         assert part < 0.5 or result.resumed_bytes > 0.2 * calm.nbytes
         assert contents(tmp_path / "out") == contents(tmp_path / "calm") and result.weights == calm.weights

@@ -1,6 +1,8 @@
 """A quantized output has the same bytes however the work is cut: threads, blocks, memory, resumed or not."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import quantized_bases as bases
@@ -21,7 +23,7 @@ WORDS = [
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A plain base of two weights of three tiles each in three shards, that base in four formats, and an adapter."""
     path = tmp_path_factory.mktemp("home")
     tensors = small.write_base(path / "plain", layers=1)
@@ -43,7 +45,7 @@ def home(tmp_path_factory):
     return path
 
 
-def all_ways(home, tmp_path, monkeypatch, base, **words):
+def all_ways(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str, **words: Any) -> dict[str, bytes]:
     """Merge in every way; returns the files of the first."""
     words |= {"min_survival": -9}
     source, adapter = home / base, home / "adapter"
@@ -58,10 +60,10 @@ def all_ways(home, tmp_path, monkeypatch, base, **words):
     return first
 
 
-def stopped_and_resumed(home, tmp_path, base, **words):
+def stopped_and_resumed(home: Path, tmp_path: Path, base: str, **words: Any) -> dict[str, bytes]:
     words |= {"min_survival": -9}
 
-    def stop(name, nbytes, total):
+    def stop(name: str, nbytes: int, total: int) -> None:
         if list(tmp_path.glob(".resumed.partial/files/*.safetensors")):
             raise KeyboardInterrupt
 
@@ -74,20 +76,22 @@ def stopped_and_resumed(home, tmp_path, base, **words):
 
 
 @pytest.mark.parametrize("words", WORDS, ids=lambda words: "-".join(words.values()))
-def test_four_bits_in_groups(home, tmp_path, monkeypatch, words):
+def test_four_bits_in_groups(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: dict[str, Any]
+) -> None:
     monkeypatch.setattr(tiles, "WIDE", tiles.TILE)  # several tiles for adapter-aware rounding, too
     first = all_ways(home, tmp_path, monkeypatch, "int4", **words)
     assert stopped_and_resumed(home, tmp_path, "int4", **words) == first
 
 
 @pytest.mark.parametrize("base", ["plain", "nvfp4", "fp8", "nf4", "chatglm"])
-def test_other_formats_with_auto(home, tmp_path, monkeypatch, base):
+def test_other_formats_with_auto(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str) -> None:
     words = {"bits": 4, "quant_type": "nvfp4"} if base == "plain" else {"scales": "fresh"}
     all_ways(home, tmp_path, monkeypatch, base, **words)
 
 
-def test_the_seed_decides_what_is_left_to_chance(home, tmp_path):
-    def merged(name, **words):
+def test_the_seed_decides_what_is_left_to_chance(home: Path, tmp_path: Path) -> None:
+    def merged(name: str, **words: Any) -> dict[str, torch.Tensor]:
         lora_merge.merge(home / "int4", home / "adapter", tmp_path / name, **words)
         return {k: v for file in (tmp_path / name).glob("*.safetensors") for k, v in load_file(file).items()}
 

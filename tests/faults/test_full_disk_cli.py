@@ -50,7 +50,7 @@ def test_filled_up_in_the_middle_exits_8_and_resumes(
     job: Path, disk: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = [str(job / "base"), str(job / "adapter"), str(disk / "out"), "--threads", "1", "-q"]
-    filler = []
+    filler: list[Path] = []
 
     def filling(self: object, name: str, nbytes: int, total: int) -> None:
         if not filler and list((disk / ".out.partial/files").glob("*.safetensors")):

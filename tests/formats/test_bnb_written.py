@@ -3,12 +3,15 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import stored_parts as sp
 import torch
-from bnb_cases import CHECKPOINTS, STATE, case, checkpoint, detected, fresh, said
+from bnb_cases import CHECKPOINTS, STATE, case, checkpoint, detected, four_bit, fresh, said
+from optional import present
 from safetensors.torch import load_file, save_file
 
 from lora_merge.abilities import FormatOptions
@@ -16,15 +19,16 @@ from lora_merge.dtypes import torch_dtype
 from lora_merge.errors import InputError, UnsupportedError
 from lora_merge.formats.base import same_grid
 from lora_merge.formats.bitsandbytes.format import Bitsandbytes
+from lora_merge.formats.bitsandbytes.four_bit import FourBit
 from lora_merge.formats.bitsandbytes.int8 import LLMInt8
 from lora_merge.formats.bitsandbytes.method import BitsandbytesMethod
 from lora_merge.formats.bitsandbytes.state import QuantState
 from lora_merge.spec import TensorSpec
 
 
-def test_a_fresh_quant_state_is_padded_and_a_stored_one_decides_how_many_digits_fit():
+def test_a_fresh_quant_state_is_padded_and_a_stored_one_decides_how_many_digits_fit() -> None:
     weight, rows = TensorSpec("BF16", (4, 64)), torch.randn(4, 64, generator=torch.Generator().manual_seed(3))
-    format = BitsandbytesMethod.from_options(FormatOptions(4, double_quant=True), {})
+    format = four_bit(FormatOptions(4, double_quant=True))
     room = format.describe(weight)[STATE].shape[0]
     text = fresh(format, weight, rows)[STATE]
     assert len(text) == room and text.endswith(b" ") and json.loads(text)["shape"] == [4, 64]
@@ -43,18 +47,18 @@ def test_a_fresh_quant_state_is_padded_and_a_stored_one_decides_how_many_digits_
         assert (sp.decoded(tight.for_weight(weight), parts, weight) - rows).abs().max() < 0.5
 
 
-def test_no_offset_is_longer_than_the_room_for_it():
+def test_no_offset_is_longer_than_the_room_for_it() -> None:
     state = QuantState("nf4", 64, "F32", (1, 1), 256)
     for offset in (1.1754943508222875e-38, 3.4028234663852886e38, 1 / 3, 1e-45, 0.0):
         exact = replace(state, nested_offset=float(np.float32(offset)))
         assert QuantState.parse(exact.encoded(state.room), "x") == exact
 
 
-def test_scales_are_kept_by_a_format_with_other_room():
+def test_scales_are_kept_by_a_format_with_other_room() -> None:
     """--bits 4 --format bitsandbytes on such a base: the parameters are the same, the text of the JSON is not."""
     parts = case("nested_twice")[1]
-    stored, weight = detected(parts), TensorSpec("BF16", (260, 64))
-    other = BitsandbytesMethod.from_options(FormatOptions(4, "BF16", double_quant=True), {})
+    stored, weight = present(detected(parts)), TensorSpec("BF16", (260, 64))
+    other = four_bit(FormatOptions(4, "BF16", double_quant=True))
     assert same_grid(stored, other, weight) and not same_grid(stored, replace(other, blocksize=128), weight)
     out = sp.blank(other, weight)
     other.for_weight(weight).pack(*stored.unpack(sp.raw(parts), 260, 64), out)
@@ -70,7 +74,7 @@ def test_scales_are_kept_by_a_format_with_other_room():
         (FormatOptions(8), "bitsandbytes int8"),
     ],
 )
-def test_presets(wanted, words):
+def test_presets(wanted: FormatOptions, words: str) -> None:
     format = BitsandbytesMethod.from_options(wanted, {})
     assert str(format) == words and format.bits == wanted.bits and isinstance(format, Bitsandbytes)
 
@@ -87,27 +91,27 @@ def test_presets(wanted, words):
         (FormatOptions(4, "F64"), "no weights in F64"),
     ],
 )
-def test_what_there_is_no_preset_for(wanted, words):
+def test_what_there_is_no_preset_for(wanted: FormatOptions, words: str) -> None:
     with pytest.raises(UnsupportedError, match=words):
         BitsandbytesMethod.from_options(wanted, {})
 
 
-def test_refusals():
+def test_refusals() -> None:
     for wanted in (FormatOptions(4), FormatOptions(8)):
         format = BitsandbytesMethod.from_options(wanted, {})
         assert format.refusal(TensorSpec("F32", (3, 5))) is None
-        assert "matrices" in format.refusal(TensorSpec("F32", (2, 3, 5)))
-    half = replace(BitsandbytesMethod.from_options(FormatOptions(4), {}), storage="BF16")
-    assert "words of bfloat16" in half.refusal(TensorSpec("F32", (3, 2)))
+        assert "matrices" in present(format.refusal(TensorSpec("F32", (2, 3, 5))))
+    half = replace(four_bit(FormatOptions(4)), storage="BF16")
+    assert "words of bfloat16" in present(half.refusal(TensorSpec("F32", (3, 2))))
     assert half.refusal(TensorSpec("F32", (3, 4))) is None
 
 
-def broken(name="odd", **changes):
-    parts = {**case(name)[1], **changes}
+def broken(**changes: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    parts = {**case("odd")[1], **changes}
     return {part: value for part, value in parts.items() if value is not None}
 
 
-def state_said(**changes):
+def state_said(**changes: Any) -> torch.Tensor:
     body = {**said(case("odd")[1]), **changes}
     return torch.tensor(list(json.dumps({key: v for key, v in body.items() if v is not None}).encode())).byte()
 
@@ -129,13 +133,13 @@ def state_said(**changes):
         (broken(**{STATE: state_said(quant_type="fp4")}), "its name nf4"),
     ],
 )
-def test_damaged_parts_are_named(parts, words):
+def test_damaged_parts_are_named(parts: dict[str, torch.Tensor], words: str) -> None:
     with pytest.raises(InputError, match=words) as caught:
         detected(parts, module="model.layers.0.q")
     assert "model.layers.0.q" in str(caught.value)
 
 
-def test_what_cannot_be_read_is_named():
+def test_what_cannot_be_read_is_named() -> None:
     with pytest.raises(UnsupportedError, match="matrices"):
         detected(broken(**{STATE: state_said(shape=[1, 5, 7])}))
     with pytest.raises(UnsupportedError, match="nested_dtype float16"):
@@ -147,16 +151,16 @@ def test_what_cannot_be_read_is_named():
         detected({**parts, "weight": parts["weight"].half()})
 
 
-def test_other_formats_parts_are_left_alone():
+def test_other_formats_parts_are_left_alone() -> None:
     assert detected({"weight": torch.zeros(4, 4)}) is None
     assert detected({"weight": torch.zeros(4, 4).char(), "weight_scale": torch.zeros(4)}) is None
     assert detected({**case("odd")[1], "qweight": torch.zeros(1)}) is None
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_config_is_what_transformers_writes_but_for_the_list_of_the_kept(name):
+def test_config_is_what_transformers_writes_but_for_the_list_of_the_kept(name: str) -> None:
     config, modules, _ = checkpoint(name)
-    written = {module: detected(parts, config) for module, parts in modules.items()}
+    written = {module: present(detected(parts, config)) for module, parts in modules.items()}
     stored = config["quantization_config"]
     listed = {"llm_int8_skip_modules": ["lm_head"]}
     path = ("quantization_config",)
@@ -174,7 +178,7 @@ def test_config_is_what_transformers_writes_but_for_the_list_of_the_kept(name):
 
 
 @pytest.mark.parametrize("kept", ["model.layers.1", "up_proj"])
-def test_names_that_the_loader_would_mix_up_are_refused(kept):
+def test_names_that_the_loader_would_mix_up_are_refused(kept: str) -> None:
     written = {"model.layers.1.up_proj": LLMInt8("F16"), "model.layers.10.down_proj": LLMInt8("F16")}
     with pytest.raises(UnsupportedError, match="up_proj do not"):
         BitsandbytesMethod.config_changes(written, ["lm_head", kept], {})
@@ -189,7 +193,7 @@ KINDS = {
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dtype", ["F16", "BF16", "F32"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_bytes_of_the_library_itself(kind, dtype):
+def test_bytes_of_the_library_itself(kind: str, dtype: str) -> None:
     functional = pytest.importorskip("bitsandbytes").functional
     values = torch.randn(96, 200, generator=torch.Generator().manual_seed(2)) * 0.02
     values = values.to(torch_dtype(dtype))
@@ -202,6 +206,7 @@ def test_bytes_of_the_library_itself(kind, dtype):
             "weight": codes.numpy().tobytes(), "SCB": scb.numpy().tobytes(), "weight_format": b"\0"
         }  # fmt: skip
         return
+    assert isinstance(format, FourBit)
     codes, state = functional.quantize_4bit(values, quant_type=format.quant_type, compress_statistics="double" in kind)
     library = {"weight": codes, **{f"weight.{part}": value for part, value in state.as_dict(packed=True).items()}}
     theirs = {part: value.numpy().tobytes() for part, value in sp.raw(library).items()}
@@ -211,7 +216,7 @@ def test_bytes_of_the_library_itself(kind, dtype):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", KINDS)
-def test_transformers_opens_what_is_written(tmp_path, tiny_llama, kind):
+def test_transformers_opens_what_is_written(tmp_path: Path, tiny_llama: Path, kind: str) -> None:
     """A conversion of the tiny Llama, all of its layers but one linear, computes what the decoded weights compute."""
     pytest.importorskip("bitsandbytes")
     transformers = pytest.importorskip("transformers")

@@ -1,13 +1,16 @@
 """ChatGLM's int4 and int8 against checkpoints that its own quantizer wrote."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import stored_parts as sp
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from optional import present
 from safetensors.torch import load_file
 
 from lora_merge.abilities import FormatOptions
@@ -21,11 +24,11 @@ WRITTEN_IN = {"chatglm1": "F32", "chatglm3": "F16"}
 """The first generation quantizes on the CPU in float32, the third in the dtype of its weights."""
 
 
-def detect(parts, config, module="x"):
+def detect(parts: dict[str, TensorSpec], config: dict[str, Any], module: str = "x") -> ChatGLM | None:
     return ChatGLM.detect(parts, config, module, lambda part: b"")
 
 
-def checkpoint(name):
+def checkpoint(name: str) -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]]]:
     """Config, and module -> parts."""
     folder = FIXTURES / name
     tensors = torch.load(folder / "pytorch_model.bin", weights_only=True)
@@ -34,15 +37,15 @@ def checkpoint(name):
     return json.loads((folder / "config.json").read_text()), parts
 
 
-def weights(name):
+def weights(name: str) -> Iterator[tuple[str, ChatGLM, TensorSpec, dict[str, torch.Tensor]]]:
     config, modules = checkpoint(name)
     for module, parts in modules.items():
-        format = detect(sp.specs(parts), config, module)
+        format = present(detect(sp.specs(parts), config, module))
         yield module, format, format.measure(sp.specs(parts)), sp.raw(parts)
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_fixtures_decode_bit_for_bit(name):
+def test_fixtures_decode_bit_for_bit(name: str) -> None:
     expected = load_file(FIXTURES / name / "expected_dequant.safetensors")
     seen = {f"{module}.weight": sp.decoded(format, data, weight) for module, format, weight, data in weights(name)}
     assert expected.keys() <= seen.keys()
@@ -51,22 +54,22 @@ def test_fixtures_decode_bit_for_bit(name):
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_describe_predicts_what_the_official_quantizer_wrote(name):
+def test_describe_predicts_what_the_official_quantizer_wrote(name: str) -> None:
     config, modules = checkpoint(name)
     for module, parts in modules.items():
-        format = detect(sp.specs(parts), config, module)
+        format = present(detect(sp.specs(parts), config, module))
         assert format.bits == config["quantization_bit"]
         assert format.describe(format.measure(sp.specs(parts))) == sp.specs(parts)
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_nothing_changed_gives_back_every_byte(name):
+def test_nothing_changed_gives_back_every_byte(name: str) -> None:
     for module, format, weight, data in weights(name):
         assert sp.same(sp.kept(format, weight, data, sp.decoded(format, data, weight)), data), module
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_originals_get_the_official_codes_and_scales(name):
+def test_originals_get_the_official_codes_and_scales(name: str) -> None:
     originals = load_file(FIXTURES / name / "original.safetensors")
     for module, format, weight, data in weights(name):
         official = format.for_weight(weight, WRITTEN_IN[name[:8]])
@@ -76,7 +79,7 @@ def test_originals_get_the_official_codes_and_scales(name):
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_exactly_the_official_modules_are_quantized(name):
+def test_exactly_the_official_modules_are_quantized(name: str) -> None:
     config, modules = checkpoint(name)
     originals = load_file(FIXTURES / name / "original.safetensors")
     matrices = [key.removesuffix(".weight") for key in originals if key.endswith(".weight")]
@@ -84,7 +87,7 @@ def test_exactly_the_official_modules_are_quantized(name):
     assert is_chatglm(config)
 
 
-def test_embedding_and_head_of_the_first_generation_are_quantized_on_demand():
+def test_embedding_and_head_of_the_first_generation_are_quantized_on_demand() -> None:
     shared = ["transformer.word_embeddings", "lm_head"]
     assert all(ChatGLMMethod.is_quantized(module, {"quantization_embeddings": True}) for module in shared)
     assert not any(ChatGLMMethod.is_quantized(module, {}) for module in shared)
@@ -92,12 +95,12 @@ def test_embedding_and_head_of_the_first_generation_are_quantized_on_demand():
         assert not ChatGLMMethod.is_quantized(module, {"quantization_embeddings": True})
 
 
-def test_nibbles_are_signed_and_the_upper_one_is_the_even_column():
+def test_nibbles_are_signed_and_the_upper_one_is_the_even_column() -> None:
     data = {"weight": torch.tensor([0x1F, 0x87], dtype=torch.uint8), "weight_scale": torch.ones(1).view(torch.uint8)}
     assert sp.decoded(ChatGLM(4, "F32"), data, TensorSpec("F32", (1, 4))).tolist() == [[1, -1, -8, 7]]
 
 
-def test_codes_that_turned_over_are_kept_as_they_are_stored():
+def test_codes_that_turned_over_are_kept_as_they_are_stored() -> None:
     for bits in (4, 8):
         format, weight = ChatGLM(bits, "F32"), TensorSpec("F32", (1, 16 * 8 // bits))
         parts = {"weight": torch.tensor(list(range(120, 136))).to(torch.int8), "weight_scale": torch.tensor([0.25])}
@@ -107,7 +110,7 @@ def test_codes_that_turned_over_are_kept_as_they_are_stored():
 
 @pytest.mark.parametrize("compute_dtype", ["BF16", "F16", "F32"])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_no_largest_weight_changes_its_sign(bits, compute_dtype):
+def test_no_largest_weight_changes_its_sign(bits: int, compute_dtype: str) -> None:
     """With bfloat16 arithmetic max/scale can come to 127.5, which rounds to a code that is not there."""
     mantissas = 1 + torch.arange(128) / 128
     rows = torch.stack([mantissas, -mantissas], 1)
@@ -119,7 +122,7 @@ def test_no_largest_weight_changes_its_sign(bits, compute_dtype):
 
 @pytest.mark.parametrize("compute_dtype", ["F16", "F32"])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_rows_too_small_for_a_half_precision_scale_are_not_garbled(bits, compute_dtype):
+def test_rows_too_small_for_a_half_precision_scale_are_not_garbled(bits: int, compute_dtype: str) -> None:
     most = torch.tensor([6e-8, 1e-7, 3e-7, 1e-6, 5e-6, 1e-5, 1e-4]).half().float()
     rows = most[:, None] * torch.tensor([1.0, -1.0, 0.5, 0.0])
     format, weight = ChatGLM(bits, "F16"), TensorSpec("F16", tuple(rows.shape))
@@ -129,7 +132,7 @@ def test_rows_too_small_for_a_half_precision_scale_are_not_garbled(bits, compute
     assert ((grid.values(codes) - rows).abs() <= grid.scale * 0.5 + 6e-8).all()
 
 
-def test_a_row_of_zeros_is_code_zero():
+def test_a_row_of_zeros_is_code_zero() -> None:
     format, weight = ChatGLM(8), TensorSpec("F16", (2, 4))
     data = sp.encoded(format, weight, torch.tensor([[0.0] * 4, [1.0, 2, 3, 4]]))
     codes, grid = format.unpack(data, 2, 4)
@@ -138,17 +141,17 @@ def test_a_row_of_zeros_is_code_zero():
     assert sp.decoded(format, data, weight)[0].tolist() == [0] * 4
 
 
-def test_the_width_comes_from_the_shapes_where_they_tell_it():
+def test_the_width_comes_from_the_shapes_where_they_tell_it() -> None:
     parts = {"weight": TensorSpec("I8", (8, 16)), "weight_scale": TensorSpec("F16", (8,))}
-    assert detect(parts, {"hidden_size": 32, "quantization_bit": 8}).bits == 4
-    assert detect(parts, {"hidden_size": 16}).bits == 8
-    assert detect(parts, {"hidden_size": 16, "ffn_hidden_size": 32, "quantization_bit": 4}).bits == 4
-    assert detect(parts, {"quantization_bit": 8}).bits == 8
+    assert present(detect(parts, {"hidden_size": 32, "quantization_bit": 8})).bits == 4
+    assert present(detect(parts, {"hidden_size": 16})).bits == 8
+    assert present(detect(parts, {"hidden_size": 16, "ffn_hidden_size": 32, "quantization_bit": 4})).bits == 4
+    assert present(detect(parts, {"quantization_bit": 8})).bits == 8
     with pytest.raises(InputError, match=r"some\.module: 16 bytes a row.*set quantization_bit"):
         detect(parts, {"hidden_size": 100}, "some.module")
 
 
-def test_other_parts_are_not_taken_for_chatglms():
+def test_other_parts_are_not_taken_for_chatglms() -> None:
     good = {"weight": TensorSpec("I8", (8, 16)), "weight_scale": TensorSpec("F16", (8,))}
     others = [
         {"weight": good["weight"]},
@@ -161,7 +164,7 @@ def test_other_parts_are_not_taken_for_chatglms():
     assert not any(detect(parts, {"quantization_bit": 8}) for parts in others)
 
 
-def test_config_says_the_width_or_zero():
+def test_config_says_the_width_or_zero() -> None:
     module = "transformer.layers.0.mlp.dense_h_to_4h"
     assert ChatGLMMethod.config_changes({module: ChatGLM(4)}, ["lm_head"], {}) == {("quantization_bit",): 4}
     old = {"quantization_bit": 8, "quantization_embeddings": True}
@@ -169,7 +172,7 @@ def test_config_says_the_width_or_zero():
     assert ChatGLMMethod.config_removal({"hidden_size": 1}) == {}
 
 
-def test_a_linear_that_the_loader_quantizes_cannot_stay_plain():
+def test_a_linear_that_the_loader_quantizes_cannot_stay_plain() -> None:
     module = "transformer.layers.0.mlp.dense_h_to_4h"
     with pytest.raises(UnsupportedError, match="dense_4h_to_h"):
         ChatGLMMethod.config_changes({module: ChatGLM(4)}, [module.replace("h_to_4h", "4h_to_h")], {})
@@ -177,7 +180,7 @@ def test_a_linear_that_the_loader_quantizes_cannot_stay_plain():
         ChatGLMMethod.config_changes({module: ChatGLM(4), "b": ChatGLM(8)}, [], {})
 
 
-def test_what_chatglm_has_not_is_refused():
+def test_what_chatglm_has_not_is_refused() -> None:
     assert ChatGLMMethod.from_options(FormatOptions(8), {}) == ChatGLM(8)
     for wanted, message in (
         (FormatOptions(3), "chatglm has weights of 4 and 8 bits, not 3"),
@@ -189,10 +192,10 @@ def test_what_chatglm_has_not_is_refused():
             ChatGLMMethod.from_options(wanted, {})
 
 
-def test_what_cannot_be_stored_is_refused():
-    assert "write 8 bits" in ChatGLM(4).refusal(TensorSpec("F16", (4, 7)))
+def test_what_cannot_be_stored_is_refused() -> None:
+    assert "write 8 bits" in present(ChatGLM(4).refusal(TensorSpec("F16", (4, 7))))
     assert ChatGLM(8).refusal(TensorSpec("F16", (4, 7))) is None
-    assert "matrices" in ChatGLM(8).refusal(TensorSpec("F16", (4, 7, 2)))
+    assert "matrices" in present(ChatGLM(8).refusal(TensorSpec("F16", (4, 7, 2))))
 
 
 @given(
@@ -202,7 +205,7 @@ def test_what_cannot_be_stored_is_refused():
     half=st.integers(1, 20),
     step=st.integers(1, 4),
 )
-def test_tiles_make_the_whole(bits, scale, rows, half, step):
+def test_tiles_make_the_whole(bits: int, scale: str, rows: int, half: int, step: int) -> None:
     format, weight = ChatGLM(bits, scale), TensorSpec(scale, (rows, 2 * half))
     values = torch.randn(rows, 2 * half, generator=torch.Generator().manual_seed(rows))
     whole = sp.encoded(format, weight, values)

@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from optional import present
 
 from lora_merge.abilities import FormatOptions
-from lora_merge.errors import InputError, UnsupportedError
+from lora_merge.errors import InputError, LoraMergeError, UnsupportedError
 from lora_merge.formats.compressed_tensors.method import CompressedTensorsMethod
 from lora_merge.formats.compressed_tensors.recipe import Recipe, quantization_config
 from lora_merge.formats.compressed_tensors.schemes import FLOAT, INT, NAIVE, PACK, Scheme, preset, uniform_group_size
@@ -16,26 +18,26 @@ CHECKPOINTS = sorted(path.name for path in FIXTURES.glob("ct_*") if (path / "con
 BODY = {"quant_method": "compressed-tensors", "format": PACK}
 
 
-def group(targets, scheme, **more):
+def group(targets: list[str], scheme: Scheme, **more: Any) -> dict[str, Any]:
     return {"targets": targets, "weights": scheme.to_json(), "format": scheme.format} | more
 
 
-def recipe(*groups, **more):
+def recipe(*groups: dict[str, Any], **more: Any) -> Recipe:
     body = BODY | {"config_groups": {f"group_{i}": one for i, one in enumerate(groups)}} | more
-    return Recipe.from_config({"quantization_config": body})
+    return present(Recipe.from_config({"quantization_config": body}))
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_configs_are_written_as_llm_compressor_wrote_them(name):
+def test_configs_are_written_as_llm_compressor_wrote_them(name: str) -> None:
     config = json.loads((FIXTURES / name / "config.json").read_text())
-    scheme = Recipe.from_config(config).schemes("model.layers.0.mlp.up_proj")[0]
+    scheme = present(Recipe.from_config(config)).schemes("model.layers.0.mlp.up_proj")[0]
     assert quantization_config({"model.layers.0.mlp.up_proj": scheme}, ["lm_head"]) == config["quantization_config"]
 
 
-def test_every_scheme_is_read_and_written_as_it_was():
+def test_every_scheme_is_read_and_written_as_it_was() -> None:
     for file in sorted((FIXTURES / "ct_schemes").glob("*.json")):
         for name, body in json.loads(file.read_text())["configs"].items():
-            scheme = Recipe.from_config({"quantization_config": body}).schemes("x")[0]
+            scheme = present(Recipe.from_config({"quantization_config": body})).schemes("x")[0]
             again = quantization_config({"x": scheme}, body["ignore"])
             if scheme.format == FLOAT and scheme.strategy == "block":  # the fixture's activations are its own
                 again["config_groups"]["group_0"]["input_activations"] = body["config_groups"]["group_0"][
@@ -44,7 +46,7 @@ def test_every_scheme_is_read_and_written_as_it_was():
             assert again == body, name
 
 
-def test_the_closest_name_wins():
+def test_the_closest_name_wins() -> None:
     named, pattern, other = (Scheme(PACK, bits, group_size=32) for bits in (2, 3, 4))
     found = recipe(group(["Linear"], other), group(["re:.*q_proj"], pattern), group(["a.q_proj"], named))
     assert found.schemes("a.q_proj")[0] == named
@@ -53,17 +55,17 @@ def test_the_closest_name_wins():
     assert set(found.schemes("b.k_proj")) == {named, pattern, other}
 
 
-def test_older_files_have_one_format_and_other_places():
+def test_older_files_have_one_format_and_other_places() -> None:
     weights = {"num_bits": 8, "type": "int", "group_size": -1}
     body = {"format": INT, "config_groups": {"g": {"targets": ["Linear"], "weights": weights}}, "ignore": ["lm_head"]}
     for config in ({"compression_config": body}, {"text_config": {"quantization_config": body}}):
-        assert Recipe.from_config(config).schemes("x") == (Scheme(INT, 8, strategy="channel"),)
+        assert present(Recipe.from_config(config)).schemes("x") == (Scheme(INT, 8, strategy="channel"),)
     block = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": "128x64"}
     found = recipe({"targets": ["Linear"], "weights": block}, format=NAIVE)
     assert found.schemes("x")[0].block_structure == (128, 64)
 
 
-def test_other_methods_are_not_ours():
+def test_other_methods_are_not_ours() -> None:
     assert Recipe.from_config({}) is None
     assert Recipe.from_config({"quantization_config": {"quant_method": "gptq", "format": "x"}}) is None
 
@@ -76,7 +78,7 @@ def test_other_methods_are_not_ours():
         ({"transform_config": {"config_groups": {"R1": {}}}}, "transform R1.*Merge onto"),
     ],
 )
-def test_sparse_and_rotated_weights_are_refused(more, message):
+def test_sparse_and_rotated_weights_are_refused(more: dict[str, Any], message: str) -> None:
     with pytest.raises(UnsupportedError, match=message):
         recipe(group(["Linear"], Scheme(PACK, 4, group_size=32)), **more)
 
@@ -91,24 +93,24 @@ def test_sparse_and_rotated_weights_are_refused(more, message):
         ({"num_bits": 4, "type": "float", "group_size": 16}, UnsupportedError),
     ],
 )
-def test_schemes_that_make_no_sense_are_named(weights, error):
+def test_schemes_that_make_no_sense_are_named(weights: dict[str, Any], error: type[LoraMergeError]) -> None:
     with pytest.raises(error, match=r"config\.json: "):
         recipe({"targets": ["Linear"], "weights": weights})
 
 
-def test_presets_fall_to_what_the_width_allows():
+def test_presets_fall_to_what_the_width_allows() -> None:
     assert [preset("int", 4, columns).group_size for columns in (256, 192, 96, 100)] == [128, 64, 32, None]
     assert preset("int", 4, 100).strategy == "channel"
     assert preset("int", 8, 256, 32) == Scheme(PACK, 8, group_size=32)
     assert preset("int", 8, 256, -1).strategy == "channel"
-    assert preset("fp8", 8, 100).activations()["strategy"] == "token"
+    assert present(preset("fp8", 8, 100).activations())["strategy"] == "token"
     with pytest.raises(UnsupportedError, match="have 8 bits, not 4"):
         CompressedTensorsMethod.from_options(FormatOptions(4, quant_type="fp8"), {})
     with pytest.raises(UnsupportedError, match="no nf4"):
         CompressedTensorsMethod.from_options(FormatOptions(4, quant_type="nf4"), {})
 
 
-def test_one_group_size_for_all_widths():
+def test_one_group_size_for_all_widths() -> None:
     assert [uniform_group_size(widths) for widths in ([256, 512], [256, 704], [96, 128], [256, 100])] == [
         128,
         64,
@@ -117,13 +119,13 @@ def test_one_group_size_for_all_widths():
     ]
 
 
-def test_a_second_scheme_names_its_modules():
+def test_a_second_scheme_names_its_modules() -> None:
     wide, narrow = Scheme(PACK, 4, group_size=128), Scheme(PACK, 4, group_size=64)
     body = quantization_config({"a.q": wide, "a.k": wide, "a.down": narrow}, ["lm_head"])
     groups = body["config_groups"]
     assert (groups["group_0"]["targets"], groups["group_1"]["targets"]) == (["Linear"], ["a.down"])
     assert body["format"] == PACK
-    found = Recipe.from_config({"quantization_config": body})
+    found = present(Recipe.from_config({"quantization_config": body}))
     assert [found.schemes(name)[0] for name in ("a.q", "a.down")] == [wide, narrow]
     mixed = quantization_config({"a": wide, "b": preset("fp8", 8, 128)}, [])
     assert mixed["format"] == "mixed-precision"

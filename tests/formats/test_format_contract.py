@@ -1,12 +1,16 @@
 """What every format promises, over the table of formats: a new row is tested by existing."""
 
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
 import pytest
 import stored_parts as sp
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from optional import present
 
-from lora_merge.abilities import ABILITIES
+from lora_merge.abilities import ABILITIES, QuantType
 from lora_merge.errors import UnsupportedError
 from lora_merge.formats import METHODS, CodedFormat, FormatOptions, QuantMethod, weights
 from lora_merge.formats.auto_round import AutoRound
@@ -26,7 +30,11 @@ shapes = st.one_of(
 )
 
 
-def encoded(format, weight, rows):
+def no_read(part: str) -> bytes:
+    raise AssertionError(f"{part} is no small part")
+
+
+def encoded(format: Plain, weight: TensorSpec, rows: torch.Tensor) -> dict[str, torch.Tensor]:
     """Parts of all rows, as one block."""
     columns = rows.shape[1]
     cuts = format.slices(weight, columns, 0, len(rows))
@@ -40,7 +48,7 @@ MODULES = {"mxfp4": "model.layers.0.mlp.experts.down_proj", "chatglm": "transfor
 MODEL_TYPES = {"mxfp4": "gpt_oss", "chatglm": "chatglm"}
 
 
-def options_of(kind, word):
+def options_of(kind: QuantType, word: str) -> Iterator[FormatOptions]:
     """What a kind of codes can be asked for, by width; of group sizes the usual, and a whole row from 4 bits on."""
     rows = [-1] if kind.group_sizes is None or -1 in kind.group_sizes else []
     for bits in kind.widths:
@@ -49,7 +57,7 @@ def options_of(kind, word):
         yield from ([FormatOptions(bits, quant_type=word, double_quant=True)] if kind.double_quant else [])
 
 
-def coded():
+def coded() -> "Iterator[pytest.ParameterSet]":
     """Format, module and weight of each kind of output that the table of abilities has. AutoRound's is only kept: it is
     tested with GPTQ's packing."""
     for name, method in METHODS.items():
@@ -64,25 +72,25 @@ def coded():
     yield pytest.param(packing, "model.layers.0.self_attn.q_proj", TensorSpec("F16", (128, 256)), id="auto-round")
 
 
-def rows_of(weight, stacked):
+def rows_of(weight: TensorSpec, stacked: bool) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     rows = torch.randn(weight.matrix(stacked), generator=generator).mul_(0.05)
     rows[3] = 0.0
     return rows.bfloat16().float()
 
 
-def settled(format, weight, rows):
+def settled(format: CodedFormat, weight: TensorSpec, rows: torch.Tensor) -> CodedFormat:
     ready = format.for_weight(weight)
     return format.for_weight(weight, seen=ready.observe(rows)) if ready.needs_observation else ready
 
 
-def test_every_coded_format_is_in_the_contract():
-    tested = {type(parameter.values[0]).name for parameter in coded()}
+def test_every_coded_format_is_in_the_contract() -> None:
+    tested = {cast(CodedFormat, parameter.values[0]).name for parameter in coded()}
     assert tested == METHODS.keys() == ABILITIES.keys()
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_what_a_format_has_not_is_refused_by_its_name(name):
+def test_what_a_format_has_not_is_refused_by_its_name(name: str) -> None:
     method, has = METHODS[name], METHODS[name].abilities()
     refused = [FormatOptions(bits) for bits in range(2, 9) if bits not in has.widths]
     refused += [FormatOptions(bits, quant_type="nf5") for bits in has.widths]
@@ -97,7 +105,7 @@ def test_what_a_format_has_not_is_refused_by_its_name(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_group_size_of_the_table_can_be_written(name):
+def test_every_group_size_of_the_table_can_be_written(name: str) -> None:
     method = METHODS[name]
     module = MODULES.get(name, "model.layers.0.self_attn.q_proj")
     weight = STACK if name == "mxfp4" else TensorSpec("BF16", (256, 4096))
@@ -109,7 +117,9 @@ def test_every_group_size_of_the_table_can_be_written(name):
 
 
 @pytest.mark.parametrize(("format", "module", "weight"), list(coded()))
-def test_codes_are_the_same_by_tiles_and_come_back_byte_for_byte(format, module, weight):
+def test_codes_are_the_same_by_tiles_and_come_back_byte_for_byte(
+    format: CodedFormat, module: str, weight: TensorSpec
+) -> None:
     rows = rows_of(weight, format.stacked)
     format = settled(format, weight, rows)
     step = format.rows_at_once(weight)
@@ -124,7 +134,7 @@ def test_codes_are_the_same_by_tiles_and_come_back_byte_for_byte(format, module,
     assert whole == sp.by_tiles(format, weight, rows, step, encode_with(format))
     data = {part: torch.frombuffer(bytearray(value), dtype=torch.uint8) for part, value in whole.items()}
 
-    def again(tile, start, stop, out):
+    def again(tile: torch.Tensor, start: int, stop: int, out: dict[str, torch.Tensor]) -> None:
         cuts = format.slices(weight, tile.shape[1], start, stop)
         stored = {part: sp.gathered(data[part], cut) for part, cut in cuts.items()}
         codes, grid = format.unpack(stored, *tile.shape)
@@ -137,7 +147,7 @@ def test_codes_are_the_same_by_tiles_and_come_back_byte_for_byte(format, module,
 
 
 @pytest.mark.parametrize(("format", "module", "weight"), list(coded()))
-def test_a_checkpoint_of_codes_is_found_in_its_own_format(format, module, weight):
+def test_a_checkpoint_of_codes_is_found_in_its_own_format(format: CodedFormat, module: str, weight: TensorSpec) -> None:
     rows = rows_of(weight, format.stacked)
     ready = settled(format, weight, rows)
     whole = sp.by_tiles(ready, weight, rows, ready.rows_within(weight) or len(rows), encode_with(ready))
@@ -153,19 +163,21 @@ def test_a_checkpoint_of_codes_is_found_in_its_own_format(format, module, weight
     found = weights(tensors, config, lambda name: whole[name.removeprefix(module + format.separator)])
     assert list(found) == [module + format.weight_suffix]
     stored = found[module + format.weight_suffix]
+    assert isinstance(stored.format, CodedFormat)
+    assert isinstance(stored.format, CodedFormat)
     assert (stored.format.name, stored.format.bits, stored.weight.shape) == (format.name, format.bits, weight.shape)
     assert set(stored.parts.values()) == set(tensors)
 
 
-def encode_with(format):
-    def fresh(tile, start, stop, out):
+def encode_with(format: CodedFormat) -> Callable[..., Any]:
+    def fresh(tile: torch.Tensor, start: int, stop: int, out: dict[str, torch.Tensor]) -> None:
         grid = format.fit(tile, start)
         format.pack(grid.nearest(tile), grid, out)
 
     return fresh
 
 
-def test_the_tables_are_keyed_by_the_formats_own_names():
+def test_the_tables_are_keyed_by_the_formats_own_names() -> None:
     assert list(METHODS) == list(ABILITIES)
     for name, method in METHODS.items():
         assert {name} == {method.name, *(format.name for format in method.formats)}
@@ -175,15 +187,15 @@ def test_the_tables_are_keyed_by_the_formats_own_names():
 
 @pytest.mark.parametrize("format", READERS, ids=str)
 @given(shape=shapes)
-def test_measure_undoes_describe_and_detect_finds_itself(format, shape):
+def test_measure_undoes_describe_and_detect_finds_itself(format: Plain, shape: tuple[int, ...]) -> None:
     parts = format.describe(TensorSpec(format.dtype, shape))
     assert format.measure(parts) == TensorSpec(format.dtype, shape)
-    assert weights(parts, {}, bytes)[PART].format == format
+    assert weights(parts, {}, no_read)[PART].format == format
 
 
 @pytest.mark.parametrize("format", WRITERS, ids=str)
 @given(shape=shapes, stacked=st.booleans())
-def test_describe_predicts_the_bytes_of_encode(format, shape, stacked):
+def test_describe_predicts_the_bytes_of_encode(format: Plain, shape: tuple[int, ...], stacked: bool) -> None:
     weight = TensorSpec(format.dtype, shape)
     rows, columns = weight.matrix(stacked)
     parts = encoded(format, weight, torch.randn(rows, columns))
@@ -194,7 +206,9 @@ def test_describe_predicts_the_bytes_of_encode(format, shape, stacked):
 
 @pytest.mark.parametrize("format", WRITERS, ids=str)
 @given(shape=shapes, cut=st.integers(1, 7))
-def test_rows_by_slices_equal_the_whole_and_stored_bytes_come_back(format, shape, cut):
+def test_rows_by_slices_equal_the_whole_and_stored_bytes_come_back(
+    format: Plain, shape: tuple[int, ...], cut: int
+) -> None:
     weight = TensorSpec(format.dtype, shape)
     rows, columns = weight.matrix()
     whole = encoded(format, weight, torch.randn(rows, columns))
@@ -212,7 +226,7 @@ def test_rows_by_slices_equal_the_whole_and_stored_bytes_come_back(format, shape
 
 
 @pytest.mark.parametrize("dtype", list(TORCH))
-def test_plain_decodes_what_torch_stores(dtype):
+def test_plain_decodes_what_torch_stores(dtype: str) -> None:
     values = torch.randn(5, 7, dtype=torch.float64).to(TORCH[dtype])
     out = torch.empty(5, 7)
     Plain(dtype).decode({PART: values.reshape(-1).view(torch.uint8)}, out)
@@ -220,7 +234,7 @@ def test_plain_decodes_what_torch_stores(dtype):
 
 
 @pytest.mark.parametrize("dtype", WRITABLE)
-def test_the_limit_is_the_last_float32_that_stays_finite(dtype):
+def test_the_limit_is_the_last_float32_that_stays_finite(dtype: str) -> None:
     limit = torch.tensor(LIMITS[dtype], dtype=torch.float64)
     below = limit.float() if limit.float() <= limit else torch.nextafter(limit.float(), torch.tensor(0.0))
     above = torch.nextafter(below, torch.tensor(float("inf")))
@@ -228,13 +242,13 @@ def test_the_limit_is_the_last_float32_that_stays_finite(dtype):
     assert not torch.isfinite(above.to(TORCH[dtype]))
 
 
-def test_float64_is_read_and_not_written():
-    assert "--dtype" in Plain("F64").refusal(TensorSpec("F64", (2, 2)))
+def test_float64_is_read_and_not_written() -> None:
+    assert "--dtype" in present(Plain("F64").refusal(TensorSpec("F64", (2, 2))))
     assert Plain("F32").refusal(TensorSpec("F32", (2, 2))) is None
 
 
 @pytest.mark.parametrize("contract", [Layout, Codec, QuantMethod])
-def test_no_contract_has_more_members_than_one_keeps_in_mind(contract):
+def test_no_contract_has_more_members_than_one_keeps_in_mind(contract: type) -> None:
     members = {name for name in (*vars(contract), *vars(contract).get("__annotations__", ())) if name[0] != "_"}
     assert len(members) <= 15, sorted(members)
     assert len(CodedFormat.__abstractmethods__) <= 10

@@ -1,16 +1,21 @@
 """Every format that is read into every format that is written: each output, read again, holds W + delta on its grid."""
 
 import json
+from collections.abc import Callable
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from optional import present
 from safetensors.torch import save_file
 
 import lora_merge
 from lora_merge.checkpoint.opening import open_base
 from lora_merge.formats import METHODS
 from lora_merge.planning.draft import Draft
+from lora_merge.quantization.grids import Grid
 
 HIDDEN, MLP, VOCABULARY, RANK = 128, 256, 32, 4
 LINEARS = {
@@ -23,7 +28,7 @@ CONFIG = {
     "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY,
     "tie_word_embeddings": False, "torch_dtype": "bfloat16", "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
 }  # fmt: skip
-OUTPUTS = {
+OUTPUTS: dict[str, dict[str, Any]] = {
     "bf16": {"bits": 16, "dtype": "bfloat16"},
     "fp16": {"bits": 16, "dtype": "float16"},
     "fp32": {"format": "plain", "dtype": "float32"},
@@ -49,7 +54,7 @@ OUTPUTS = {
     "modelopt-fp8": {"format": "modelopt", "bits": 8},
     "modelopt-fp4": {"format": "modelopt", "bits": 4},
 }
-TOLD = {"awq": {"adapter_base": "same"}}
+TOLD: dict[str, dict[str, Any]] = {"awq": {"adapter_base": "same"}}
 """What a base of this format must be told."""
 DRIFT = {"bnb-nf4-double": 0.01}
 """The library takes codes before it rounds the scales; so far may they then move, as a share of the value."""
@@ -57,9 +62,14 @@ DIGITS = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**
 """chatglm and mxfp4 hold other models than this one: tests/merges has theirs."""
 OTHER_MODELS = {"chatglm", "mxfp4", "auto-round"}
 
+Decoded = tuple[torch.Tensor, torch.Tensor | None, Grid | float]
+"""Values, codes and grid of a weight; a plain one has no codes, and the relative size of its last digit for a grid."""
+Bases = tuple[Callable[[str], Path], Callable[[str], dict[str, Decoded]], Path, dict[str, torch.Tensor]]
+"""Base by format, its decoded linears, the adapter, and its factors."""
+
 
 @pytest.fixture(scope="module")
-def bases(tmp_path_factory):
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Bases:
     """A folder with the plain base and an adapter, and every other base made of it when it is asked for."""
     home = tmp_path_factory.mktemp("matrix")
     generator = torch.Generator().manual_seed(3)
@@ -87,21 +97,21 @@ def bases(tmp_path_factory):
     )
 
     @cache
-    def base(name):
+    def base(name: str) -> Path:
         if name != "bf16":
             lora_merge.merge(home / "bf16", [], home / name, **OUTPUTS[name])
         return home / name
 
     @cache
-    def values(name):
+    def values(name: str) -> dict[str, Decoded]:
         return weights_of(base(name))
 
     return base, values, home / "adapter", factors
 
 
-def weights_of(folder):
+def weights_of(folder: Path) -> dict[str, Decoded]:
     """Every linear as it decodes, float32 `[out, in]`, with its codes and grid, or None and its rounding."""
-    found = {}
+    found: dict[str, Decoded] = {}
     with open_base(folder) as opened:
         draft = Draft.of(opened)
         draft.gather()
@@ -120,7 +130,7 @@ def weights_of(folder):
     return found
 
 
-def test_the_matrix_has_every_format_that_is_written():
+def test_the_matrix_has_every_format_that_is_written() -> None:
     assert set(METHODS) - OTHER_MODELS == {words["format"] for words in OUTPUTS.values() if "format" in words} - {
         "plain"
     }
@@ -128,7 +138,9 @@ def test_the_matrix_has_every_format_that_is_written():
 
 @pytest.mark.parametrize("target", OUTPUTS)
 @pytest.mark.parametrize("source", OUTPUTS)
-def test_a_merge_lands_on_the_nearest_values_of_the_target(bases, tmp_path, source, target):
+def test_a_merge_lands_on_the_nearest_values_of_the_target(
+    bases: Bases, tmp_path: Path, source: str, target: str
+) -> None:
     base, values, adapter, factors = bases
     words = OUTPUTS[target] | {"rounding": "nearest", "min_survival": -100.0} | TOLD.get(source, {})
     lora_merge.merge(base(source), adapter, tmp_path / "out", verify=True, **words)
@@ -137,22 +149,24 @@ def test_a_merge_lands_on_the_nearest_values_of_the_target(bases, tmp_path, sour
         stem = f"base_model.model.{name.removesuffix('.weight')}"
         merged = before[name][0] + 2 * factors[f"{stem}.lora_B.weight"] @ factors[f"{stem}.lora_A.weight"]
         error = (after - merged).abs()
-        if codes is None:
+        if isinstance(grid, float):
             assert (error <= grid * merged.abs() + 1e-6).all(), name
             continue
         for step in (-1, 1):
-            other = grid.values(grid.neighbour(codes, step))
+            other = grid.values(grid.neighbour(present(codes), step))
             # Decoding rounds both values to bfloat16, each by half a unit of its 8 digits at most.
             slack = (2.0**-8 + DRIFT.get(target, 0)) * (after.abs() + other.abs()) + 1e-6 * merged.abs().amax()
             assert (error <= (other - merged).abs() + slack).all(), (name, step)
 
 
-def files_of(folder):
+def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("name", OUTPUTS)
-def test_the_same_bytes_for_any_block_and_thread_count(bases, tmp_path, monkeypatch, name):
+def test_the_same_bytes_for_any_block_and_thread_count(
+    bases: Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     """Tiles are made small, so that each weight has many."""
     base, _, adapter, _ = bases
     source = base(name)

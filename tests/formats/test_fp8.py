@@ -1,15 +1,18 @@
 """FP8 against transformers' own quantizer and loader, in every layout of scales that is known."""
 
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import stored_parts as sp
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from optional import present
 from safetensors.torch import load_file, save_file
 
 from lora_merge.abilities import FormatOptions
@@ -21,6 +24,8 @@ from lora_merge.formats.fp8.format import BLOCK, FP8, INVERSE, ROW, WHOLE
 from lora_merge.formats.fp8.method import FP8Method
 from lora_merge.formats.plain import LIMITS
 from lora_merge.spec import TensorSpec
+
+Layout = tuple[str, torch.dtype, tuple[int, int], tuple[int, ...], list[int] | None, tuple[int, int]]
 
 FIXTURE = Path(__file__).parents[2] / "fixtures" / "fp8_block128"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -50,15 +55,22 @@ LAYOUTS = [
 sp.DTYPES.update({torch.float8_e8m0fnu: "F8_E8M0", torch.float8_e5m2: "F8_E5M2"})
 
 
-def config(block=None, dtype="bfloat16", **more):
+def config(block: list[int] | tuple[int, int] | None = None, dtype: str = "bfloat16", **more: Any) -> dict[str, Any]:
     return {"dtype": dtype, "quantization_config": {"quant_method": "fp8", "weight_block_size": block, **more}}
 
 
-def detect(parts, config, kind=FP8):
+def detect(parts: dict[str, torch.Tensor], config: dict[str, Any], kind: type[FP8] = FP8) -> FP8 | None:
     return kind.detect(sp.specs(parts), config, "model.layers.0.q_proj", lambda part: b"")
 
 
-def random_parts(part, dtype, shape, marks, kind=E4M3, seed=0):
+def random_parts(
+    part: str,
+    dtype: torch.dtype,
+    shape: tuple[int, int],
+    marks: tuple[int, ...],
+    kind: torch.dtype = E4M3,
+    seed: int = 0,
+) -> dict[str, torch.Tensor]:
     """Every code but NaN and infinity, with scales of different sizes."""
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
@@ -70,14 +82,14 @@ def random_parts(part, dtype, shape, marks, kind=E4M3, seed=0):
     return {"weight": codes.view(kind), part: scale}
 
 
-def number(scale):
+def number(scale: torch.Tensor) -> torch.Tensor:
     """A stored scale as the float32 that it stands for."""
     if scale.dtype in (torch.uint8, torch.float8_e8m0fnu):
         return torch.pow(2.0, scale.view(torch.uint8).float() - 127)
     return scale.float()
 
 
-def by_the_book(codes, scale, block):
+def by_the_book(codes: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
     """code * scale, block after block, in float32."""
     rows, columns = codes.shape
     tall, wide = block[0] or rows, block[1] or columns
@@ -89,16 +101,19 @@ def by_the_book(codes, scale, block):
     return values
 
 
-def library(block, scale_fmt="float"):
+def library(block: tuple[int, int] | None, scale_fmt: str = "float") -> Callable[..., Any]:
     """transformers' own quantizer: name and float weight to the tensors that it stores."""
     integration = pytest.importorskip("transformers.integrations.finegrained_fp8")
     if not hasattr(integration, "Fp8Quantize"):
         pytest.skip("this transformers quantizes to FP8 in another way")
     quantizer = SimpleNamespace(quantization_config=SimpleNamespace(weight_block_size=block, scale_fmt=scale_fmt))
-    return integration.Fp8Quantize(quantizer).convert
+    convert: Callable[..., Any] = integration.Fp8Quantize(quantizer).convert
+    return convert
 
 
-def encoded(format, values, compute_dtype="F32"):
+def encoded(
+    format: FP8, values: torch.Tensor, compute_dtype: str = "F32"
+) -> tuple[TensorSpec, dict[str, torch.Tensor]]:
     """Parts of float values, with scales that the format chooses."""
     weight = TensorSpec(format.dtype, tuple(values.shape))
     rows = values.float().view(weight.matrix(format.stacked))
@@ -106,7 +121,7 @@ def encoded(format, values, compute_dtype="F32"):
     return weight, sp.encoded(format.for_weight(weight, compute_dtype, seen), weight, rows)
 
 
-def stored_fixture():
+def stored_fixture() -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
     tensors = load_file(FIXTURE / "model.safetensors")
     for key in tensors:
         if key.endswith(".weight_scale_inv"):
@@ -114,12 +129,12 @@ def stored_fixture():
             yield module, {"weight": tensors[f"{module}.weight"], "weight_scale_inv": tensors[key]}
 
 
-def test_checkpoint_decodes_bit_for_bit_and_goes_back():
+def test_checkpoint_decodes_bit_for_bit_and_goes_back() -> None:
     told = json.loads((FIXTURE / "config.json").read_text())
     expected = load_file(FIXTURE / "expected.safetensors")
     checked = 0
     for module, parts in stored_fixture():
-        format, data = detect(parts, told), sp.raw(parts)
+        format, data = present(detect(parts, told)), sp.raw(parts)
         weight = format.measure(sp.specs(parts))
         assert format.describe(weight) == sp.specs(parts)
         assert str(format) == "fp8 e4m3 128x128" and weight.dtype == "BF16"
@@ -132,24 +147,24 @@ def test_checkpoint_decodes_bit_for_bit_and_goes_back():
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_transformers_loads_what_we_decode(dtype):
+def test_transformers_loads_what_we_decode(dtype: str) -> None:
     from transformers import AutoModelForCausalLM
 
     kind = getattr(torch, dtype)
     model = AutoModelForCausalLM.from_pretrained(FIXTURE, dtype=kind)
     told = json.loads((FIXTURE / "config.json").read_text()) | {"dtype": dtype}
     for module, parts in stored_fixture():
-        format = detect(parts, told)
+        format = present(detect(parts, told))
         values = sp.decoded(format, sp.raw(parts), format.measure(sp.specs(parts)))
         assert torch.equal(model.get_submodule(module).weight, values.to(kind)), module
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_layout_is_found_and_decodes_by_the_book(layout, dtype):
+def test_every_layout_is_found_and_decodes_by_the_book(layout: Layout, dtype: str) -> None:
     part, kind, shape, marks, said, block = layout
     parts = random_parts(part, kind, shape, marks)
-    format = detect(parts, config(said, {"BF16": "bfloat16", "F16": "torch.float16", "F32": "float32"}[dtype]))
+    format = present(detect(parts, config(said, {"BF16": "bfloat16", "F16": "torch.float16", "F32": "float32"}[dtype])))
     assert (format.block, format.part, format.dtype) == (block, part, dtype)
     weight, data = format.measure(sp.specs(parts)), sp.raw(parts)
     assert weight == TensorSpec(dtype, shape)
@@ -165,17 +180,17 @@ def test_every_layout_is_found_and_decodes_by_the_book(layout, dtype):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_tiles_make_the_whole(layout):
+def test_tiles_make_the_whole(layout: Layout) -> None:
     part, kind, shape, marks, said, _ = layout
     parts = random_parts(part, kind, shape, marks)
-    format = detect(parts, config(said))
+    format = present(detect(parts, config(said)))
     weight, data = format.measure(sp.specs(parts)), sp.raw(parts)
     values = sp.decoded(format, data, weight)
     wanted = {part: piece.numpy().tobytes() for part, piece in data.items()}
     fresh = format.for_weight(weight, seen=format.observe(values) if format.needs_observation else None)
     whole = {part: piece.numpy().tobytes() for part, piece in sp.encoded(fresh, weight, values).items()}
 
-    def keep(rows, start, stop, out):
+    def keep(rows: torch.Tensor, start: int, stop: int, out: dict[str, torch.Tensor]) -> None:
         cuts = format.slices(weight, shape[1], start, stop)
         grid = format.unpack({part: sp.gathered(data[part], cut) for part, cut in cuts.items()}, *rows.shape)[1]
         format.pack(grid.nearest(rows), grid, out)
@@ -189,25 +204,27 @@ def test_tiles_make_the_whole(layout):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("block", "shape"), [((128, 128), (256, 384)), ((64, 32), (128, 96)), (None, (60, 100))])
 @pytest.mark.parametrize("scale_fmt", ["float", "ue8m0"])
-def test_fresh_weights_get_transformers_bytes(dtype, block, shape, scale_fmt):
+def test_fresh_weights_get_transformers_bytes(
+    dtype: str, block: tuple[int, int] | None, shape: tuple[int, int], scale_fmt: str
+) -> None:
     values = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(DTYPES[dtype]) / 20
     values[: shape[0] // 2, : shape[1] // 2] *= 1e-3
     if block:
         values[: block[0], : block[1]] = 0
     stored = library(block, scale_fmt)({"m.weight": values})
     parts = {"weight": stored["m.weight"], "weight_scale_inv": stored["m.weight_scale_inv"]}
-    format = detect(parts, config(block, scale_fmt=scale_fmt))
+    format = present(detect(parts, config(block, scale_fmt=scale_fmt)))
     assert format.block == (block or WHOLE) and format.power == (scale_fmt == "ue8m0")
     for compute_dtype in (dtype, "F32"):
         assert sp.same(encoded(format, values, compute_dtype)[1], sp.raw(parts))
 
 
-def test_powers_of_two_stored_as_floats_are_powers_of_two():
+def test_powers_of_two_stored_as_floats_are_powers_of_two() -> None:
     """DeepSeek-V3.1: scale_fmt ue8m0, scales F32."""
     values = torch.randn(256, 128, generator=torch.Generator().manual_seed(4)) / 20
     stored = library((128, 128), "ue8m0")({"m.weight": values})
     parts = random_parts("weight_scale_inv", torch.float32, (256, 128), (2, 1))
-    format = detect(parts, config([128, 128], scale_fmt="ue8m0"))
+    format = present(detect(parts, config([128, 128], scale_fmt="ue8m0")))
     data = encoded(format, values)[1]
     assert torch.equal(data["weight"].view(E4M3).view(256, 128), stored["m.weight"])
     assert torch.equal(
@@ -220,7 +237,9 @@ def test_powers_of_two_stored_as_floats_are_powers_of_two():
     seed=st.integers(0, 99), kind=st.sampled_from([E4M3, torch.float8_e5m2]),
 )  # fmt: skip
 @settings(max_examples=60, deadline=None)
-def test_fresh_scales_reach_the_largest_value_of_any_block(rows, columns, tall, wide, seed, kind):
+def test_fresh_scales_reach_the_largest_value_of_any_block(
+    rows: int, columns: int, tall: int, wide: int, seed: int, kind: torch.dtype
+) -> None:
     values = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).bfloat16()
     format = FP8(codes=sp.DTYPES[kind], block=(tall, wide), dtype="F32")
     weight, data = encoded(format, values)
@@ -237,7 +256,7 @@ def test_fresh_scales_reach_the_largest_value_of_any_block(rows, columns, tall, 
             assert torch.equal(codes[block], (values[block].float() * inverse).clamp(-top, top).to(kind).float())
 
 
-def test_bfloat16_scales_divide_as_they_are_stored():
+def test_bfloat16_scales_divide_as_they_are_stored() -> None:
     values = torch.randn(256, 128, generator=torch.Generator().manual_seed(5)) / 20
     format = FP8(scale="BF16")
     data = encoded(format, values)[1]
@@ -251,7 +270,7 @@ def test_bfloat16_scales_divide_as_they_are_stored():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("format", [FP8(), FP8(scale="F8_E8M0", power=True), FP8(block=WHOLE), FP8(block=ROW)], ids=str)
-def test_nothing_below_the_limit_overflows(dtype, format):
+def test_nothing_below_the_limit_overflows(dtype: str, format: FP8) -> None:
     format = replace(format, dtype=dtype)
     most = torch.tensor(format.limit).float().nextafter(torch.tensor(0.0))
     values = most * torch.linspace(-1, 1, 3 * 128).view(3, 128)
@@ -262,21 +281,21 @@ def test_nothing_below_the_limit_overflows(dtype, format):
 
 
 @pytest.mark.parametrize("ratio", torch.linspace(1.0, 1.1, 41).tolist())
-def test_nothing_below_the_limit_overflows_with_kept_scales(ratio):
+def test_nothing_below_the_limit_overflows_with_kept_scales(ratio: float) -> None:
     format = FP8(dtype="F16", block=WHOLE, rank=0)
     data = sp.raw({"weight": torch.zeros(1, 4).to(E4M3), INVERSE: torch.tensor(ratio * format.limit / 448)})
     grid = format.unpack(data, 1, 4)[1]
     assert grid.values(grid.nearest(torch.full((1, 4), format.limit))).isfinite().all()
 
 
-def test_exponents_are_those_of_torch():
+def test_exponents_are_those_of_torch() -> None:
     stored = torch.arange(255, dtype=torch.uint8)
     scale = scales.loaded(stored, "F8_E8M0", 1)
     assert torch.equal(scale.flatten(), stored.view(torch.float8_e8m0fnu).float())
     assert torch.equal(scales.stored(scale, "U8").flatten(), stored)
 
 
-def test_tiny_and_zero_blocks_are_zero():
+def test_tiny_and_zero_blocks_are_zero() -> None:
     values = torch.zeros(128, 256)
     values[0, 200] = 1e-39
     weight, data = encoded(FP8(), values)
@@ -284,21 +303,21 @@ def test_tiny_and_zero_blocks_are_zero():
     assert torch.equal(aligned(data["weight_scale_inv"]).view(torch.float32), torch.ones(2))
 
 
-def test_parts_of_others_are_not_fp8():
+def test_parts_of_others_are_not_fp8() -> None:
     parts = random_parts("weight_scale", torch.float32, (40, 96), (40, 1))
     for method in ("compressed-tensors", "modelopt", "fbgemm_fp8"):
         assert detect(parts, {"quantization_config": {"quant_method": method}}) is None
-    assert detect(parts, {}).block == ROW
+    assert present(detect(parts, {})).block == ROW
     assert detect({"weight": parts["weight"]}, config()) is None
     assert detect({"weight": torch.zeros(40, 96), "weight_scale": torch.ones(1)}, config()) is None
     assert detect({"weight": torch.zeros(40, 96).char(), "weight_scale": torch.ones(40)}, config()) is None
     inverse = random_parts("weight_scale_inv", torch.float32, (40, 96), (1, 1))
-    assert detect(inverse, {"quantization_config": {"quant_method": "another"}}).block == WHOLE
+    assert present(detect(inverse, {"quantization_config": {"quant_method": "another"}})).block == WHOLE
     nested = {"text_config": config([128, 128], "float16")}
-    assert detect(inverse, nested).dtype == "F16" and detect(inverse, nested).block == BLOCK
+    assert present(detect(inverse, nested)).dtype == "F16" and present(detect(inverse, nested)).block == BLOCK
 
 
-def test_scales_that_fit_nothing_are_an_error():
+def test_scales_that_fit_nothing_are_an_error() -> None:
     parts = random_parts("weight_scale_inv", torch.float32, (256, 256), (3, 2))
     with pytest.raises(InputError, match=r"q_proj: scales F32 \[3, 2\] do not fit codes .*\[128, 128\].*fetch"):
         detect(parts, config([128, 128]))
@@ -313,13 +332,13 @@ def test_scales_that_fit_nothing_are_an_error():
         FP8.detect(gaudi, config(), "m", lambda part: b"")
 
 
-def test_what_is_asked_for():
+def test_what_is_asked_for() -> None:
     format = FP8Method.from_options(FormatOptions(8, "F16"), {})
     assert (format.block, format.scale, format.dtype, format.bits) == (BLOCK, "F32", "F16", 8)
     assert format.refusal(TensorSpec("BF16", (256, 384))) is None
-    assert "blocks of 128 x 128" in format.refusal(TensorSpec("BF16", (64, 128)))
-    assert "matrices" in format.refusal(TensorSpec("BF16", (2, 128, 128)))
-    assert "--dtype" in FP8(dtype="F64").refusal(TensorSpec("F64", (4, 4)))
+    assert "blocks of 128 x 128" in present(format.refusal(TensorSpec("BF16", (64, 128))))
+    assert "matrices" in present(format.refusal(TensorSpec("BF16", (2, 128, 128))))
+    assert "--dtype" in present(FP8(dtype="F64").refusal(TensorSpec("F64", (4, 4))))
     assert FP8().refusal(TensorSpec("BF16", (64, 130))) is None
     assert FP8Method.from_options(FormatOptions(8, group_size=128, quant_type="fp8"), {}).block == BLOCK
     assert format.for_weight(TensorSpec("F16", (256, 384))) == FP8(dtype="F16")
@@ -333,7 +352,7 @@ def test_what_is_asked_for():
             FP8Method.from_options(wanted, {})
 
 
-def test_config_says_what_is_written_and_what_stays():
+def test_config_says_what_is_written_and_what_stays() -> None:
     path = ("quantization_config",)
     written = {"model.layers.0.self_attn.q_proj": FP8()}
     fresh = FP8Method.config_changes(written, ["model.layers.0.self_attn.k_proj", "lm_head"], {"dtype": "bfloat16"})
@@ -367,7 +386,7 @@ def test_config_says_what_is_written_and_what_stays():
 
 
 @pytest.mark.parametrize("variant", ["preset", "ue8m0", "per tensor"])
-def test_transformers_opens_what_we_write(tmp_path, variant):
+def test_transformers_opens_what_we_write(tmp_path: Path, variant: str) -> None:
     """A tiny Llama: every weight that it loads is what we decode, and what it says is near what the original says."""
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -414,25 +433,25 @@ def test_transformers_opens_what_we_write(tmp_path, variant):
     assert (said - ours).norm() / ours.norm() < 0.02
 
 
-def aligned(data):
+def aligned(data: torch.Tensor) -> torch.Tensor:
     """Bytes at a place where they can be seen as numbers."""
     return data.clone()
 
 
-def linears(model):
+def linears(model: Any) -> list[tuple[str, Any]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
 
 
 @pytest.mark.parametrize("block", [(64, 32), None])
 @pytest.mark.parametrize("scale_fmt", ["float", "ue8m0"])
-def test_stacked_experts_are_coded_as_transformers_does(block, scale_fmt):
+def test_stacked_experts_are_coded_as_transformers_does(block: tuple[int, int] | None, scale_fmt: str) -> None:
     stack = torch.randn(3, 128, 96, generator=torch.Generator().manual_seed(8)).bfloat16() / 20
     stored = library(block, scale_fmt)({"m.experts.gate_up_proj": stack})
     parts = {"": stored["m.experts.gate_up_proj"], "_scale_inv": stored["m.experts.gate_up_proj_scale_inv"]}
-    format = detect(parts, config(block, scale_fmt=scale_fmt), FP8Experts)
+    format = present(detect(parts, config(block, scale_fmt=scale_fmt), FP8Experts))
     weight, data = format.measure(sp.specs(parts)), sp.raw(parts)
     assert weight == TensorSpec("BF16", (3, 128, 96)) and format.describe(weight) == sp.specs(parts)
-    assert format.refusal(weight) is None and "stacks" in format.refusal(TensorSpec("BF16", (4, 4)))
+    assert format.refusal(weight) is None and "stacks" in present(format.refusal(TensorSpec("BF16", (4, 4))))
     values = torch.empty(weight.matrix(stacked=True))
     format.decode(data, values)
     for i in range(3):
@@ -446,17 +465,17 @@ def test_stacked_experts_are_coded_as_transformers_does(block, scale_fmt):
         )
         assert again == {part: piece.numpy().tobytes() for part, piece in data.items()}
     grid = settled.unpack(data, 384, 96)[1]
-    again = sp.blank(settled, weight)
-    settled.pack(grid.nearest(values), grid, again)
-    assert sp.same(again, data)
+    out = sp.blank(settled, weight)
+    settled.pack(grid.nearest(values), grid, out)
+    assert sp.same(out, data)
 
 
-def test_experts_that_are_not_read():
-    def found(rows, marks, dtype="F8_E4M3"):
+def test_experts_that_are_not_read() -> None:
+    def found(rows: int, marks: tuple[int, int, int], dtype: str = "F8_E4M3") -> FP8Experts | None:
         parts = {"": TensorSpec(dtype, (2, rows, 64)), "_scale_inv": TensorSpec("F32", marks)}
         return FP8Experts.detect(parts, config([128, 128]), "m.experts.down_proj", lambda part: b"")
 
-    assert found(128, (2, 1, 1)).block == BLOCK
+    assert present(found(128, (2, 1, 1))).block == BLOCK
     assert found(128, (2, 1, 1), "BF16") is None
     with pytest.raises(UnsupportedError, match=r"200 rows in blocks of 128 rows.*separate linears"):
         found(200, (2, 2, 1))
@@ -466,13 +485,14 @@ def test_experts_that_are_not_read():
     assert FP8Experts.detect(linear, config(), "m.weight", lambda part: b"") is None
 
 
-def test_fbgemm_has_a_scale_a_row():
+def test_fbgemm_has_a_scale_a_row() -> None:
     values = torch.randn(40, 96, generator=torch.Generator().manual_seed(9)).bfloat16()
     inverse = 448 / values.float().abs().amax(1, keepdim=True)
     codes = (values.float() * inverse).clamp(-448, 448).to(E4M3)
     parts = {"weight": codes, "weight_scale": 1 / inverse}
     told = {"quantization_config": {"quant_method": "fbgemm_fp8", "modules_to_not_convert": ["lm_head"]}}
-    format = detect(parts, told, FbgemmFP8)
+    format = present(detect(parts, told, FbgemmFP8))
+    assert isinstance(format, FbgemmFP8)
     weight, data = format.measure(sp.specs(parts)), sp.raw(parts)
     assert format.describe(weight) == sp.specs(parts) and str(format) == "fbgemm_fp8 e4m3 per row"
     assert sp.same(encoded(format, values)[1], data)

@@ -1,8 +1,10 @@
 """GPTQ against checkpoints that gptqmodel wrote, and its arithmetic spelled out in numpy."""
 
 import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import stored_parts as sp
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from optional import present
 from safetensors.torch import load_file
 
 from lora_merge.abilities import FormatOptions
@@ -24,7 +27,7 @@ CHECKPOINTS = ["gptq_3b_g32_sym_v1", "gptq_4b_g32_sym_v1", "gptq_4b_g32_sym_v2",
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
-def checkpoint(name):
+def checkpoint(name: str) -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]]]:
     """Config, and module -> parts."""
     tensors = load_file(FIXTURES / name / "model.safetensors")
     modules = [key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight")]
@@ -32,29 +35,33 @@ def checkpoint(name):
     return json.loads((FIXTURES / name / "config.json").read_text()), parts
 
 
-def detected(parts, config, module="model.layers.0.mlp.up_proj"):
-    return GPTQ.detect(sp.specs(parts), config, module, lambda part: parts[part].numpy().tobytes())
+def detected(
+    parts: dict[str, torch.Tensor], config: dict[str, Any], module: str = "model.layers.0.mlp.up_proj"
+) -> GPTQ:
+    return present(GPTQ.detect(sp.specs(parts), config, module, lambda part: parts[part].numpy().tobytes()))
 
 
-def weights(name):
+def weights(name: str) -> Iterator[tuple[str, GPTQ, TensorSpec, dict[str, torch.Tensor]]]:
     config, modules = checkpoint(name)
     for module, parts in modules.items():
         format = detected(parts, config, module)
         yield module, format, format.measure(sp.specs(parts)), sp.raw(parts)
 
 
-def said(**body):
+def said(**body: Any) -> dict[str, dict[str, Any]]:
     return {"quantization_config": {"quant_method": "gptq", **body}}
 
 
-def stream(codes, bits, top=32):
+def stream(codes: np.ndarray | list[int], bits: int, top: int = 32) -> np.ndarray:
     """Codes of one lane to int32 words, by one large integer; the oracle of all packing here."""
     whole = sum(int(code) << bits * i for i, code in enumerate(codes))
     count = len(codes) * bits // top
     return np.array([whole >> top * i & (1 << top) - 1 for i in range(count)], dtype=np.uint32).astype(np.int32)
 
 
-def stored(codes, zeros, scales, bits, g_idx):
+def stored(
+    codes: np.ndarray, zeros: np.ndarray, scales: np.ndarray, bits: int, g_idx: np.ndarray
+) -> dict[str, torch.Tensor]:
     """Parts of codes `[out, in]`, zero points as they stand in qzeros `[groups, out]`, scales `[groups, out]`."""
     return {
         "qweight": torch.from_numpy(np.stack([stream(row, bits) for row in codes], 1)),
@@ -64,7 +71,9 @@ def stored(codes, zeros, scales, bits, g_idx):
     }
 
 
-def random_parts(bits, rows=64, columns=96, groups=3, seed=0, shuffled=False, low=0):
+def random_parts(
+    bits: int, rows: int = 64, columns: int = 96, groups: int = 3, seed: int = 0, shuffled: bool = False, low: int = 0
+) -> tuple[dict[str, torch.Tensor], np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Parts with zero points `low` to the largest but one in qzeros, and the numbers that they stand for."""
     rng = np.random.default_rng(seed)
     codes = rng.integers(0, 1 << bits, (rows, columns))
@@ -75,12 +84,12 @@ def random_parts(bits, rows=64, columns=96, groups=3, seed=0, shuffled=False, lo
     return stored(codes, zeros, scales, bits, g_idx), codes, zeros, scales.astype(np.float32), g_idx
 
 
-def values(codes, zeros, scales, g_idx):
+def values(codes: np.ndarray, zeros: np.ndarray, scales: np.ndarray, g_idx: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(scales[g_idx].T * (codes - zeros[g_idx].T).astype(np.float32))
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_fixtures_decode_bit_for_bit(name):
+def test_fixtures_decode_bit_for_bit(name: str) -> None:
     expected = load_file(FIXTURES / name / "expected_dequant.safetensors")
     seen = {f"{module}.weight": sp.decoded(format, data, weight) for module, format, weight, data in weights(name)}
     assert expected.keys() <= seen.keys()
@@ -89,7 +98,7 @@ def test_fixtures_decode_bit_for_bit(name):
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_shapes_tell_width_and_groups_of_the_fixtures(name):
+def test_shapes_tell_width_and_groups_of_the_fixtures(name: str) -> None:
     config, modules = checkpoint(name)
     body = config["quantization_config"]
     for module, parts in modules.items():
@@ -103,7 +112,7 @@ def test_shapes_tell_width_and_groups_of_the_fixtures(name):
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_nothing_changed_gives_back_every_byte(name):
+def test_nothing_changed_gives_back_every_byte(name: str) -> None:
     for module, format, weight, data in weights(name):
         rows = sp.decoded(format, data, weight)
         assert sp.same(sp.kept(format, weight, data, rows), data), module
@@ -112,10 +121,10 @@ def test_nothing_changed_gives_back_every_byte(name):
             assert sp.by_tiles(format, weight, rows, step, keep_tile(format, weight, data)) == whole, module
 
 
-def keep_tile(format, weight, data):
+def keep_tile(format: GPTQ, weight: TensorSpec, data: dict[str, torch.Tensor]) -> Callable[..., Any]:
     """Encodes rows of a tile with the scales that are stored for them."""
 
-    def encode(rows, start, stop, out):
+    def encode(rows: torch.Tensor, start: int, stop: int, out: dict[str, torch.Tensor]) -> None:
         cuts = format.slices(weight, weight.shape[1], start, stop)
         _, grid = format.unpack({part: sp.gathered(data[part], cut) for part, cut in cuts.items()}, *rows.shape)
         format.pack(grid.nearest(rows), grid, out)
@@ -125,7 +134,7 @@ def keep_tile(format, weight, data):
 
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("version", [1, 2])
-def test_every_width_decodes_to_the_formula(bits, version):
+def test_every_width_decodes_to_the_formula(bits: int, version: int) -> None:
     parts, codes, zeros, scales, g_idx = random_parts(bits)
     layout = "gptq" if version == 1 else "gptq_v2"
     format = detected(parts, said(checkpoint_format=layout))
@@ -141,7 +150,7 @@ def test_every_width_decodes_to_the_formula(bits, version):
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_zero_points_that_wrapped_round_come_back_as_their_writer_meant_them(bits):
+def test_zero_points_that_wrapped_round_come_back_as_their_writer_meant_them(bits: int) -> None:
     """Zero points 0 to the largest: gptqmodel lowers words as whole numbers, but 3 bits field by field as all others
     do."""
     parts, codes, _, scales, g_idx = random_parts(bits)
@@ -160,7 +169,7 @@ def test_zero_points_that_wrapped_round_come_back_as_their_writer_meant_them(bit
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_columns_that_name_their_group_keep_it(bits):
+def test_columns_that_name_their_group_keep_it(bits: int) -> None:
     parts, codes, zeros, scales, g_idx = random_parts(bits, shuffled=True)
     for config in (said(desc_act=True), said(desc_act=False)):  # the tensor decides
         format = detected(parts, config)
@@ -170,7 +179,7 @@ def test_columns_that_name_their_group_keep_it(bits):
         assert sp.same(sp.kept(format, weight, data, rows), data)
 
 
-def test_a_file_without_g_idx_gets_none():
+def test_a_file_without_g_idx_gets_none() -> None:
     parts, codes, zeros, scales, g_idx = random_parts(4)
     del parts["g_idx"]
     format = detected(parts, said())
@@ -182,7 +191,7 @@ def test_a_file_without_g_idx_gets_none():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_scales_of_other_dtypes_are_kept(dtype):
+def test_scales_of_other_dtypes_are_kept(dtype: torch.dtype) -> None:
     parts, codes, zeros, scales, g_idx = random_parts(4)
     parts["scales"] = torch.from_numpy(scales).to(dtype)
     format = detected(parts, said())
@@ -193,7 +202,9 @@ def test_scales_of_other_dtypes_are_kept(dtype):
     assert sp.same(sp.kept(format, weight, data, rows), data)
 
 
-def fitted(rows, bits, groups, sym, lowest):
+def fitted(
+    rows: np.ndarray, bits: int, groups: np.ndarray, sym: bool, lowest: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Codes, zero points and scales by the rule, one group at a time."""
     top, (n, columns) = (1 << bits) - 1, rows.shape
     names = sorted(set(groups))
@@ -208,7 +219,7 @@ def fitted(rows, bits, groups, sym, lowest):
             if low == high:
                 low, high = np.float32(-1), np.float32(1)
             exact = np.float32(high - low) / np.float32(top)
-            scale = np.float32(max(np.float16(exact), 2.0**-24))
+            scale = np.float32(max(float(np.float16(exact)), 2.0**-24))
             zero = 1 << bits - 1 if sym else np.clip(np.rint(-low / exact), lowest, top)
             codes[row, groups == group] = np.clip(np.rint(own / scale) + zero, 0, top)
             zeros[group, row], scales[group, row] = zero, scale
@@ -219,7 +230,7 @@ def fitted(rows, bits, groups, sym, lowest):
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("shuffled", [False, True])
-def test_fresh_scales_follow_the_rule(bits, version, sym, shuffled):
+def test_fresh_scales_follow_the_rule(bits: int, version: int, sym: bool, shuffled: bool) -> None:
     rng = np.random.default_rng(bits)
     rows = (rng.standard_normal((64, 96)) * 0.05).astype(np.float32)
     rows[3] = 0
@@ -242,7 +253,7 @@ def test_fresh_scales_follow_the_rule(bits, version, sym, shuffled):
     assert sp.decoded(format, found, weight).sub_(torch.from_numpy(rows)).abs()[3].max() == 0
 
 
-def test_one_group_of_the_whole_row():
+def test_one_group_of_the_whole_row() -> None:
     rows = torch.randn(32, 160, generator=torch.Generator().manual_seed(0))
     format, weight = GPTQ(4, -1), TensorSpec("F16", (32, 160))
     data = sp.encoded(format, weight, rows)
@@ -250,7 +261,7 @@ def test_one_group_of_the_whole_row():
     assert sp.same(data, sp.raw(stored(codes, zeros - 1, scales, 4, np.zeros(160))))
 
 
-def test_act_order_is_read_for_fresh_scales_only_where_the_config_has_it():
+def test_act_order_is_read_for_fresh_scales_only_where_the_config_has_it() -> None:
     parts, _, _, _, g_idx = random_parts(4, shuffled=True)
     assert detected(parts, said(desc_act=True)).order == g_idx.astype(np.int32).tobytes()
     assert detected(parts, said(desc_act=False)).order is None
@@ -266,7 +277,9 @@ def test_act_order_is_read_for_fresh_scales_only_where_the_config_has_it():
     version=st.sampled_from([1, 2]),
     sym=st.booleans(),
 )
-def test_what_was_written_is_detected_and_kept(bits, height, width, group, version, sym):
+def test_what_was_written_is_detected_and_kept(
+    bits: int, height: int, width: int, group: int, version: int, sym: bool
+) -> None:
     format = GPTQ(bits, group, sym, version)
     weight = TensorSpec("F16", (32 * height, 32 * width))
     assert format.refusal(weight) is None
@@ -281,7 +294,7 @@ def test_what_was_written_is_detected_and_kept(bits, height, width, group, versi
     assert sp.same(sp.kept(format, weight, data, sp.decoded(format, data, weight)), data)
 
 
-def test_overrides_of_single_modules():
+def test_overrides_of_single_modules() -> None:
     parts = random_parts(4)[0]
     config = said(
         bits=8, sym=True, dynamic={"-:.*q_proj": {}, r"+:.*\.1\..*": {"sym": False}, ".*": {"group_size": 16}}
@@ -293,7 +306,7 @@ def test_overrides_of_single_modules():
         detected(parts, said(dynamic={"+:(": {}}))
 
 
-def test_parts_of_others_are_left_to_them():
+def test_parts_of_others_are_left_to_them() -> None:
     parts = sp.specs(random_parts(4)[0])
     assert GPTQ.detect({"weight": TensorSpec("F16", (4, 4))}, said(), "x", lambda part: b"") is None
     awq = {
@@ -307,7 +320,7 @@ def test_parts_of_others_are_left_to_them():
     assert GPTQ.detect(without, {}, "x", lambda part: b"") is not None
 
 
-def test_unreadable_layouts_name_the_way_out():
+def test_unreadable_layouts_name_the_way_out() -> None:
     parts = random_parts(4)[0]
     for body, words in (
         ({"checkpoint_format": "marlin"}, "marlin is not read"),
@@ -324,7 +337,7 @@ def test_unreadable_layouts_name_the_way_out():
         GPTQ.detect(narrow, said(), "x", lambda part: b"")
 
 
-def test_parts_that_contradict_each_other():
+def test_parts_that_contradict_each_other() -> None:
     specs = sp.specs(random_parts(4)[0])
     for part, spec in (
         ("qzeros", TensorSpec("I32", (3, 7))),
@@ -338,7 +351,7 @@ def test_parts_that_contradict_each_other():
             GPTQ.detect(specs | {part: spec}, said(), "model.layers.0.mlp.up_proj", lambda part: b"")
 
 
-def test_a_group_that_has_no_scale():
+def test_a_group_that_has_no_scale() -> None:
     parts = random_parts(4)[0]
     parts["g_idx"][5] = 3
     format = detected(parts, said())
@@ -346,15 +359,15 @@ def test_a_group_that_has_no_scale():
         sp.decoded(format, sp.raw(parts), format.measure(sp.specs(parts)))
 
 
-def test_refusals():
-    assert "matrices" in GPTQ(4).refusal(TensorSpec("BF16", (4, 128, 128)))
-    assert "multiples of 8" in GPTQ(4).refusal(TensorSpec("BF16", (60, 128)))
-    assert "multiples of 32" in GPTQ(3).refusal(TensorSpec("BF16", (48, 128)))
-    assert "groups of 128" in GPTQ(4).refusal(TensorSpec("BF16", (64, 192)))
+def test_refusals() -> None:
+    assert "matrices" in present(GPTQ(4).refusal(TensorSpec("BF16", (4, 128, 128))))
+    assert "multiples of 8" in present(GPTQ(4).refusal(TensorSpec("BF16", (60, 128))))
+    assert "multiples of 32" in present(GPTQ(3).refusal(TensorSpec("BF16", (48, 128))))
+    assert "groups of 128" in present(GPTQ(4).refusal(TensorSpec("BF16", (64, 192))))
     assert GPTQ(4, -1).refusal(TensorSpec("BF16", (64, 192))) is None
 
 
-def test_values_up_to_the_limit_stay_finite_in_half():
+def test_values_up_to_the_limit_stay_finite_in_half() -> None:
     for bits in (2, 3, 4, 8):
         for sym in (True, False):
             format, weight = GPTQ(bits, 32, sym), TensorSpec("F16", (32, 32))
@@ -368,11 +381,11 @@ def test_values_up_to_the_limit_stay_finite_in_half():
 BLOCK = ["self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"]
 
 
-def modules(*leave, layers=2):
+def modules(*leave: str, layers: int = 2) -> list[str]:
     return [f"model.layers.{i}.{name}" for i in range(layers) for name in BLOCK if name not in leave]
 
 
-def test_presets():
+def test_presets() -> None:
     weights = {"a": TensorSpec("BF16", (64, 256)), "b": TensorSpec("BF16", (64, 192))}
     assert GPTQMethod.from_options(FormatOptions(4), {"a": weights["a"]}) == GPTQ(4, 128)
     assert GPTQMethod.from_options(FormatOptions(3), weights) == GPTQ(3, 64)
@@ -388,11 +401,12 @@ def test_presets():
             GPTQMethod.from_options(wanted, weights)
 
 
-def changed(written, kept=(), config=None):
-    return GPTQMethod.config_changes(written, kept, config or {})["quantization_config",]
+def changed(written: dict[str, GPTQ], kept: Sequence[str] = (), config: dict[str, Any] | None = None) -> dict[str, Any]:
+    section: dict[str, Any] = GPTQMethod.config_changes(written, kept, config or {})["quantization_config",]
+    return section
 
 
-def test_config_of_a_fresh_output():
+def test_config_of_a_fresh_output() -> None:
     body = changed(dict.fromkeys(modules(), GPTQ(4, 32)), ["lm_head"])
     meta = body.pop("meta")
     assert [name.partition(":")[0] for name in meta["quantizer"]] == ["lora-merge"]
@@ -404,13 +418,13 @@ def test_config_of_a_fresh_output():
     assert changed(dict.fromkeys(modules(), GPTQ(4, order=b"")))["desc_act"] is True
 
 
-def test_plain_linears_of_a_block_are_told_by_the_list_of_the_others():
+def test_plain_linears_of_a_block_are_told_by_the_list_of_the_others() -> None:
     written = dict.fromkeys(modules("mlp.down_proj"), GPTQ(4))
     kept = [f"model.layers.{i}.mlp.down_proj" for i in range(2)] + ["lm_head"]
     assert changed(written, kept)["modules_in_block_to_quantize"] == [BLOCK[:3]]
 
 
-def test_what_the_loader_cannot_be_told_is_refused():
+def test_what_the_loader_cannot_be_told_is_refused() -> None:
     every = dict.fromkeys(modules(), GPTQ(4))
     first = {name: format for name, format in every.items() if name != "model.layers.1.mlp.up_proj"}
     with pytest.raises(UnsupportedError, match=r"every block or in none.*layers\.1\.mlp\.up_proj"):
@@ -425,12 +439,12 @@ def test_what_the_loader_cannot_be_told_is_refused():
         changed(every | {"model.layers.1.mlp.up_proj": GPTQ(8)})
 
 
-def test_blocks_that_the_loader_would_not_find_are_named():
+def test_blocks_that_the_loader_would_not_find_are_named() -> None:
     assert changed({"transformer.blocks.0.ffn.up_proj": GPTQ(4)})["block_name_to_quantize"] == "transformer.blocks"
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_the_config_of_a_base_stays_where_it_holds(name):
+def test_the_config_of_a_base_stays_where_it_holds(name: str) -> None:
     config, _ = checkpoint(name)
     written = {module: format for module, format, _, _ in weights(name)}
     assert changed(written, ["lm_head"], config) == config["quantization_config"]
@@ -439,16 +453,20 @@ def test_the_config_of_a_base_stays_where_it_holds(name):
     assert [one.partition(":")[0] for one in body["meta"]["quantizer"]] == ["lora-merge"]
 
 
-def test_zero_points_that_carry_keep_the_name_of_their_writer():
+def test_zero_points_that_carry_keep_the_name_of_their_writer() -> None:
     config = said(bits=8, group_size=32, meta={"quantizer": "gptqmodel:1.0"})  # 8 is wrong, and must be mended
     written = {"model.layers.0.mlp.up_proj": GPTQ(4, 32, carry=True)}
     quantizers = changed(written, [], config)["meta"]["quantizer"]
     assert quantizers[0] == "gptqmodel:1.0" and quantizers[1].startswith("lora-merge:")
 
 
-def test_a_base_with_skipped_modules_that_are_written_now_gets_a_new_config():
+def test_a_base_with_skipped_modules_that_are_written_now_gets_a_new_config() -> None:
     written = dict.fromkeys(modules(), GPTQ(4, 32))
-    for body in ({"dynamic": {r"-:.*\.1\..*": {}}}, {"modules_in_block_to_quantize": [["mlp.up_proj"]]}):
+    bodies: list[dict[str, Any]] = [
+        {"dynamic": {r"-:.*\.1\..*": {}}},
+        {"modules_in_block_to_quantize": [["mlp.up_proj"]]},
+    ]
+    for body in bodies:
         config = said(bits=4, group_size=32, **body)
         assert not body.keys() & changed(written, ["lm_head"], config).keys()
     config = said(bits=4, group_size=32, dynamic={r".*\.1\..*": {"bits": 8}})
@@ -456,7 +474,7 @@ def test_a_base_with_skipped_modules_that_are_written_now_gets_a_new_config():
     assert changed(mixed, ["lm_head"], config) == config["quantization_config"]
 
 
-def test_a_linear_that_became_plain_is_told_to_the_loader():
+def test_a_linear_that_became_plain_is_told_to_the_loader() -> None:
     written = dict.fromkeys(modules("mlp.down_proj"), GPTQ(4, 32))
     plain = [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
     config = said(bits=4, group_size=32, damp_percent=0.1)
@@ -467,7 +485,7 @@ def test_a_linear_that_became_plain_is_told_to_the_loader():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_shares_of_scales_are_rounded_as_they_are_stored(dtype):
+def test_shares_of_scales_are_rounded_as_they_are_stored(dtype: torch.dtype) -> None:
     rows = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
     format, weight = GPTQ(4, 32, scale=sp.DTYPES[dtype]), TensorSpec("F16", (32, 64))
     grid = refined(format.fit(rows), rows)
@@ -476,6 +494,6 @@ def test_shares_of_scales_are_rounded_as_they_are_stored(dtype):
     assert torch.equal(sp.decoded(format, data, weight), grid.values(grid.nearest(rows)))
 
 
-def test_words():
+def test_words() -> None:
     assert str(GPTQ(4)) == "gptq int4 128"
     assert str(replace(GPTQ(3, -1, False, 2), order=b"")) == "gptq v2 int3 row asymmetric act-order"

@@ -2,11 +2,14 @@
 
 import json
 import os
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import stored_parts as sp
 import torch
+from optional import present
 from safetensors.torch import save_file
 
 from lora_merge.formats.gptq.format import GPTQ
@@ -17,12 +20,12 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture
-def gptqmodel():
+def gptqmodel() -> Any:
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # its pool does not start on two cores otherwise
     return pytest.importorskip("gptqmodel")
 
 
-def written(format, rows):
+def written(format: GPTQ, rows: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Parts as tensors, and the values that they decode to."""
     weight = TensorSpec(format.scale, tuple(rows.shape))
     data = sp.encoded(format, weight, rows)
@@ -34,7 +37,7 @@ def written(format, rows):
     return parts, sp.decoded(format, data, weight)
 
 
-def read_back(parts, format):
+def read_back(parts: dict[str, torch.Tensor], format: GPTQ) -> torch.Tensor:
     """The weight as gptqmodel's own linear decodes it, scales in float32."""
     from gptqmodel.nn_modules.qlinear.torch import TorchLinear
     from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
@@ -48,13 +51,14 @@ def read_back(parts, format):
     if format.version == 1:
         convert_gptq_v1_to_v2_format_module(linear, format.bits, torch.int32)
     linear.post_init()
-    return linear.dequantize_weight().T
+    weight: torch.Tensor = linear.dequantize_weight()
+    return weight.T
 
 
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_gptqmodel_decodes_to_the_same_bits(gptqmodel, bits, sym, version):
+def test_gptqmodel_decodes_to_the_same_bits(gptqmodel: Any, bits: int, sym: bool, version: int) -> None:
     rows = torch.randn(64, 96, generator=torch.Generator().manual_seed(bits))
     shuffled = np.random.default_rng(0).permutation(np.arange(96) // 32).astype(np.int32).tobytes()
     for format in (
@@ -67,7 +71,7 @@ def test_gptqmodel_decodes_to_the_same_bits(gptqmodel, bits, sym, version):
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_zero_points_that_gptqmodel_wraps_round_are_read_as_it_does(gptqmodel, bits):
+def test_zero_points_that_gptqmodel_wraps_round_are_read_as_it_does(gptqmodel: Any, bits: int) -> None:
     from gptqmodel.nn_modules.qlinear.torch import TorchLinear
     from gptqmodel.quantization import QuantizeConfig
     from gptqmodel.utils.model import convert_gptq_v2_to_v1_format_module
@@ -77,14 +81,14 @@ def test_zero_points_that_gptqmodel_wraps_round_are_read_as_it_does(gptqmodel, b
     format = GPTQ(bits, 32, sym=False, version=2)
     parts, values = written(format, rows)
     _, grid = format.unpack(sp.raw(parts), 64, 96)
-    assert (grid.zero == 0).any()
+    assert (present(grid.zero) == 0).any()
     linear = TorchLinear(bits, 32, False, False, 96, 64)
     linear.qzeros = parts["qzeros"].clone()
     linear.qzero_format(format=2)
     convert_gptq_v2_to_v1_format_module(linear, QuantizeConfig(bits=bits, group_size=32))
     parts["qzeros"] = linear.qzeros
     config = {"quantization_config": {"quant_method": "gptq", "meta": {"quantizer": ["gptqmodel:7.7.0"]}}}
-    lowered = GPTQ.detect(sp.specs(parts), config, "x", lambda part: b"")
+    lowered = present(GPTQ.detect(sp.specs(parts), config, "x", lambda part: b""))
     weight, data = lowered.measure(sp.specs(parts)), sp.raw(parts)
     assert torch.equal(sp.decoded(lowered, data, weight), values)
     assert sp.same(sp.kept(lowered, weight, data, values), data)
@@ -92,7 +96,7 @@ def test_zero_points_that_gptqmodel_wraps_round_are_read_as_it_does(gptqmodel, b
 
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_fresh_scales_are_those_of_gptqmodel(gptqmodel, bits, sym):
+def test_fresh_scales_are_those_of_gptqmodel(gptqmodel: Any, bits: int, sym: bool) -> None:
     from gptqmodel.quantization import QuantizeConfig
     from gptqmodel.quantization.quantizer import Quantizer
 
@@ -104,7 +108,7 @@ def test_fresh_scales_are_those_of_gptqmodel(gptqmodel, bits, sym):
     for group in range(3):
         quantizer.find_params(rows[:, group * 32 : group * 32 + 32], weight=True)
         assert torch.equal(grid.scale[:, group], quantizer.scale.flatten().half().float())
-        assert torch.equal(grid.zero[:, group], quantizer.zero.flatten())
+        assert torch.equal(present(grid.zero)[:, group], quantizer.zero.flatten())
 
 
 FORMATS = [
@@ -115,7 +119,7 @@ FORMATS = [
 
 @pytest.mark.parametrize("plain", [(), ("down_proj",)])
 @pytest.mark.parametrize("format", FORMATS, ids=str)
-def test_transformers_opens_it(gptqmodel, tmp_path, format, plain):
+def test_transformers_opens_it(gptqmodel: Any, tmp_path: Path, format: GPTQ, plain: tuple[str, ...]) -> None:
     pytest.importorskip("optimum")
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)

@@ -2,18 +2,22 @@
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import stored_parts as sp
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from optional import present
 from safetensors.torch import load_file, save_file
 
 from lora_merge import formats
 from lora_merge.abilities import FormatOptions
 from lora_merge.errors import InputError, UnsupportedError
+from lora_merge.formats.compressed_tensors.scales import Fp4
 from lora_merge.formats.method import GONE
 from lora_merge.formats.mxfp4 import MXFP4, MXFP4Method
 from lora_merge.spec import TensorSpec
@@ -23,19 +27,23 @@ EXPERTS = "model.layers.0.mlp.experts"
 PROJECTIONS = (f"{EXPERTS}.down_proj", f"{EXPERTS}.gate_up_proj")
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 LISTED = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
-CONFIG = {"model_type": "gpt_oss", "vocab_size": 48}
+CONFIG: dict[str, Any] = {"model_type": "gpt_oss", "vocab_size": 48}
 BODY = {"quant_method": "mxfp4", "modules_to_not_convert": LISTED}
 
 
-def parts_of(tensors, module):
+def parts_of(tensors: dict[str, torch.Tensor], module: str) -> dict[str, torch.Tensor]:
     return {part: tensors[f"{module}_{part}"] for part in ("blocks", "scales")}
 
 
-def detect(parts, config=CONFIG):
-    return MXFP4.detect(sp.specs(parts), config, "x.experts.down_proj", lambda part: pytest.fail("nothing to read"))
+def no_read(part: str) -> bytes:
+    raise AssertionError(f"{part} is no small part")
 
 
-def slow_decode(parts):
+def detect(parts: dict[str, torch.Tensor], config: dict[str, Any] = CONFIG) -> MXFP4:
+    return present(MXFP4.detect(sp.specs(parts), config, "x.experts.down_proj", no_read))
+
+
+def slow_decode(parts: dict[str, torch.Tensor]) -> torch.Tensor:
     """`[experts, in, out]`, one nibble after the other."""
     blocks, marks = parts["blocks"], parts["scales"].double()
     low, high = blocks & 15, blocks >> 4
@@ -44,7 +52,7 @@ def slow_decode(parts):
     return (table[nibbles] * 2.0 ** (marks - 127).unsqueeze(-1)).flatten(-2).transpose(1, 2).float()
 
 
-def slow_block(values):
+def slow_block(values: list[float]) -> tuple[int, list[int]]:
     """Scale byte and 16 bytes of 32 floats."""
     most = max(abs(value) for value in values)
     fraction, exponent = math.frexp(most)  # most = fraction * 2^exponent, fraction from 1/2 on
@@ -58,7 +66,7 @@ def slow_block(values):
     return byte, [low | high << 4 for low, high in zip(nibbles[::2], nibbles[1::2], strict=True)]
 
 
-def slow_encode(stack):
+def slow_encode(stack: torch.Tensor) -> dict[str, torch.Tensor]:
     experts, inputs, outputs = stack.shape
     blocks = torch.zeros(experts, outputs, inputs // 32, 16, dtype=torch.uint8)
     marks = torch.zeros(experts, outputs, inputs // 32, dtype=torch.uint8)
@@ -69,11 +77,11 @@ def slow_encode(stack):
     return {"blocks": blocks, "scales": marks}
 
 
-def as_bytes(parts):
+def as_bytes(parts: dict[str, torch.Tensor]) -> dict[str, bytes]:
     return {part: value.numpy().tobytes() for part, value in parts.items()}
 
 
-def encoded(stack, step=1 << 20):
+def encoded(stack: torch.Tensor, step: int = 1 << 20) -> dict[str, torch.Tensor]:
     """Parts of a stack, with fresh scales."""
     format, weight = MXFP4(), TensorSpec("BF16", tuple(stack.shape))
     write = lambda rows, start, stop, out: format.encode(rows, out)  # noqa: E731
@@ -84,7 +92,7 @@ def encoded(stack, step=1 << 20):
     }
 
 
-def unpacked(parts, step=1 << 20):
+def unpacked(parts: dict[str, torch.Tensor], step: int = 1 << 20) -> Iterator[tuple[int, int, torch.Tensor, Fp4]]:
     """Codes and grid of every piece of a stack: `(start, stop, codes, grid)`."""
     format = detect(parts)
     weight = format.measure(sp.specs(parts))
@@ -93,16 +101,20 @@ def unpacked(parts, step=1 << 20):
     for start, stop in sp.pieces(format, weight, rows, step):
         cuts = format.slices(weight, columns, start, stop)
         data = sp.raw({part: sp.gathered(flat[part], cut) for part, cut in cuts.items()})
-        yield start, stop, *format.unpack(data, stop - start, columns)
+        codes, grid = format.unpack(data, stop - start, columns)
+        assert isinstance(grid, Fp4)
+        yield start, stop, codes, grid
 
 
-def decoded(parts, step=1 << 20):
+def decoded(parts: dict[str, torch.Tensor], step: int = 1 << 20) -> torch.Tensor:
     weight = detect(parts).measure(sp.specs(parts))
     rows = [grid.values(codes) for _, _, codes, grid in unpacked(parts, step)]
     return torch.cat(rows).view(weight.shape)
 
 
-def stored(experts=2, outputs=5, blocks=3, low=0, high=255, seed=0):
+def stored(
+    experts: int = 2, outputs: int = 5, blocks: int = 3, low: int = 0, high: int = 255, seed: int = 0
+) -> dict[str, torch.Tensor]:
     """Every nibble under many scales, an all-zero block of either sign among them."""
     generator = torch.Generator().manual_seed(seed)
     parts = {
@@ -115,7 +127,7 @@ def stored(experts=2, outputs=5, blocks=3, low=0, high=255, seed=0):
 
 
 @pytest.mark.parametrize("step", [32, 64, 1 << 20])
-def test_the_fixture_decodes_to_what_transformers_makes_of_it(step):
+def test_the_fixture_decodes_to_what_transformers_makes_of_it(step: int) -> None:
     tensors, expected = load_file(FIXTURE / "model.safetensors"), load_file(FIXTURE / "expected.safetensors")
     assert set(expected) == {PROJECTIONS[0]}
     for module in PROJECTIONS:
@@ -127,7 +139,7 @@ def test_the_fixture_decodes_to_what_transformers_makes_of_it(step):
 
 @pytest.mark.parametrize("step", [32, 64, 96, 1 << 20])
 @pytest.mark.parametrize("module", [*PROJECTIONS, None])
-def test_a_change_of_nothing_gives_every_stored_byte(module, step):
+def test_a_change_of_nothing_gives_every_stored_byte(module: str | None, step: int) -> None:
     parts = parts_of(load_file(FIXTURE / "model.safetensors"), module) if module else stored()
     format = detect(parts)
     weight = format.measure(sp.specs(parts))
@@ -136,7 +148,7 @@ def test_a_change_of_nothing_gives_every_stored_byte(module, step):
         for at in range(start, stop, 32):
             codes[at], grids[at] = found[at - start : at - start + 32], grid.rows(at - start, at - start + 32)
 
-    def write(rows, start, stop, out):
+    def write(rows: torch.Tensor, start: int, stop: int, out: dict[str, torch.Tensor]) -> None:
         # Pieces are written from the codes of smaller ones: neither depends on how the weight was cut.
         held = [grids[at] for at in range(start, stop, 32)]
         scale = torch.cat([grid.scale for grid in held])
@@ -147,7 +159,7 @@ def test_a_change_of_nothing_gives_every_stored_byte(module, step):
     assert sp.by_tiles(format, weight, rows, step, write) == as_bytes(parts)
 
 
-def test_values_are_coded_back_with_the_sign_of_their_zeros():
+def test_values_are_coded_back_with_the_sign_of_their_zeros() -> None:
     """Scales down to the least, whose numbers float32 holds without the leading one."""
     parts = stored(experts=1, outputs=64, blocks=2, low=0, high=253)
     parts["scales"][0, :4] = torch.tensor([[0, 1]] * 4, dtype=torch.uint8)
@@ -161,7 +173,7 @@ def test_values_are_coded_back_with_the_sign_of_their_zeros():
     assert not p.any()
 
 
-def test_every_row_is_rounded_under_the_scale_of_its_block():
+def test_every_row_is_rounded_under_the_scale_of_its_block() -> None:
     """Nearest and bracket against all 16 numbers of each block, tried one by one."""
     parts = stored(experts=1, outputs=3, blocks=4, low=120, high=124)
     [(_, _, _, grid)] = unpacked(parts)
@@ -184,7 +196,7 @@ def test_every_row_is_rounded_under_the_scale_of_its_block():
 
 
 @pytest.mark.parametrize("step", [32, 64, 1 << 20])
-def test_fresh_scales_follow_the_rule(step):
+def test_fresh_scales_follow_the_rule(step: int) -> None:
     stack = torch.randn(2, 96, 7, generator=torch.Generator().manual_seed(2))
     stack *= torch.logspace(-6, 4, 7)
     stack[0, :32, 0] = 0
@@ -198,24 +210,24 @@ def test_fresh_scales_follow_the_rule(step):
     assert torch.isfinite(decoded(found)).all()
 
 
-def test_the_next_float_above_the_limit_overflows():
+def test_the_next_float_above_the_limit_overflows() -> None:
     above = torch.tensor(MXFP4().limit).nextafter(torch.tensor(math.inf))
     assert torch.isinf(decoded(encoded(above.expand(1, 32, 1)))).all()
 
 
-def test_fresh_scales_give_stored_values_again():
+def test_fresh_scales_give_stored_values_again() -> None:
     values = decoded(stored(low=60, high=180))
     assert torch.equal(decoded(encoded(values)), values)
 
 
-def test_fresh_scales_err_less_than_the_standards_and_openais():
+def test_fresh_scales_err_less_than_the_standards_and_openais() -> None:
     stack = torch.randn(1, 1024, 256, generator=torch.Generator().manual_seed(3))
     parts = encoded(stack)
     fraction, exponent = torch.frexp(stack[0].T.unflatten(-1, (-1, 32)).abs().amax(-1))
 
-    def noise(exponent):
+    def noise(exponent: torch.Tensor) -> float:
         [(_, _, _, grid)] = unpacked(parts | {"scales": (exponent + 127).byte().unsqueeze(0)})
-        return ((grid.values(grid.nearest(stack[0])) - stack[0]).norm() / stack.norm()).item()
+        return float((grid.values(grid.nearest(stack[0])) - stack[0]).norm() / stack.norm())
 
     ours = ((decoded(parts) - stack).norm() / stack.norm()).item()
     assert ours == pytest.approx(0.112, abs=1e-3)
@@ -230,7 +242,9 @@ def test_fresh_scales_err_less_than_the_standards_and_openais():
     outputs=st.integers(1, 9),
     step=st.sampled_from([32, 64, 96]),
 )
-def test_describe_and_measure_undo_each_other_and_tiles_make_the_whole(experts, blocks, outputs, step):
+def test_describe_and_measure_undo_each_other_and_tiles_make_the_whole(
+    experts: int, blocks: int, outputs: int, step: int
+) -> None:
     weight = TensorSpec("BF16", (experts, 32 * blocks, outputs))
     parts = encoded(torch.randn(weight.shape, generator=torch.Generator().manual_seed(outputs)), step)
     assert sp.specs(parts) == MXFP4().describe(weight)
@@ -238,7 +252,7 @@ def test_describe_and_measure_undo_each_other_and_tiles_make_the_whole(experts, 
     assert torch.equal(decoded(parts, step), slow_decode(parts))
 
 
-def test_a_checkpoint_has_its_experts_under_the_names_of_the_dense_model(monkeypatch):
+def test_a_checkpoint_has_its_experts_under_the_names_of_the_dense_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(formats.METHODS, "mxfp4", MXFP4Method)
     tensors = sp.specs(load_file(FIXTURE / "model.safetensors"))
     config = json.loads((FIXTURE / "config.json").read_text())
@@ -254,7 +268,7 @@ def test_a_checkpoint_has_its_experts_under_the_names_of_the_dense_model(monkeyp
     assert not any(name.endswith(("_blocks", "_scales")) for name in found)
 
 
-def test_other_parts_are_not_taken_for_mxfp4():
+def test_other_parts_are_not_taken_for_mxfp4() -> None:
     good = sp.specs(stored())
     others = [
         {"blocks": TensorSpec("BF16", (2, 96, 64))},  # what transformers 5.23 saves of a dequantized model
@@ -263,20 +277,20 @@ def test_other_parts_are_not_taken_for_mxfp4():
         good | {"blocks": TensorSpec("U8", (2, 5, 3, 8))},
         {"scales": good["scales"]},
     ]
-    assert MXFP4.detect(good, {}, "x", None)
-    assert not any(MXFP4.detect(parts, {}, "x", None) for parts in others)
+    assert MXFP4.detect(good, {}, "x", no_read)
+    assert not any(MXFP4.detect(parts, {}, "x", no_read) for parts in others)
 
 
 @pytest.mark.parametrize(
     "scales", [None, TensorSpec("U8", (2, 5, 4)), TensorSpec("F32", (2, 5, 3)), TensorSpec("U8", (2, 5, 3, 1))]
 )
-def test_blocks_without_their_scales_are_damaged(scales):
+def test_blocks_without_their_scales_are_damaged(scales: TensorSpec | None) -> None:
     parts = {"blocks": TensorSpec("U8", (2, 5, 3, 16))} | ({"scales": scales} if scales else {})
     with pytest.raises(InputError, match=r"x\.down_proj: x\.down_proj_scales is .*need U8 \[2, 5, 3\].*fetch it again"):
-        MXFP4.detect(parts, {}, "x.down_proj", None)
+        MXFP4.detect(parts, {}, "x.down_proj", no_read)
 
 
-def test_only_experts_of_gpt_oss_are_written():
+def test_only_experts_of_gpt_oss_are_written() -> None:
     weights = {module: TensorSpec("BF16", (2, 64, 96)) for module in PROJECTIONS}
     assert MXFP4Method.from_options(FormatOptions(4), weights) == MXFP4()
     assert MXFP4Method.from_options(FormatOptions(4, quant_type="mxfp4", group_size=32), weights) == MXFP4()
@@ -302,7 +316,7 @@ def test_only_experts_of_gpt_oss_are_written():
         assert MXFP4Method.is_quantized(module, CONFIG) is False
 
 
-def test_config_names_what_stays_plain():
+def test_config_names_what_stays_plain() -> None:
     written, kept = dict.fromkeys(PROJECTIONS, MXFP4()), ["model.layers.0.self_attn.q_proj", "lm_head"]
     assert MXFP4Method.config_changes(written, kept, CONFIG) == {("quantization_config",): BODY}
     own = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
@@ -318,7 +332,7 @@ def test_config_names_what_stays_plain():
         MXFP4Method.config_changes(written, kept, {"model_type": "qwen3_moe"})
 
 
-def test_transformers_loads_what_is_written(tmp_path):
+def test_transformers_loads_what_is_written(tmp_path: Path) -> None:
     """Experts with fresh scales, config.json of a plain gpt-oss with our changes: every number it makes is ours."""
     from transformers import AutoModelForCausalLM
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ FIXTURES = Path(__file__).parents[2] / "fixtures"
 STEM = "model.layers.0.mlp.up_proj"
 I8, I16, I32, I64, U8, U32 = torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint32
 F16, F32, F8 = torch.float16, torch.float32, torch.float8_e4m3fn
-LAYOUTS = {
+Stored = dict[str, tuple[Any, ...]]
+"""Dtype and shape of each part."""
+LAYOUTS: dict[str, Stored] = {
     "optimum-quanto": {"weight._data": (I8, 64, 32), "weight._scale": (F16, 64, 1), "input_scale": (F32,)},
     "optimum-quanto qint4": {
         "weight._data._data": (U8, 32, 32), "weight._scale": (F16, 64, 1), "weight._shift": (F16, 64, 1),
@@ -38,18 +41,18 @@ LAYOUTS = {
     "Gaudis": {"weight": (F8, 32, 64), "scale_weight": (F32,)},
     "Gaudis by rank": {"weight": (F8, 32, 64), "scale_weight_0_8": (F32,)},
 }  # fmt: skip
-UNNAMED = {
+UNNAMED: dict[str, Stored] = {
     "int8 and scale": {"weight": (I8, 64, 32), "dequant_scale": (F32,)},
     "int8 and a step": {"weight": (I8, 64, 32), "a": (F32,)},
     "fp8 and scale": {"weight": (F8, 64, 32), "dequant_scale": (F32, 1)},
     "nibbles": {"packed": (U8, 64, 16), "absmax": (F32, 64)},
     "words": {"qweight_packed": (I32, 64, 4), "zeros_and_scales": (F16, 64, 2)},
 }
-BESIDE = {"model.embed_tokens.weight": (F16, 48, 32), "model.norm.weight": (F16, 32)}
+BESIDE: Stored = {"model.embed_tokens.weight": (F16, 48, 32), "model.norm.weight": (F16, 32)}
 ADAPTED = "model.embed_tokens"
 
 
-def checkpoint(folder, parts, section=None):
+def checkpoint(folder: Path, parts: Stored, section: dict[str, str] | None = None) -> Path:
     folder.mkdir()
     tensors = {f"{STEM}.{part}": torch.zeros(shape, dtype=dtype) for part, (dtype, *shape) in parts.items()}
     tensors |= {name: torch.ones(shape, dtype=dtype) for name, (dtype, *shape) in BESIDE.items()}
@@ -59,7 +62,7 @@ def checkpoint(folder, parts, section=None):
     return folder
 
 
-def adapter(folder):
+def adapter(folder: Path) -> Path:
     """A LoRA on a tensor that is stored plain, so that nothing but the quantization is in its way."""
     folder.mkdir()
     stem = f"base_model.model.{ADAPTED}"
@@ -72,7 +75,7 @@ def adapter(folder):
     return folder
 
 
-def refused(base, tmp_path, match):
+def refused(base: Path, tmp_path: Path, match: str) -> None:
     lora = adapter(tmp_path / "adapter")
     for adapters, words in (([], {}), ([lora], {}), ([], {"bits": 16, "dtype": "float16"}), ([lora], {"bits": 4})):
         with pytest.raises(UnsupportedError, match=match) as caught:
@@ -83,7 +86,7 @@ def refused(base, tmp_path, match):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_each_is_known_by_its_tensors(tmp_path, name):
+def test_each_is_known_by_its_tensors(tmp_path: Path, name: str) -> None:
     """Also where config.json is silent, as optimum-quanto leaves it."""
     base = checkpoint(tmp_path / "base", LAYOUTS[name])
     refused(base, tmp_path, rf"quantized by .*{name.split()[0]}.* \({STEM}\..*which is not read")
@@ -93,13 +96,13 @@ def test_each_is_known_by_its_tensors(tmp_path, name):
 
 @pytest.mark.parametrize("method", [method for kind in unread.UNREAD for method in kind.methods])
 @pytest.mark.parametrize("place", ["top", "text"])
-def test_each_is_known_by_its_method(method, place):
+def test_each_is_known_by_its_method(method: str, place: str) -> None:
     section = {"quantization_config": {"quant_method": method.upper()}}
     found = unread.named(["x.weight"], section if place == "top" else {"text_config": section})
     assert found and method in found[0].methods and found[1] == f"quant_method {method} in config.json"
 
 
-def test_no_method_is_both_read_and_not():
+def test_no_method_is_both_read_and_not() -> None:
     assert not KNOWN_METHODS & {method for kind in unread.UNREAD for method in kind.methods}
 
 
@@ -107,7 +110,7 @@ def test_no_method_is_both_read_and_not():
     ("folder", "name"),
     [("hqq_b4_axis1", "HQQ"), ("torchao_int8wo", "torchao"), ("aqlm_2x8", "AQLM"), ("eetq_sm80", "EETQ")],
 )
-def test_what_their_libraries_wrote(tmp_path, folder, name):
+def test_what_their_libraries_wrote(tmp_path: Path, folder: str, name: str) -> None:
     base = FIXTURES / "unread" / folder
     refused(base, tmp_path, f"quantized by {name} ")
     assert lora_merge.inspect(base).kind == f"{name} (not read)"
@@ -120,19 +123,19 @@ def test_what_their_libraries_wrote(tmp_path, folder, name):
 
 
 @pytest.mark.parametrize("name", UNNAMED)
-def test_codes_of_an_unknown_make_are_refused(tmp_path, name):
+def test_codes_of_an_unknown_make_are_refused(tmp_path: Path, name: str) -> None:
     base = checkpoint(tmp_path / "base", UNNAMED[name])
     refused(base, tmp_path, rf"the base is not plain: {STEM}\.\w+ looks like codes of a quantization that is not known")
     assert lora_merge.inspect(base).kind == "codes of a quantization that is not known, plain"
 
 
-def test_a_method_that_nobody_knows_is_refused(tmp_path):
+def test_a_method_that_nobody_knows_is_refused(tmp_path: Path) -> None:
     base = checkpoint(tmp_path / "base", {"weight": (F16, 64, 32)}, {"quant_method": "exotic"})
     refused(base, tmp_path, r"says that the base is quantized \(exotic\)")
     assert lora_merge.inspect(base).kind == "exotic (not read)"
 
 
-PLAIN_TENSORS = {
+PLAIN_TENSORS: Stored = {
     "transformer.h.0.attn.bias": (U8, 1, 1, 16, 16),
     "transformer.h.0.attn.masked_bias": (F32,),
     "transformer.h.0.attn.logit_scale": (F32, 4),
@@ -154,7 +157,7 @@ PLAIN_TENSORS = {
 }  # fmt: skip
 
 
-def test_what_plain_models_hold_is_no_code(tmp_path):
+def test_what_plain_models_hold_is_no_code(tmp_path: Path) -> None:
     base = tmp_path / "base"
     base.mkdir()
     tensors = {name: torch.ones(shape, dtype=F32).to(dtype) for name, (dtype, *shape) in PLAIN_TENSORS.items()}
@@ -176,12 +179,12 @@ def test_what_plain_models_hold_is_no_code(tmp_path):
         if "unread" not in path.parts
     ),
 )
-def test_what_is_read_is_not_refused(folder):
+def test_what_is_read_is_not_refused(folder: str) -> None:
     lora_merge.plan(FIXTURES / folder, [])
     assert "not" not in lora_merge.inspect(FIXTURES / folder).kind
 
 
-def test_master_weights_of_bitnet_are_plain(tmp_path):
+def test_master_weights_of_bitnet_are_plain(tmp_path: Path) -> None:
     online = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}
     base = checkpoint(tmp_path / "base", {"weight": (F16, 64, 32)}, online)
     result = lora_merge.merge(base, adapter(tmp_path / "adapter"), tmp_path / "out")
@@ -191,9 +194,9 @@ def test_master_weights_of_bitnet_are_plain(tmp_path):
         lora_merge.plan(packed, [])
 
 
-def test_a_base_that_is_read_but_for_some_codes_is_kept_and_not_converted(tmp_path):
+def test_a_base_that_is_read_but_for_some_codes_is_kept_and_not_converted(tmp_path: Path) -> None:
     """Llama 4's FBGEMM experts are not read: their bytes stay, but they cannot become plain."""
-    parts = {"weight": (F8, 64, 32), "weight_scale": (F32, 64, 1)}
+    parts: Stored = {"weight": (F8, 64, 32), "weight_scale": (F32, 64, 1)}
     parts |= {"experts.gate_up_proj": (F8, 2, 32, 64), "experts.gate_up_proj_scale": (F32, 2, 1, 64)}
     base = checkpoint(tmp_path / "base", parts, {"quant_method": "fbgemm_fp8"})
     lora_merge.merge(base, adapter(tmp_path / "adapter"), tmp_path / "out")
@@ -211,5 +214,5 @@ def test_a_base_that_is_read_but_for_some_codes_is_kept_and_not_converted(tmp_pa
         ("fp8_block128", "x128"),
     ],
 )
-def test_inspect_says_what_can_be_written(folder, end):
+def test_inspect_says_what_can_be_written(folder: str, end: str) -> None:
     assert lora_merge.inspect(FIXTURES / folder).kind.endswith(end)

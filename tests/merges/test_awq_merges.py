@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,12 +22,14 @@ RANK = 4
 
 
 @pytest.fixture(scope="module")
-def shapes():
+def shapes() -> dict[str, torch.Size]:
     tensors = load_file(ORIGINAL / "model.safetensors")
     return {name.removesuffix(".weight"): value.shape for name, value in tensors.items() if "_proj.weight" in name}
 
 
-def write_adapter(folder, shapes, extra=None, **config):
+def write_adapter(
+    folder: Path, shapes: dict[str, torch.Size], extra: dict[str, torch.Tensor] | None = None, **config: Any
+) -> Path:
     """A LoRA on every linear whose change is about a fifth of the weights."""
     generator = torch.Generator().manual_seed(5)
     factors = dict(extra or {})
@@ -41,21 +44,22 @@ def write_adapter(folder, shapes, extra=None, **config):
     return folder
 
 
-def logits(folder, tmp_path):
+def logits(folder: Path, tmp_path: Path) -> torch.Tensor:
     """Of a checkpoint in any format, with the float32 values that it decodes to."""
     plain = tmp_path / f"plain-{folder.name}"
     lora_merge.merge(folder, [], plain, format="plain", dtype="float32")
     model = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
     tokens = torch.randint(0, model.config.vocab_size, (4, 32), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        return model(tokens).logits
+        scores: torch.Tensor = model(tokens).logits
+    return scores
 
 
-def distance(found, expected):
-    return ((found - expected).norm() / expected.norm()).item()
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
 
 
-def rounded_afterwards(wanted, shapes, tmp_path):
+def rounded_afterwards(wanted: Path, shapes: dict[str, torch.Size], tmp_path: Path) -> Path:
     """What AWQ makes of the merged original: its channels rescaled as in the checkpoint, then rounded to nearest."""
     lora_merge.merge(AWQ, [], tmp_path / "frame", format="plain", dtype="float32")
     tensors, merged = (load_file(folder / "model.safetensors") for folder in (tmp_path / "frame", wanted))
@@ -77,7 +81,7 @@ def rounded_afterwards(wanted, shapes, tmp_path):
     return tmp_path / "afterwards"
 
 
-def test_a_converted_adapter_does_what_it_did_to_the_original(tmp_path, shapes):
+def test_a_converted_adapter_does_what_it_did_to_the_original(tmp_path: Path, shapes: dict[str, torch.Size]) -> None:
     adapter = write_adapter(tmp_path / "adapter", shapes)
     lora_merge.merge(ORIGINAL, adapter, tmp_path / "wanted")
     result = lora_merge.merge(AWQ, adapter, tmp_path / "converted", adapter_base=ORIGINAL)
@@ -96,7 +100,9 @@ def test_a_converted_adapter_does_what_it_did_to_the_original(tmp_path, shapes):
     assert configs[0] == configs[1]
 
 
-def test_nobody_said_on_which_model_the_adapter_was_trained(tmp_path, shapes, capsys):
+def test_nobody_said_on_which_model_the_adapter_was_trained(
+    tmp_path: Path, shapes: dict[str, torch.Size], capsys: pytest.CaptureFixture[str]
+) -> None:
     adapter = write_adapter(tmp_path / "adapter", shapes)
     assert run([str(AWQ), str(adapter), str(tmp_path / "out")]) == 4
     assert "--adapter-base same" in capsys.readouterr().err
@@ -106,7 +112,7 @@ def test_nobody_said_on_which_model_the_adapter_was_trained(tmp_path, shapes, ca
         lora_merge.merge(ORIGINAL, adapter, tmp_path / "other", adapter_base="same")
 
 
-def test_what_rescaling_cannot_convert_is_refused(tmp_path, shapes):
+def test_what_rescaling_cannot_convert_is_refused(tmp_path: Path, shapes: dict[str, torch.Size]) -> None:
     magnitudes = {
         f"base_model.model.{module}.lora_magnitude_vector": torch.ones(rows) for module, (rows, _) in shapes.items()
     }
@@ -123,7 +129,7 @@ def test_what_rescaling_cannot_convert_is_refused(tmp_path, shapes):
     assert not (tmp_path / "out").exists()
 
 
-def test_another_original_is_found_out(tmp_path, shapes):
+def test_another_original_is_found_out(tmp_path: Path, shapes: dict[str, torch.Size]) -> None:
     adapter = write_adapter(tmp_path / "adapter", shapes)
     other = tmp_path / "other"
     other.mkdir()
@@ -134,7 +140,9 @@ def test_another_original_is_found_out(tmp_path, shapes):
         lora_merge.merge(AWQ, adapter, tmp_path / "out", adapter_base=other)
 
 
-def test_a_converted_merge_is_the_same_however_it_is_cut_and_can_be_recomputed(tmp_path, shapes):
+def test_a_converted_merge_is_the_same_however_it_is_cut_and_can_be_recomputed(
+    tmp_path: Path, shapes: dict[str, torch.Size]
+) -> None:
     adapter = write_adapter(tmp_path / "adapter", shapes)
     for number, threads in enumerate((1, 2)):
         lora_merge.merge(AWQ, adapter, tmp_path / f"out{number}", adapter_base=ORIGINAL, threads=threads)

@@ -1,6 +1,7 @@
 """ChatGLM checkpoints merged at every width, judged by decoders that know the published layout alone."""
 
 import json
+from pathlib import Path
 
 import pytest
 import quantized_bases as bases
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import lora_merge
 from lora_merge.errors import UnsupportedError, UsageError
+from lora_merge.request import Bits, DtypeName, Rounding
 
 SHARES = {"nearest": 0.5, "stochastic": 1.0}
 """How far, in steps, a value may be from where it should be."""
@@ -17,13 +19,13 @@ PLAIN = {"chatglm1_int4": torch.float32, "chatglm3_int4": torch.float16}
 
 
 @pytest.mark.parametrize("name", bases.CHATGLMS)
-def test_the_oracle_reads_what_the_official_code_reads(name):
+def test_the_oracle_reads_what_the_official_code_reads(name: str) -> None:
     held = oracle.weights(bases.FIXTURES / name)
     expected = load_file(bases.FIXTURES / name / "expected_dequant.safetensors")
     assert expected and all(torch.equal(held[key].values, values) for key, values in expected.items())
 
 
-def is_on_the_grid(out, base, adapters, rounding):
+def is_on_the_grid(out: Path, base: Path, adapters: dict[Path, float], rounding: Rounding) -> None:
     """Every weight that the adapters change is at most so far from base + delta; all others are as they were."""
     held, wanted = oracle.weights(out), oracle.merged(oracle.weights(base), adapters)
     assert sorted(wanted) == sorted(bases.linears(base))
@@ -36,7 +38,7 @@ def is_on_the_grid(out, base, adapters, rounding):
     assert after.keys() - before.keys() <= {f"{name}_scale" for name in wanted}
 
 
-def only_the_width_differs(out, base, width):
+def only_the_width_differs(out: Path, base: Path, width: int) -> None:
     """config.json says the width and is else what it was; the model's code and tokenizer are the same bytes."""
     said, was = oracle.config(out), oracle.config(base)
     assert said.get("quantization_bit") == width
@@ -48,7 +50,7 @@ def only_the_width_differs(out, base, width):
 @pytest.mark.parametrize(("as_safetensors", "rounding"), [(False, "nearest"), (True, "stochastic")])
 @pytest.mark.parametrize("bits", [None, 4, 8])
 @pytest.mark.parametrize("name", bases.CHATGLMS)
-def test_codes_to_codes(tmp_path, name, as_safetensors, bits, rounding):
+def test_codes_to_codes(tmp_path: Path, name: str, as_safetensors: bool, bits: Bits | None, rounding: Rounding) -> None:
     base = bases.chatglm(name, tmp_path / "base", as_safetensors=as_safetensors)
     adapter = bases.adapter(tmp_path / "adapter", base)
     out = tmp_path / "out"
@@ -64,7 +66,7 @@ def test_codes_to_codes(tmp_path, name, as_safetensors, bits, rounding):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("name", PLAIN)
-def test_plain_to_codes(tmp_path, name, bits, dtype):
+def test_plain_to_codes(tmp_path: Path, name: str, bits: Bits, dtype: torch.dtype) -> None:
     base = bases.plain_chatglm(name, tmp_path / "base", dtype)
     adapter = bases.adapter(tmp_path / "adapter", base)
     lora_merge.merge(base, adapter, tmp_path / "out", bits=bits, rounding="nearest")
@@ -78,7 +80,9 @@ def test_plain_to_codes(tmp_path, name, bits, dtype):
 @pytest.mark.parametrize("scale", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("as_safetensors", [False, True])
 @pytest.mark.parametrize("name", bases.CHATGLMS)
-def test_sixteen_bits_are_the_float32_sum_rounded_once(tmp_path, name, as_safetensors, scale):
+def test_sixteen_bits_are_the_float32_sum_rounded_once(
+    tmp_path: Path, name: str, as_safetensors: bool, scale: torch.dtype
+) -> None:
     base = bases.chatglm(name, tmp_path / "base", as_safetensors=as_safetensors, scale=scale)
     adapter = bases.adapter(tmp_path / "adapter", base, dyadic=True)
     lora_merge.merge(base, adapter, tmp_path / "out", bits=16)
@@ -91,7 +95,7 @@ def test_sixteen_bits_are_the_float32_sum_rounded_once(tmp_path, name, as_safete
     assert not any(key.endswith("_scale") for key in oracle.read(tmp_path / "out"))
 
 
-def test_sixteen_bits_of_float32_scales_are_those_that_the_config_names(tmp_path):
+def test_sixteen_bits_of_float32_scales_are_those_that_the_config_names(tmp_path: Path) -> None:
     base = bases.chatglm("chatglm1_int8", tmp_path / "base")
     adapter = bases.adapter(tmp_path / "adapter", base)
     lora_merge.merge(base, adapter, tmp_path / "out", bits=16)
@@ -103,7 +107,7 @@ def test_sixteen_bits_of_float32_scales_are_those_that_the_config_names(tmp_path
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_sixteen_bits_in_the_dtype_that_is_asked_for(tmp_path, dtype):
+def test_sixteen_bits_in_the_dtype_that_is_asked_for(tmp_path: Path, dtype: DtypeName) -> None:
     base = bases.chatglm("chatglm3_int4", tmp_path / "base")
     lora_merge.merge(base, [], tmp_path / "out", format="plain", dtype=dtype)
     before, after = oracle.weights(base), oracle.weights(tmp_path / "out")
@@ -116,7 +120,7 @@ def test_sixteen_bits_in_the_dtype_that_is_asked_for(tmp_path, dtype):
 
 @pytest.mark.parametrize("scale", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", bases.CHATGLMS)
-def test_kept_scales_are_the_bases_own(tmp_path, name, scale):
+def test_kept_scales_are_the_bases_own(tmp_path: Path, name: str, scale: torch.dtype) -> None:
     base = bases.chatglm(name, tmp_path / "base", scale=scale)
     adapter = bases.adapter(tmp_path / "adapter", base)
     result = lora_merge.merge(base, adapter, tmp_path / "out", scales="keep", rounding="stochastic")
@@ -128,10 +132,11 @@ def test_kept_scales_are_the_bases_own(tmp_path, name, scale):
 
 @pytest.mark.parametrize("name", bases.CHATGLMS)
 @pytest.mark.parametrize("zero", [False, True], ids=["no adapter", "a delta of zero"])
-def test_nothing_to_do_gives_back_every_byte(tmp_path, name, zero):
+def test_nothing_to_do_gives_back_every_byte(tmp_path: Path, name: str, zero: bool) -> None:
     base = bases.chatglm(name, tmp_path / "base")
     adapters = [bases.adapter(tmp_path / "adapter", base, size=0.0)] if zero else []
-    result = lora_merge.merge(base, adapters, tmp_path / "out", bits=int(name[-1]))
+    bits: Bits = 4 if name.endswith("4") else 8
+    result = lora_merge.merge(base, adapters, tmp_path / "out", bits=bits)
     assert len(result.weights) == (len(bases.linears(base)) if zero else 0)
     before, after = oracle.read(base), oracle.read(tmp_path / "out")
     assert before.keys() == after.keys()
@@ -139,7 +144,7 @@ def test_nothing_to_do_gives_back_every_byte(tmp_path, name, zero):
 
 
 @pytest.mark.parametrize("name", bases.CHATGLMS)
-def test_loralib_is_merged_with_alpha_as_peft_is(tmp_path, name):
+def test_loralib_is_merged_with_alpha_as_peft_is(tmp_path: Path, name: str) -> None:
     base = bases.chatglm(name, tmp_path / "base")
     adapter = bases.adapter(tmp_path / "adapter", base)
     state = {}
@@ -156,7 +161,7 @@ def test_loralib_is_merged_with_alpha_as_peft_is(tmp_path, name):
 
 @pytest.mark.parametrize("name", PLAIN)
 @pytest.mark.parametrize("bits", [4, 8])
-def test_which_linears_are_quantized_follows_the_generation(tmp_path, name, bits):
+def test_which_linears_are_quantized_follows_the_generation(tmp_path: Path, name: str, bits: Bits) -> None:
     """Those of the official checkpoint at that width, and in the same shapes."""
     base = bases.plain_chatglm(name, tmp_path / "base")
     lora_merge.merge(base, [], tmp_path / "out", bits=bits)
@@ -169,7 +174,7 @@ def test_which_linears_are_quantized_follows_the_generation(tmp_path, name, bits
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_without_an_adapter_the_codes_are_the_official_ones(tmp_path, bits):
+def test_without_an_adapter_the_codes_are_the_official_ones(tmp_path: Path, bits: Bits) -> None:
     """The third generation quantizes in the dtype of its weights, float16."""
     base = bases.plain_chatglm(f"chatglm3_int{bits}", tmp_path / "base")
     lora_merge.merge(base, [], tmp_path / "out", bits=bits)
@@ -178,7 +183,7 @@ def test_without_an_adapter_the_codes_are_the_official_ones(tmp_path, bits):
     assert all(bases.same_bytes(ours[key], official[key]) for key in official)
 
 
-def test_another_format_is_written_where_it_is_asked_for(tmp_path):
+def test_another_format_is_written_where_it_is_asked_for(tmp_path: Path) -> None:
     base = bases.chatglm("chatglm3_int8", tmp_path / "base")
     adapter = bases.adapter(tmp_path / "adapter", base)
     result = lora_merge.merge(base, adapter, tmp_path / "out", bits=4, format="compressed-tensors", rounding="nearest")
@@ -188,13 +193,13 @@ def test_another_format_is_written_where_it_is_asked_for(tmp_path):
     assert all(weight.format.startswith("pack-quantized int4") for weight in result.weights)
 
 
-def is_on_the_grid_of(out, base, adapter):
+def is_on_the_grid_of(out: Path, base: Path, adapter: Path) -> None:
     held = oracle.weights(out)
     for name, value in oracle.merged(oracle.weights(base), {adapter: 1.0}).items():
         assert not held[name].off(value, 0.5).any(), name
 
 
-def test_a_linear_that_the_loader_quantizes_cannot_be_kept(tmp_path):
+def test_a_linear_that_the_loader_quantizes_cannot_be_kept(tmp_path: Path) -> None:
     base = bases.chatglm("chatglm1_int4", tmp_path / "base")
     with pytest.raises(UnsupportedError, match=r"dense_4h_to_h.*--format compressed-tensors"):
         lora_merge.merge(base, [], tmp_path / "out", bits=8, keep=("dense_4h_to_h",))
@@ -205,7 +210,7 @@ def test_a_linear_that_the_loader_quantizes_cannot_be_kept(tmp_path):
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("rounding", ["auto", "nearest", "stochastic", "dither", "adapter-aware"])
-def test_the_hazards_of_the_official_quantizer_are_not_ours(tmp_path, bits, rounding):
+def test_the_hazards_of_the_official_quantizer_are_not_ours(tmp_path: Path, bits: Bits, rounding: Rounding) -> None:
     """bfloat16 makes max / scale come to 127.5, an int8 that turns negative; a row of zeros divides zero by zero, and
     one so small that its scale is hardly a half has codes far beyond the top."""
     base = bases.plain_chatglm("chatglm3_int4", tmp_path / "base", torch.bfloat16)
@@ -230,7 +235,7 @@ def test_the_hazards_of_the_official_quantizer_are_not_ours(tmp_path, bits, roun
     assert (held[8] - wanted[8]).abs().max() < 0.36 * wanted[8].abs().max()
 
 
-def test_a_delta_that_takes_all_of_a_row_away_leaves_zeros(tmp_path):
+def test_a_delta_that_takes_all_of_a_row_away_leaves_zeros(tmp_path: Path) -> None:
     base = bases.chatglm("chatglm3_int4", tmp_path / "base")
     name = "transformer.encoder.layers.0.self_attention.dense.weight"
     held = oracle.weights(base)[name].values
@@ -246,7 +251,7 @@ def test_a_delta_that_takes_all_of_a_row_away_leaves_zeros(tmp_path):
         assert torch.isfinite(after).all() and not after[5].any()
 
 
-def test_codes_that_turned_over_in_the_base_are_read_and_kept(tmp_path):
+def test_codes_that_turned_over_in_the_base_are_read_and_kept(tmp_path: Path) -> None:
     """-8 and -128 are what the official quantizer's wrapped codes look like; nothing touches row 3."""
     base = bases.chatglm("chatglm3_int8", tmp_path / "base", as_safetensors=True)
     name = "transformer.encoder.layers.0.self_attention.dense.weight"
@@ -262,7 +267,7 @@ def test_codes_that_turned_over_in_the_base_are_read_and_kept(tmp_path):
 
 
 @pytest.fixture
-def quantized_embeddings(tmp_path):
+def quantized_embeddings(tmp_path: Path) -> Path:
     """`-qe`: embedding and head hold the same values and are quantized, as all else is."""
     base = bases.chatglm("chatglm1_int4", tmp_path / "qe", as_safetensors=True)
     tensors = load_file(base / "model.safetensors")
@@ -279,7 +284,7 @@ def quantized_embeddings(tmp_path):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_quantized_embeddings_are_read_and_written(tmp_path, quantized_embeddings, bits):
+def test_quantized_embeddings_are_read_and_written(tmp_path: Path, quantized_embeddings: Path, bits: Bits) -> None:
     base = quantized_embeddings
     adapter = bases.adapter(tmp_path / "adapter", base)
     lora_merge.merge(base, adapter, tmp_path / "out", bits=bits, rounding="nearest")
@@ -292,7 +297,7 @@ def test_quantized_embeddings_are_read_and_written(tmp_path, quantized_embedding
     assert (said["quantization_bit"], said["quantization_embeddings"]) == (bits, True)
 
 
-def test_quantized_embeddings_become_plain_at_sixteen_bits(tmp_path, quantized_embeddings):
+def test_quantized_embeddings_become_plain_at_sixteen_bits(tmp_path: Path, quantized_embeddings: Path) -> None:
     lora_merge.merge(quantized_embeddings, [], tmp_path / "out", bits=16)
     before, after = oracle.weights(quantized_embeddings), oracle.weights(tmp_path / "out")
     for name, held in before.items():
@@ -301,7 +306,9 @@ def test_quantized_embeddings_become_plain_at_sixteen_bits(tmp_path, quantized_e
     assert (said["quantization_bit"], said["quantization_embeddings"]) == (0, False)
 
 
-def test_a_lora_on_a_shared_quantized_head_parts_it_from_the_embedding(tmp_path, quantized_embeddings):
+def test_a_lora_on_a_shared_quantized_head_parts_it_from_the_embedding(
+    tmp_path: Path, quantized_embeddings: Path
+) -> None:
     """The model's own code ties them where the config is silent, so the output says that they are two."""
     base = quantized_embeddings
     adapter = bases.adapter(tmp_path / "adapter", base, ["lm_head.weight"])

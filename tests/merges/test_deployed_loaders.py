@@ -7,6 +7,7 @@ bitsandbytes and gptqmodel are not among what the tests install: `pip install bi
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +15,11 @@ import zoo
 from safetensors.torch import load_file, save_file
 
 import lora_merge
+from lora_merge.request import FormatName
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own
-OUTPUTS = {
+OUTPUTS: dict[str, tuple[FormatName, dict[str, Any]]] = {
     "LLM.int8": ("bitsandbytes", {"bits": 8}),
     "nf4": ("bitsandbytes", {"bits": 4}),
     "nf4 double": ("bitsandbytes", {"bits": 4, "double_quant": True}),
@@ -33,21 +35,22 @@ OUTPUTS = {
 LIBRARIES = {"bitsandbytes": ("bitsandbytes", "accelerate"), "gptq": ("gptqmodel", "optimum"), "awq": ("gptqmodel",)}
 
 
-def logits(folder, tokens, dtype):
+def logits(folder: Path, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     from transformers import AutoModelForCausalLM
 
     with zoo.quiet(), torch.no_grad():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map="cpu").eval()
-        return model(tokens).logits.double()
+        scores: torch.Tensor = model(tokens).logits
+    return scores.double()
 
 
-def needed(format):
+def needed(format: str) -> None:
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # its pool of threads refuses to start on two cores otherwise
     for library in LIBRARIES.get(format, ()):
         pytest.importorskip(library)
 
 
-def agree(out, tmp_path, dtype, vocabulary=256):
+def agree(out: Path, tmp_path: Path, dtype: torch.dtype, vocabulary: int = 256) -> tuple[torch.Tensor, torch.Tensor]:
     """The loader computes what our own dequantized weights do, to 2 %; returns the logits of these."""
     lora_merge.merge(out, [], tmp_path / "plain", format="plain", dtype="float32")
     tokens = torch.randint(vocabulary, (2, 48), generator=torch.Generator().manual_seed(1))
@@ -57,7 +60,7 @@ def agree(out, tmp_path, dtype, vocabulary=256):
 
 
 @pytest.mark.parametrize("name", OUTPUTS)
-def test_a_merge_computes_what_its_weights_say(tiny_llama, tmp_path, name):
+def test_a_merge_computes_what_its_weights_say(tiny_llama: Path, tmp_path: Path, name: str) -> None:
     format, words = OUTPUTS[name]
     needed(format)
     out = tmp_path / "out"
@@ -68,16 +71,16 @@ def test_a_merge_computes_what_its_weights_say(tiny_llama, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["nf4", "nf4 double", "LLM.int8", "gptq 4", "awq"])
-def test_a_merge_onto_codes_keeps_their_format_and_opens(tiny_llama, tmp_path, name):
+def test_a_merge_onto_codes_keeps_their_format_and_opens(tiny_llama: Path, tmp_path: Path, name: str) -> None:
     format, words = OUTPUTS[name]
     needed(format)
     lora_merge.merge(tiny_llama / "base", [], tmp_path / "base", format=format, **words)
-    told = {"adapter_base": "same"} if format == "awq" else {}
-    lora_merge.merge(tmp_path / "base", tiny_llama / "adapter", tmp_path / "out", **told)
+    trained_on: dict[str, Any] = {"adapter_base": "same"} if format == "awq" else {}
+    lora_merge.merge(tmp_path / "base", tiny_llama / "adapter", tmp_path / "out", **trained_on)
     agree(tmp_path / "out", tmp_path, torch.float16)
 
 
-def test_version_2_of_gptq_stays_version_2(tmp_path):
+def test_version_2_of_gptq_stays_version_2(tmp_path: Path) -> None:
     needed("gptq")
     base = FIXTURES / "gptq_4b_g32_sym_v2"
     lora_merge.merge(base, [], tmp_path / "before", format="plain", dtype="float32")

@@ -2,14 +2,18 @@
 what the decoded weights compute. `benchmarks/families.py` does the same for every family."""
 
 import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-import families
 import opened
 import pytest
+import tiny_families
 import torch
 
 import lora_merge
 from lora_merge.errors import UnsupportedError
+from lora_merge.request import FormatName
 
 pytest.importorskip("accelerate")
 pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own
@@ -37,11 +41,11 @@ ROWS = [
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
+def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """A family's tiny model, saved once."""
     home = tmp_path_factory.mktemp("families")
 
-    def made(model):
+    def made(model: str) -> Path:
         if not (home / model).exists():
             opened.saved(home / model, model, MODELS[model][1])
         return home / model
@@ -52,7 +56,9 @@ def base(tmp_path_factory):
 @pytest.mark.parametrize(
     ("model", "format", "merged"), [*((*row, False) for row in ROWS), *((*row, True) for row in ROWS[:5])]
 )
-def test_every_key_fits_and_the_numbers_are_right(base, tmp_path, model, format, merged):
+def test_every_key_fits_and_the_numbers_are_right(
+    base: Callable[[str], Path], tmp_path: Path, model: str, format: str, merged: bool
+) -> None:
     if format in LIBRARIES:
         pytest.importorskip(LIBRARIES[format])
     kind, name = MODELS[model]
@@ -63,28 +69,33 @@ def test_every_key_fits_and_the_numbers_are_right(base, tmp_path, model, format,
 
 
 @pytest.mark.parametrize("format", ["fp8", "bitsandbytes", "gptq"])
-def test_linears_of_another_class_are_not_written_for_loaders_that_pass_them_over(base, tmp_path, format):
+def test_linears_of_another_class_are_not_written_for_loaders_that_pass_them_over(
+    base: Callable[[str], Path], tmp_path: Path, format: FormatName
+) -> None:
     with pytest.raises(
         UnsupportedError, match="FalconLinear is derived from Linear, and the loader quantizes Linear itself"
     ):
         lora_merge.plan(base("falcon"), [], tmp_path / "out", bits=4 if format == "gptq" else 8, format=format)
 
 
-def test_what_stays_plain_is_told_with_the_reason(base, tmp_path):
+def test_what_stays_plain_is_told_with_the_reason(base: Callable[[str], Path], tmp_path: Path) -> None:
     plan = lora_merge.plan(base("t5"), [], tmp_path / "out", bits=8, format="fp8")
     told = [note for note in plan.notes if "keeps it in float32" in note]
     assert len(told) == 4 and all(".wo stays plain" in note for note in told)
 
 
-def test_experts_are_listed_for_a_loader_that_would_replace_them(base, tmp_path):
-    for format, listed in (("fp8", True), ("fbgemm_fp8", True), ("gptq", False), ("bitsandbytes", False)):
+def test_experts_are_listed_for_a_loader_that_would_replace_them(base: Callable[[str], Path], tmp_path: Path) -> None:
+    loaders: tuple[tuple[FormatName, bool], ...] = (
+        ("fp8", True), ("fbgemm_fp8", True), ("gptq", False), ("bitsandbytes", False),
+    )  # fmt: skip
+    for format, listed in loaders:
         plan = lora_merge.plan(base("mixtral"), [], tmp_path / "out", bits=4 if format == "gptq" else 8, format=format)
-        body = plan.config_changes["quantization_config"]
+        body: Any = plan.config_changes["quantization_config"]
         names = body.get("modules_to_not_convert") or body.get("llm_int8_skip_modules") or []
         assert ("model.layers.1.mlp.experts" in names) == listed, format
 
 
-def fp8_experts(folder, base):
+def fp8_experts(folder: Path, base: Path) -> Path:
     """A Mixtral whose experts are FP8 blocks, one by one, as published MoEs have them; transformers quantized them."""
     from types import SimpleNamespace
 
@@ -107,7 +118,7 @@ def fp8_experts(folder, base):
     return folder
 
 
-def test_experts_that_are_fp8_already_stay_so_or_all_become_plain(base, tmp_path):
+def test_experts_that_are_fp8_already_stay_so_or_all_become_plain(base: Callable[[str], Path], tmp_path: Path) -> None:
     kind, name = MODELS["mixtral"]
     source = fp8_experts(tmp_path / "source", base("mixtral"))
     adapter = opened.adapter(tmp_path / "adapter", base("mixtral"), name)
@@ -121,7 +132,7 @@ def test_experts_that_are_fp8_already_stay_so_or_all_become_plain(base, tmp_path
         lora_merge.plan(source, [], keep=[r"experts\.0\."])
 
 
-def test_experts_of_another_format_become_fp8_all_of_a_layer(base, tmp_path):
+def test_experts_of_another_format_become_fp8_all_of_a_layer(base: Callable[[str], Path], tmp_path: Path) -> None:
     """StoredWeight one by one as codes, they are what the loader merges into its stacks of FP8."""
     kind, name = MODELS["mixtral"]
     lora_merge.merge(base("mixtral"), [], tmp_path / "int8", bits=8)
@@ -132,10 +143,10 @@ def test_experts_of_another_format_become_fp8_all_of_a_layer(base, tmp_path):
         assert found.right and found.quantized > 24, str(found)
 
 
-def test_the_families_can_be_built():
+def test_the_families_can_be_built() -> None:
     """At least so many that the sweep means something."""
-    every = list(families.families())
+    every = list(tiny_families.families())
     assert len(every) > 200 and len({name for _, _, name in every}) == len(every)
-    model = families.build("llama", "LlamaForCausalLM")
-    assert families.logits(model, "causal").shape == (2, 12, families.VOCABULARY)
+    model = tiny_families.build("llama", "LlamaForCausalLM")
+    assert tiny_families.logits(model, "causal").shape == (2, 12, tiny_families.VOCABULARY)
     assert all(parameter.isfinite().all() for parameter in model.parameters()) and model.dtype is torch.float32

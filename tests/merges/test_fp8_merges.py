@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lora_merge
+from lora_merge.request import DtypeName
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
@@ -20,7 +21,7 @@ MARKS = (".weight_scale_inv", ".weight_scale")
 RANK = 4
 
 
-def base(name, tmp_path):
+def base(name: str, tmp_path: Path) -> Path:
     """A fixture, or for FBGEMM, whose quantizer needs a GPU, codes and row scales by its rule."""
     if name != "fbgemm":
         return FIXTURES / name
@@ -38,7 +39,7 @@ def base(name, tmp_path):
     return folder
 
 
-def exact(folder):
+def exact(folder: Path) -> dict[str, torch.Tensor]:
     """Every quantized weight of a base: code times scale, one float32 product (of NVFP4's two scales, another)."""
     tensors = load_file(folder / "model.safetensors")
     found = {}
@@ -58,10 +59,11 @@ def exact(folder):
     return found
 
 
-def adapter(folder, weights):
+def adapter(folder: Path, weights: dict[str, torch.Tensor]) -> tuple[Path, dict[str, torch.Tensor]]:
     """A LoRA whose factors have so few digits that every product and every sum of them is exact in float32."""
     generator = torch.Generator().manual_seed(5)
-    tensors, deltas = {}, {}
+    tensors: dict[str, torch.Tensor] = {}
+    deltas: dict[str, torch.Tensor] = {}
     for name, values in weights.items():
         b = torch.randint(-8, 9, (values.shape[0], RANK), generator=generator) / 2048
         a = torch.randint(-8, 9, (RANK, values.shape[1]), generator=generator) / 8
@@ -73,7 +75,7 @@ def adapter(folder, weights):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("name", BASES)
-def test_a_merge_rounds_code_times_scale_plus_change_once(tmp_path, name, dtype):
+def test_a_merge_rounds_code_times_scale_plus_change_once(tmp_path: Path, name: str, dtype: DtypeName) -> None:
     source, kind = base(name, tmp_path), getattr(torch, dtype)
     weights = exact(source)
     lora, deltas = adapter(tmp_path / "adapter", weights)
@@ -87,7 +89,7 @@ def test_a_merge_rounds_code_times_scale_plus_change_once(tmp_path, name, dtype)
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_without_an_adapter_the_product_is_rounded_once(tmp_path, name):
+def test_without_an_adapter_the_product_is_rounded_once(tmp_path: Path, name: str) -> None:
     source = base(name, tmp_path)
     lora_merge.merge(source, [], tmp_path / "out", bits=16)
     found = load_file(tmp_path / "out" / "model.safetensors")
@@ -96,7 +98,7 @@ def test_without_an_adapter_the_product_is_rounded_once(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_a_change_of_zero_leaves_every_byte(tmp_path, name):
+def test_a_change_of_zero_leaves_every_byte(tmp_path: Path, name: str) -> None:
     source = base(name, tmp_path)
     tensors = {}
     for module, values in exact(source).items():

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -45,14 +46,14 @@ print(peak[0] - before)
 """
 
 
-def write(path, tensors):
+def write(path: Path, tensors: list[tuple[str, TensorSpec]]) -> None:
     found = layout(tensors, {})
     path.parent.mkdir()
     path.write_bytes(found.header + bytes(found.nbytes - len(found.header)))
 
 
 @pytest.fixture
-def job(tmp_path):
+def job(tmp_path: Path) -> Path:
     write(tmp_path / "base/model.safetensors", [("model.norm.weight", TensorSpec("BF16", (4,)))])
     (tmp_path / "base/config.json").write_text("{}")
     modules = [f"base_model.model.model.layers.{n // 100}.{n % 100}.up_proj" for n in range(MODULES)]
@@ -64,14 +65,14 @@ def job(tmp_path):
     return tmp_path
 
 
-def test_memory_of_a_plan(job):
+def test_memory_of_a_plan(job: Path) -> None:
     done = subprocess.run([sys.executable, "-c", MEASURED], cwd=job, capture_output=True, text=True, check=True)
     assert f"{MODULES} of {MODULES} adapted parameters have no place in the base" in done.stderr
     assert re.findall(r"(\d+) in all", done.stderr) == [str(2 * MODULES)]  # the tensors; the parameters are told before
     assert int(done.stdout) < PER_KEY * 2 * MODULES, f"{int(done.stdout) / (2 * MODULES):.0f} bytes for each tensor"
 
 
-def test_a_list_counts_where_the_sentence_does_not():
+def test_a_list_counts_where_the_sentence_does_not() -> None:
     assert listed("abc", 2) == "a, b, ... (3 in all)"
     assert listed("abc", 2, counted=False) == "a, b, ..."
     assert listed("ab", 2, counted=False) == listed(iter("ab"), 2) == "a, b"

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from malformed_merges import BF16, CT4, ROTATED, adapter
 from malformed_quantized import FOLDERS, GONE, KINDS, Case, good, sample
-from quantized_bases import lora
-from test_malformed import anonymous_memory, recorded
+from watched import anonymous_memory, recorded
 
 import lora_merge
 from lora_merge.errors import LoraMergeError
@@ -24,8 +23,6 @@ MEMORY = 300 * 2**20
 SECONDS = 5
 SAMPLED = {"config": 10, "specs": 8, "contents": 10}
 SEED = 11
-BF16: dict[str, Any] = {"bits": 16, "dtype": "bfloat16"}
-CT4: dict[str, Any] = {"format": "compressed-tensors", "bits": 4}
 MODES: dict[str, tuple[bool, dict[str, Any]]] = {
     "adapter": (True, {}),
     "adapter, 16 bits": (True, BF16),
@@ -34,34 +31,7 @@ MODES: dict[str, tuple[bool, dict[str, Any]]] = {
     "another format": (False, CT4),
 }
 """Whether there is an adapter, and the words of the merge."""
-ROTATED = "awq_gemm_g32"
-EXPERTS = "mxfp4_gptoss"
-SIZES = {"fp8_block128": (128, 128), "ct_FP8_BLOCK": (128, 128), "autoround_w4g32": (128, 128)}
 WHERE = ("config.json", "model.safetensors", "layers.", "quantization_config", "the base cannot be written as")
-
-
-def sides(folder: str) -> tuple[int, int]:
-    """Of the linear that the adapter changes."""
-    if folder.startswith("chatglm"):
-        base = good(folder)
-        codes = base.tensors[base.module + "weight"].shape
-        return codes[0], codes[1] * 8 // int(folder[-1])
-    return SIZES.get(folder, (64, 64))
-
-
-def adapter(folder: Path, name: str) -> Path:
-    """A LoRA of the module that the cases damage."""
-    generator = torch.Generator().manual_seed(7)
-    stem = "base_model.model." + good(name).module.removesuffix(".")
-    rows, columns, words = *sides(name), {}
-    if name == EXPERTS:
-        stem = "base_model.model.model.layers.0.mlp.experts"
-        rows, columns, words = 96, 64, {"target_parameters": ["mlp.experts.down_proj"], "r": 2}
-    factors = {
-        f"{stem}.lora_A.weight": torch.randn(4, columns, generator=generator) / 10,
-        f"{stem}.lora_B.weight": torch.randn(rows, 4, generator=generator) / 10,
-    }
-    return lora(folder, factors, **words)
 
 
 def merged(base: Path, adapters: Path, out: Path, folder: str, mode: str) -> None:

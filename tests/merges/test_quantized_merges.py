@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import quantized_bases as bases
@@ -12,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import lora_merge
 from lora_merge.errors import UnsupportedError, UsageError, VerificationError
 from lora_merge.output.record import MANIFEST, sealed
+from lora_merge.request import Rounding, Scales
 
 PLAIN = bases.FIXTURES / "_base_A_bf16"
 LAYER = "model.layers.0."
@@ -28,7 +32,7 @@ HANDMADE = {
     "fp8-tensor": (bases.scheme(8, strategy="tensor", type="float"), "float-quantized"),
     "naive-int": (bases.scheme(8), "naive-quantized"),
 }
-OURS = {
+OURS: dict[str, dict[str, Any]] = {
     **{f"int{bits}": {"bits": bits} for bits in range(2, 9)},
     **{f"int{bits}-channel": {"bits": bits, "group_size": -1} for bits in (2, 4, 5, 8)},
     "int4-32": {"bits": 4, "group_size": 32},
@@ -41,11 +45,11 @@ BASES = [*FIXTURES, *HANDMADE, *OURS]
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
+def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """A base by its name: fixture, made by hand, or written by us."""
     home = tmp_path_factory.mktemp("bases")
 
-    def made(name):
+    def made(name: str) -> Path:
         if name in FIXTURES:
             return bases.FIXTURES / name
         folder = home / name
@@ -58,17 +62,17 @@ def base(tmp_path_factory):
     return made
 
 
-def parts(folder):
+def parts(folder: Path) -> dict[str, torch.Tensor]:
     return oracle.read(folder)
 
 
-def same_but(one, other, modules):
+def same_but(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], modules: list[str]) -> bool:
     """All tensors are the same bytes but those of these modules."""
     assert one.keys() == other.keys()
     return all(bases.same_bytes(one[n], other[n]) for n in one if not n.startswith(tuple(f"{m}." for m in modules)))
 
 
-def is_near(out, base, adapters, share=0.5):
+def is_near(out: Path, base: Path, adapters: dict[Path, float], share: float = 0.5) -> None:
     held, wanted = oracle.weights(out), oracle.merged(oracle.weights(base), adapters)
     assert wanted
     for name, value in wanted.items():
@@ -76,7 +80,7 @@ def is_near(out, base, adapters, share=0.5):
 
 
 @pytest.mark.parametrize("name", [*HANDMADE, *OURS])
-def test_each_base_is_what_it_says(base, name):
+def test_each_base_is_what_it_says(base: Callable[[str], Path], name: str) -> None:
     """The nearest codes of the original: the oracle and what was written agree on where the bits are."""
     held, original = oracle.weights(base(name)), oracle.weights(PLAIN)
     assert held.keys() == original.keys()
@@ -89,7 +93,7 @@ def test_each_base_is_what_it_says(base, name):
 
 @pytest.mark.parametrize("name", BASES)
 @pytest.mark.parametrize("scales", ["keep", "fresh"])
-def test_in_its_own_format(tmp_path, base, name, scales):
+def test_in_its_own_format(tmp_path: Path, base: Callable[[str], Path], name: str, scales: Scales) -> None:
     source = base(name)
     adapter = bases.adapter(tmp_path / "adapter", source)
     out = tmp_path / "out"
@@ -107,7 +111,7 @@ def test_in_its_own_format(tmp_path, base, name, scales):
 
 
 @pytest.mark.parametrize("scales", ["auto", "fresh"])
-def test_shapes_of_32_bits_stay_as_the_base_has_them(tmp_path, scales):
+def test_shapes_of_32_bits_stay_as_the_base_has_them(tmp_path: Path, scales: Scales) -> None:
     """Only one linear is changed; the parts of all others are the base's bytes, as is every `weight_shape`."""
     source = bases.copied(bases.FIXTURES / "ct_W4_g32", tmp_path / "base")
     tensors = {name: value.int() if name.endswith("weight_shape") else value for name, value in parts(source).items()}
@@ -127,7 +131,9 @@ def test_shapes_of_32_bits_stay_as_the_base_has_them(tmp_path, scales):
 
 @pytest.mark.parametrize("name", BASES)
 @pytest.mark.parametrize("rounding", ["auto", "stochastic", "dither", "adapter-aware"])
-def test_a_delta_of_zero_gives_back_every_byte(tmp_path, base, name, rounding):
+def test_a_delta_of_zero_gives_back_every_byte(
+    tmp_path: Path, base: Callable[[str], Path], name: str, rounding: Rounding
+) -> None:
     source = base(name)
     adapter = bases.adapter(tmp_path / "adapter", source, size=0.0)
     result = lora_merge.merge(source, adapter, tmp_path / "out", rounding=rounding)
@@ -138,7 +144,9 @@ def test_a_delta_of_zero_gives_back_every_byte(tmp_path, base, name, rounding):
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_stochastic_codes_are_neighbours_on_the_kept_grid(tmp_path, base, name):
+def test_stochastic_codes_are_neighbours_on_the_kept_grid(
+    tmp_path: Path, base: Callable[[str], Path], name: str
+) -> None:
     source = base(name)
     adapter = bases.adapter(tmp_path / "adapter", source)
     lora_merge.merge(source, adapter, tmp_path / "out", scales="keep", rounding="stochastic")
@@ -146,7 +154,7 @@ def test_stochastic_codes_are_neighbours_on_the_kept_grid(tmp_path, base, name):
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_sixteen_bits_are_the_float32_sum_rounded_once(tmp_path, base, name):
+def test_sixteen_bits_are_the_float32_sum_rounded_once(tmp_path: Path, base: Callable[[str], Path], name: str) -> None:
     source = base(name)
     adapter = bases.adapter(tmp_path / "adapter", source, dyadic=True)
     lora_merge.merge(source, adapter, tmp_path / "out", bits=16)
@@ -162,7 +170,7 @@ def test_sixteen_bits_are_the_float32_sum_rounded_once(tmp_path, base, name):
 
 @pytest.mark.parametrize("name", ["ct_W4_g32", "asymmetric", "ct_NVFP4A16", "ct_FP8_BLOCK"])
 @pytest.mark.parametrize("words", OURS.values(), ids=OURS)
-def test_into_other_schemes(tmp_path, base, name, words):
+def test_into_other_schemes(tmp_path: Path, base: Callable[[str], Path], name: str, words: dict[str, Any]) -> None:
     source = base(name)
     adapter = bases.adapter(tmp_path / "adapter", source)
     out = tmp_path / "out"
@@ -173,25 +181,29 @@ def test_into_other_schemes(tmp_path, base, name, words):
     assert said["ignore"] == ["lm_head"] and len(said["config_groups"]) == 1
 
 
-def test_a_plain_base_gets_the_libraries_bytes_and_config(tmp_path):
+def test_a_plain_base_gets_the_libraries_bytes_and_config(tmp_path: Path) -> None:
     """Those that llmcompressor wrote from the same base."""
-    for name, words in {"ct_W4_channel": {"bits": 4, "group_size": -1}, "ct_W4_g32": {"bits": 4, "group_size": 32},
-                        "ct_NVFP4A16": {"bits": 4, "quant_type": "nvfp4"},
-                        "ct_MXFP4A16": {"bits": 4, "quant_type": "mxfp4"},
-                        "ct_FP8_DYNAMIC": {"bits": 8, "quant_type": "fp8"}}.items():  # fmt: skip
+    schemes: dict[str, dict[str, Any]] = {
+        "ct_W4_channel": {"bits": 4, "group_size": -1},
+        "ct_W4_g32": {"bits": 4, "group_size": 32},
+        "ct_NVFP4A16": {"bits": 4, "quant_type": "nvfp4"},
+        "ct_MXFP4A16": {"bits": 4, "quant_type": "mxfp4"},
+        "ct_FP8_DYNAMIC": {"bits": 8, "quant_type": "fp8"},
+    }
+    for name, words in schemes.items():
         lora_merge.merge(PLAIN, [], tmp_path / name, format="compressed-tensors", **words)
         theirs, ours = bases.FIXTURES / name, tmp_path / name
         assert same_but(parts(theirs), parts(ours), []), name
         assert oracle.config(ours)["quantization_config"] == oracle.config(theirs)["quantization_config"], name
 
 
-def test_four_bits_of_a_plain_base_are_compressed_tensors(tmp_path):
+def test_four_bits_of_a_plain_base_are_compressed_tensors(tmp_path: Path) -> None:
     lora_merge.merge(PLAIN, [], tmp_path / "out", bits=4)
     weights = oracle.config(tmp_path / "out")["quantization_config"]["config_groups"]["group_0"]["weights"]
     assert (weights["num_bits"], weights["group_size"], weights["symmetric"]) == (4, 64, True)
 
 
-def mixed(folder):
+def mixed(folder: Path) -> Path:
     """Attention in 8 bits a row, the MLP in 4 bits in groups of 32, o_proj plain."""
     groups = {
         "group_0": (bases.scheme(4, 32, symmetric=False), "pack-quantized", MLP),
@@ -200,7 +212,7 @@ def mixed(folder):
     return bases.compressed(folder, groups, ["lm_head", ATTENTION[3]])
 
 
-def test_a_mixed_base_is_kept_module_by_module(tmp_path):
+def test_a_mixed_base_is_kept_module_by_module(tmp_path: Path) -> None:
     source = mixed(tmp_path / "base")
     adapter = bases.adapter(tmp_path / "adapter", source)
     result = lora_merge.merge(source, adapter, tmp_path / "out", rounding="nearest", min_survival=-9)
@@ -212,7 +224,7 @@ def test_a_mixed_base_is_kept_module_by_module(tmp_path):
     assert (tmp_path / "out/config.json").read_bytes() == (source / "config.json").read_bytes()
 
 
-def test_four_bits_of_a_four_bit_base_keep_its_own_scheme(tmp_path, base):
+def test_four_bits_of_a_four_bit_base_keep_its_own_scheme(tmp_path: Path, base: Callable[[str], Path]) -> None:
     source = base("asymmetric")
     for words in ({"bits": 4}, {"format": "compressed-tensors"}, {"bits": 4, "format": "compressed-tensors"}):
         out = tmp_path / "-".join(map(str, words.values()))
@@ -224,7 +236,7 @@ def test_four_bits_of_a_four_bit_base_keep_its_own_scheme(tmp_path, base):
     assert (weights["group_size"], weights["symmetric"]) == (64, True)
 
 
-def test_keep_leaves_modules_plain_and_says_so(tmp_path, base):
+def test_keep_leaves_modules_plain_and_says_so(tmp_path: Path, base: Callable[[str], Path]) -> None:
     adapter = bases.adapter(tmp_path / "adapter", PLAIN)
     out = tmp_path / "out"
     lora_merge.merge(PLAIN, adapter, out, bits=4, keep=("o_proj", r"mlp\.gate"), rounding="nearest")
@@ -236,7 +248,9 @@ def test_keep_leaves_modules_plain_and_says_so(tmp_path, base):
 
 
 @pytest.mark.parametrize("words", [{}, {"bits": 4}], ids=str)
-def test_keep_takes_modules_of_a_quantized_base_out(tmp_path, base, words):
+def test_keep_takes_modules_of_a_quantized_base_out(
+    tmp_path: Path, base: Callable[[str], Path], words: dict[str, Any]
+) -> None:
     source = base("ct_W4_g32")
     adapter = bases.adapter(tmp_path / "adapter", source)
     out = tmp_path / "out"
@@ -248,7 +262,7 @@ def test_keep_takes_modules_of_a_quantized_base_out(tmp_path, base, words):
     assert section["config_groups"] == oracle.config(source)["quantization_config"]["config_groups"]
 
 
-def test_keeping_everything_is_refused(tmp_path):
+def test_keeping_everything_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="is a linear of its layers that --keep leaves"):
         lora_merge.merge(PLAIN, [], tmp_path / "out", bits=4, keep=(".",))
 
@@ -257,14 +271,16 @@ def test_keeping_everything_is_refused(tmp_path):
     ("name", "words"),
     [("ct_W4_g32", {"bits": 8}), ("ct_W4_g32", {"bits": 4, "group_size": 64}), ("ct_W8A8", {"bits": 4})],
 )
-def test_scales_cannot_be_kept_where_the_format_changes(tmp_path, base, name, words):
+def test_scales_cannot_be_kept_where_the_format_changes(
+    tmp_path: Path, base: Callable[[str], Path], name: str, words: dict[str, Any]
+) -> None:
     with pytest.raises(UsageError, match=r"--scales keep: .*_proj\.weight goes from .* to .*leave --scales out"):
         lora_merge.merge(base(name), [], tmp_path / "out", scales="keep", **words)
     with pytest.raises(UsageError, match="--scales keep"):
         lora_merge.plan(base(name), [], scales="keep", **words)
 
 
-def test_a_weight_that_groups_do_not_divide_stays_plain_and_is_told(tmp_path):
+def test_a_weight_that_groups_do_not_divide_stays_plain_and_is_told(tmp_path: Path) -> None:
     folder = tmp_path / "base"
     folder.mkdir()
     tensors = {"layers.0.wide.weight": torch.randn(64, 128), "layers.0.odd.weight": torch.randn(64, 96)}
@@ -279,7 +295,9 @@ def test_a_weight_that_groups_do_not_divide_stays_plain_and_is_told(tmp_path):
 
 @pytest.mark.parametrize("words", [{}, {"bits": 8}, {"bits": 4, "quant_type": "nvfp4"}, {"bits": 16}], ids=str)
 @pytest.mark.parametrize("name", ["ct_W4_g32", "asymmetric-3", "ct_FP8_BLOCK"])
-def test_a_dry_run_tells_what_is_then_written(tmp_path, base, name, words):
+def test_a_dry_run_tells_what_is_then_written(
+    tmp_path: Path, base: Callable[[str], Path], name: str, words: dict[str, Any]
+) -> None:
     source = base(name)
     adapter = bases.adapter(tmp_path / "adapter", source)
     words = {"min_survival": -9, **words}
@@ -298,7 +316,7 @@ def test_a_dry_run_tells_what_is_then_written(tmp_path, base, name, words):
     assert was == said
 
 
-def test_a_scale_that_is_not_finite_is_found_by_verify(tmp_path, base):
+def test_a_scale_that_is_not_finite_is_found_by_verify(tmp_path: Path, base: Callable[[str], Path]) -> None:
     source = base("ct_W4_g32")
     out = tmp_path / "out"
     lora_merge.merge(source, bases.adapter(tmp_path / "adapter", source), out)
@@ -316,11 +334,11 @@ def test_a_scale_that_is_not_finite_is_found_by_verify(tmp_path, base):
         lora_merge.verify(out)
 
 
-def whole_scales(folder):
+def whole_scales(folder: Path) -> dict[str, float]:
     return {name: value.item() for name, value in parts(folder).items() if name.endswith("weight_global_scale")}
 
 
-def test_fused_nvfp4_weights_share_one_global_scale(tmp_path):
+def test_fused_nvfp4_weights_share_one_global_scale(tmp_path: Path) -> None:
     """Only q is adapted, and so strongly that its largest value is that of the three."""
     adapter = bases.adapter(tmp_path / "adapter", PLAIN, [f"{ATTENTION[0]}.weight"], size=4.0)
     out = tmp_path / "out"
@@ -337,7 +355,7 @@ def test_fused_nvfp4_weights_share_one_global_scale(tmp_path):
     is_near(out, PLAIN, {adapter: 1.0})
 
 
-def test_fresh_nvfp4_scales_rewrite_the_whole_set(tmp_path, base):
+def test_fresh_nvfp4_scales_rewrite_the_whole_set(tmp_path: Path, base: Callable[[str], Path]) -> None:
     source = base("ct_NVFP4A16")
     adapter = bases.adapter(tmp_path / "adapter", source, [f"{ATTENTION[0]}.weight"], size=4.0)
     before = whole_scales(source)

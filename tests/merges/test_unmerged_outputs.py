@@ -8,6 +8,7 @@ import pytest
 import zoo
 from peft_bench import Bench
 from peft_cases import Case, lora
+from peft_oracle import Adapter
 
 from lora_merge.errors import UnsupportedError
 
@@ -41,7 +42,7 @@ def test_sixteen_bits_are_the_float32_merge_rounded_once(case: Case, dtype: str,
 
 
 @pytest.mark.parametrize("adapter", [lora(["lm_head"]), lora(["shared"]), lora(["q"], modules_to_save=["lm_head"])])
-def test_t5_is_not_untied(adapter: tuple, tmp_path: Path) -> None:
+def test_t5_is_not_untied(adapter: tuple[Adapter, ...], tmp_path: Path) -> None:
     """Its flag also says how the decoder's output is scaled, so a stored head could not be used as it was trained."""
     bench = Bench(Case("t5", "t5", adapter), "float32", tmp_path)
     with pytest.raises(UnsupportedError, match=r"lm_head\.weight.*tie_word_embeddings"):

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import transformers
+import wrong_type_cases as wt
 import wrong_type_subjects as subjects
-import wrong_types as wt
 from recorded_keys import recorded
 
 import lora_merge
+from lora_merge.checkpoint import opening
 from lora_merge.containers import json_file as jsonfile
 from lora_merge.errors import AdapterError, NumericError
 from lora_merge.request import STRONGEST
@@ -38,7 +39,7 @@ def test_sampled(name: str, tmp_path: Path) -> None:
     assert [f"{outcome.case}\n{outcome.fault}" for outcome in outcomes if outcome.fault] == []
 
 
-FOUND = (
+FOUND: tuple[tuple[str, str, tuple[str, ...], object, int], ...] = (
     # what the whole run has found, one of each
     ("llama_tied", "config.json", ("model_type",), ["llama"], 3),
     ("chatglm1_int4", "config.json", ("vocab_size",), [], 3),
@@ -112,13 +113,13 @@ def test_the_keys_are_found_by_reading(tmp_path: Path) -> None:
 def test_look_ups_are_seen_in_copies_too(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text('{"a": {"b": 1}, "c": [{"d": 2}]}')
     with recorded() as seen:
-        body = lora_merge.checkpoint.opening.read_json(tmp_path / "x.json")
+        body = opening.read_json(tmp_path / "x.json")  # type: ignore[attr-defined]  # watched where it is used
         (body | {"e": 1}).get("missing")
         ({"f": 1} | body["a"])["b"]
         body["c"][0].get("d")
     read = {(), ("missing",), ("a",), ("a", "b"), ("c",), ("c[]", "d")}
     assert {path for _, path in seen} == read - {()}
-    assert lora_merge.checkpoint.opening.read_json is jsonfile.read_json
+    assert opening.read_json is jsonfile.read_json  # type: ignore[attr-defined]
 
 
 def test_a_crash_a_hang_and_a_bomb_are_faults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

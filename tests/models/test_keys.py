@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 import pytest
 
@@ -18,7 +19,7 @@ def base(**shapes: Shape) -> dict[str, TensorSpec]:
     return {name: TensorSpec("BF16", shape) for name, shape in shapes.items()}
 
 
-def resolver(shapes: dict[str, Shape], model_type: str = "llama") -> Resolver:
+def resolver(shapes: Mapping[str, Shape], model_type: str = "llama") -> Resolver:
     return Resolver({name: TensorSpec("BF16", shape) for name, shape in shapes.items()}, {"model_type": model_type})
 
 

@@ -16,7 +16,7 @@ class Renaming:
     pattern: str
     new: str
 
-    def rename_source_key(self, name):
+    def rename_source_key(self, name: str) -> tuple[str, None]:
         return re.sub(self.pattern, self.new, name, count=1), None
 
 
@@ -28,14 +28,16 @@ class Renaming:
         (Renaming(r"\.mlp\.", ".mlp.mlp."), "layers.1.mlp.experts"),
     ],
 )
-def test_a_module_that_a_list_would_lose_gets_a_pattern(renaming, module):
+def test_a_module_that_a_list_would_lose_gets_a_pattern(renaming: Renaming, module: str) -> None:
     found = hidden([renaming], [module, "untouched"])
     assert list(found) == [module] and re.fullmatch(found[module], module)
     assert renaming.rename_source_key(f"{found[module]}.")[0] == f"{found[module]}."
 
 
-def test_codes_whose_weight_alone_is_renamed_are_found():
-    places = {f"{name}.weight": (Location(f"old.{name}.weight"),) for name in ("all", "mark", "any")}
+def test_codes_whose_weight_alone_is_renamed_are_found() -> None:
+    places: dict[str, tuple[Location, ...]] = {
+        f"{name}.weight": (Location(f"old.{name}.weight"),) for name in ("all", "mark", "any")
+    }
     places |= {"same.weight": (Location("same.weight"),), "cut.weight": (Location("a.weight"), Location("b.weight"))}
     mapping = [
         Renaming(r"^old\.all\.", "all."), Renaming(r"^old\.mark\.weight$", "mark.weight"),

@@ -213,7 +213,7 @@ def test_split_and_joined_matrices_are_spans_of_rows() -> None:
     assert part == "a.xy is stored only in part (a.x, ...)"
 
 
-def test_numbers_that_json_does_not_have_are_read_as_transformers_writes_them():
+def test_numbers_that_json_does_not_have_are_read_as_transformers_writes_them() -> None:
     config = {
         "limits": [0.0, {"__float__": "Infinity"}],
         "least": {"__float__": "-Infinity"},

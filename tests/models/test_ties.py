@@ -147,7 +147,11 @@ def default_of(cls: Any) -> bool | None:
 
 
 def tie(**change: Any) -> Tie:
-    words = {"embedding_on_disk": True, "head_on_disk": False, "flag_paths": (("tie_word_embeddings",),)}
+    words: dict[str, Any] = {
+        "embedding_on_disk": True,
+        "head_on_disk": False,
+        "flag_paths": (("tie_word_embeddings",),),
+    }
     return Tie(**({"embedding": E, "head": H} | words | change))
 
 

@@ -67,9 +67,10 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
         parameter.add_(noise * (share * max(spread, 0.1) if parameter.count_nonzero() else 0.04))
 
 
-def make(adapter: Adapter, base: Any, base_folder: Path, folder: Path, seed: int = 0) -> Any:
+def make(adapter: Adapter, base: Any, base_folder: Path | None, folder: Path, seed: int = 0) -> Any:
     """Save the adapter's files, as PEFT shall read them, in `folder`; returns the base as its init left it."""
     if adapter.write is not None:
+        assert base_folder is not None
         tensors, config = adapter.write(base_folder)
         write_files(folder, tensors, config)
         return base

@@ -74,14 +74,16 @@ def read(folder: Path) -> Tensors:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(folder)
     if (folder / "pytorch_model.bin").is_file():
-        return torch.load(folder / "pytorch_model.bin", weights_only=True)
+        tensors: Tensors = torch.load(folder / "pytorch_model.bin", weights_only=True)
+        return tensors
     return {
         name: value for file in sorted(folder.glob("model*.safetensors")) for name, value in load_file(file).items()
     }
 
 
 def config(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text())
+    body: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return body
 
 
 def weights(folder: Path) -> dict[str, Held]:

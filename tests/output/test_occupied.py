@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from lora_merge.errors import OutputExistsError, UsageError
 
 
 @pytest.fixture
-def job(tmp_path, monkeypatch):
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     base = small.write_base(tmp_path / "base", shards=1)
     small.write_adapter(tmp_path / "adapter", base)
     monkeypatch.chdir(tmp_path)
@@ -22,7 +23,7 @@ def job(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def bare(tmp_path, monkeypatch):
+def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A base that is not read, because the last word is refused before."""
     write(tmp_path / "base", "config.json")
     monkeypatch.chdir(tmp_path)
@@ -58,7 +59,9 @@ MODELS = {
 
 @pytest.mark.parametrize("words", [[], ["--overwrite"], ["--dry-run"], ["--overwrite", "--resume"], ["--restart"]])
 @pytest.mark.parametrize("names", MODELS.values(), ids=MODELS)
-def test_a_model_as_the_last_word_is_never_replaced(bare, capsys, names, words):
+def test_a_model_as_the_last_word_is_never_replaced(
+    bare: Path, capsys: pytest.CaptureFixture[str], names: tuple[str, ...], words: list[str]
+) -> None:
     write(bare / "last", *names)
     before = everything(bare)
     assert cli.run(["base", "last", *words]) == 2
@@ -68,7 +71,9 @@ def test_a_model_as_the_last_word_is_never_replaced(bare, capsys, names, words):
 
 
 @pytest.mark.parametrize("words", [["base", "adapter"], ["base", "other", "adapter"], ["adapter", "base"]])
-def test_a_forgotten_out_is_asked_for_before_anything_is_read(job, capsys, monkeypatch, words):
+def test_a_forgotten_out_is_asked_for_before_anything_is_read(
+    job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
     monkeypatch.setattr("lora_merge.api.open_inputs", lambda recipe: pytest.fail("inputs were opened"))
     before = everything(job)
     for more in ([], ["--overwrite"], ["--overwrite", "--dry-run"]):
@@ -78,7 +83,7 @@ def test_a_forgotten_out_is_asked_for_before_anything_is_read(job, capsys, monke
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_from_python_too(job, overwrite):
+def test_from_python_too(job: Path, overwrite: bool) -> None:
     before = everything(job)
     with pytest.raises(UsageError, match="Is OUT missing"):
         lora_merge.merge("base", [], "adapter", overwrite=overwrite)
@@ -88,7 +93,7 @@ def test_from_python_too(job, overwrite):
 
 
 @pytest.mark.parametrize(("name", "code"), [("lora.pt", 2), ("model.safetensors", 2), ("notes.txt", 7)])
-def test_a_file_as_the_last_word(bare, capsys, name, code):
+def test_a_file_as_the_last_word(bare: Path, capsys: pytest.CaptureFixture[str], name: str, code: int) -> None:
     (bare / name).write_bytes(b"x")
     for words in (["--overwrite"], ["--dry-run"]):
         assert cli.run(["base", name, *words]) == code
@@ -96,7 +101,7 @@ def test_a_file_as_the_last_word(bare, capsys, name, code):
     assert (bare / name).read_bytes() == b"x"
 
 
-def test_a_link_to_a_model_is_no_better(job, capsys):
+def test_a_link_to_a_model_is_no_better(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (job / "link").symlink_to("adapter")
     before = everything(job / "adapter")
     assert cli.run(["base", "link", "--overwrite"]) == 2
@@ -104,7 +109,9 @@ def test_a_link_to_a_model_is_no_better(job, capsys):
 
 
 @pytest.mark.parametrize("inside", [False, True])
-def test_the_same_where_out_is_worked_in_from_inside(job, capsys, monkeypatch, inside):
+def test_the_same_where_out_is_worked_in_from_inside(
+    job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, inside: bool
+) -> None:
     if inside:
         monkeypatch.chdir(job / "adapter")
     before = everything(job)
@@ -112,7 +119,7 @@ def test_the_same_where_out_is_worked_in_from_inside(job, capsys, monkeypatch, i
     assert everything(job) == before
 
 
-def test_other_files_are_left_alone_and_named(bare, capsys):
+def test_other_files_are_left_alone_and_named(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(bare / "out", "thesis.tex", "notes/a.txt")
     for words in ([], ["--overwrite"], ["--dry-run"]):
         assert cli.run(["base", "adapter", "out", *words]) == 7
@@ -120,12 +127,12 @@ def test_other_files_are_left_alone_and_named(bare, capsys):
     assert sorted(everything(bare / "out")) == ["notes/a.txt", "thesis.tex"]
 
 
-def test_an_empty_folder_is_taken(job):
+def test_an_empty_folder_is_taken(job: Path) -> None:
     (job / "out").mkdir()
     assert cli.run(["base", "adapter", "out", "--overwrite", "-q"]) == 0
 
 
-def test_an_earlier_output_is_replaced_and_that_is_said(job, capsys):
+def test_an_earlier_output_is_replaced_and_that_is_said(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["base", "out", "-q"]) == 0
     before = everything(job / "out")
     assert cli.run(["base", "adapter", "out", "--dry-run"]) == 7
@@ -137,7 +144,7 @@ def test_an_earlier_output_is_replaced_and_that_is_said(job, capsys):
     assert everything(job / "out") != before
 
 
-def test_a_copy_of_an_output_is_one(job, monkeypatch):
+def test_a_copy_of_an_output_is_one(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli.run(["base", "adapter", "out", "-q"]) == 0
     os.rename("out", "first")
     shutil.copytree("first", "out", copy_function=shutil.copyfile)
@@ -188,7 +195,13 @@ def folder_linked(out: Path) -> str:
 
 @pytest.mark.parametrize("change", [put_beside, put_adapter, trained_on, edited, linked, folder_linked])
 @pytest.mark.parametrize("inside", [False, True])
-def test_what_a_user_put_into_an_output_is_not_replaced(job, capsys, monkeypatch, change, inside):
+def test_what_a_user_put_into_an_output_is_not_replaced(
+    job: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[Path], str],
+    inside: bool,
+) -> None:
     assert cli.run(["base", "out", "-q"]) == 0
     named = change(job / "out")
     before = everything(job)
@@ -202,7 +215,7 @@ def test_what_a_user_put_into_an_output_is_not_replaced(job, capsys, monkeypatch
     assert everything(job) == before
 
 
-def test_a_record_that_was_changed_protects_nothing(job, capsys):
+def test_a_record_that_was_changed_protects_nothing(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["base", "out", "-q"]) == 0
     record = json.loads((job / "out/lora_merge.json").read_bytes())
     (job / "out/lora_merge.json").write_text(json.dumps(record))
@@ -210,7 +223,7 @@ def test_a_record_that_was_changed_protects_nothing(job, capsys):
     assert "does not prove right" in capsys.readouterr().err
 
 
-def test_a_finished_job_is_resumed_without_touching_it(job, capsys):
+def test_a_finished_job_is_resumed_without_touching_it(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["base", "adapter", "out", "-q"]) == 0
     write(job / "out", "notes.txt")
     before = everything(job)
@@ -218,7 +231,7 @@ def test_a_finished_job_is_resumed_without_touching_it(job, capsys):
     assert everything(job) == before
 
 
-def test_the_original_of_an_awq_base_is_an_input(job, capsys):
+def test_the_original_of_an_awq_base_is_an_input(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["base", "out", "-q"]) == 0
     assert cli.run(["base", "adapter", "out", "--adapter-base", "out", "--overwrite"]) == 7
     assert "is the input out" in capsys.readouterr().err

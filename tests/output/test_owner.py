@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from trial import SHARDS, WHOLE, content, fail, make, put
@@ -20,7 +21,8 @@ def out(tmp_path: Path) -> Path:
 def test_a_second_run_is_refused_while_the_first_lives(out: Path) -> None:
     with Stage.open(out, "job") as stage:
         put(stage, *next(iter(SHARDS.items())))
-        for words in ({}, {"resume": True}, {"restart": True}, {"overwrite": True}):
+        modes: list[dict[str, Any]] = [{}, {"resume": True}, {"restart": True}, {"overwrite": True}]
+        for words in modes:
             with pytest.raises(OutputExistsError, match=f"another run .process {os.getpid()} on .* is writing it"):
                 Stage.open(out, "job", **words)
         stage.publish()

@@ -3,7 +3,7 @@
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -177,7 +177,7 @@ def test_a_kill_between_two_renames_loses_nothing(out: Path, monkeypatch: pytest
     with monkeypatch.context() as patch:
         patch.setattr(publishing, "_renameat2", lambda *words: False)
         patch.setattr(publishing, "_rename_folder", lambda *words: os.rename("nothing", "nowhere"))
-        patch.setattr(publishing.os, "rename", killed_after(2 + 1))
+        patch.setattr(os, "rename", killed_after(2 + 1))
         patch.setattr(Stage, "close", Stage._leave)
         with pytest.raises(KeyboardInterrupt):
             make(out, overwrite=True)
@@ -187,9 +187,10 @@ def test_a_kill_between_two_renames_loses_nothing(out: Path, monkeypatch: pytest
     assert content(out) == old
 
 
-def killed_after(count: int):  # type: ignore[no-untyped-def]
+def killed_after(count: int) -> Callable[[Path, Path], None]:
     """A rename that works so many times; then nothing runs any more."""
-    rename, calls = os.rename, []
+    rename = os.rename
+    calls: list[Path] = []
 
     def renaming(source: Path, target: Path) -> None:
         calls.append(target)

@@ -3,7 +3,7 @@
 import errno
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -30,7 +30,7 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def pieces(stage: Stage, last: int = 10) -> Iterator[None]:
+def pieces(stage: Stage, last: int = 10) -> Generator[None]:
     """Write the shard from where it stands, a job for each piece; yields after each."""
     writer = stage.shard(NAME, len(DATA))
     results, sources = list(writer.started.results), dict(writer.started.sources)

@@ -8,6 +8,7 @@ import stat
 import threading
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 from trial import SHARDS, WHOLE, content, fail, make, put, result
@@ -168,7 +169,8 @@ def test_a_folder_with_the_stages_name_is_not_cleared(out: Path) -> None:
     home.mkdir()
     (home / "files").mkdir()
     (home / "files/mine").write_text("x")
-    for words in ({}, {"restart": True}):
+    modes: list[dict[str, Any]] = [{}, {"restart": True}]
+    for words in modes:
         with pytest.raises(OutputExistsError, match="no merge put there"):
             make(out, **words)
     assert content(home) == {"files/mine": b"x"}

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from optional import present
 from safetensors.torch import load_file
 
 from lora_merge.errors import UnsupportedError
@@ -22,16 +23,17 @@ COLUMNS_OF = [0, 2, 4, 6, 1, 3, 5, 7]
 class Held:
     """Weights in memory; `most` is the largest piece that was read at once."""
 
-    def __init__(self, tensors):
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
         self.tensors = {name: tensor.float() for name, tensor in tensors.items()}
         self.specs = {name: TensorSpec("F32", tuple(tensor.shape)) for name, tensor in tensors.items()}
-        self.most, self.read = 0, set()
+        self.most = 0
+        self.read: set[str] = set()
 
-    def vector(self, name):
+    def vector(self, name: str) -> torch.Tensor:
         assert self.tensors[name].dim() == 1
         return self.tensors[name]
 
-    def rows(self, name, start, stop):
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         assert start % 8 == 0
         piece = self.tensors[name][start:stop]
         self.most = max(self.most, piece.numel())
@@ -39,10 +41,10 @@ class Held:
         return piece
 
 
-def dequantized(tensors):
+def dequantized(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """gemm's parts as weights, in plain torch."""
 
-    def codes(words):
+    def codes(words: torch.Tensor) -> torch.Tensor:
         lanes = torch.empty(words.shape[0], words.shape[1], 8)
         for nibble, column in enumerate(COLUMNS_OF):
             lanes[..., column] = (words >> 4 * nibble) & 15
@@ -58,25 +60,25 @@ def dequantized(tensors):
 
 
 @pytest.fixture
-def awq():
+def awq() -> Held:
     return Held(dequantized(load_file(FIXTURES / "awq_gemm_g32" / "model.safetensors")))
 
 
 @pytest.fixture
-def original():
+def original() -> Held:
     return Held(load_file(FIXTURES / "awq_base_fp16" / "model.safetensors"))
 
 
-def apart(one, other):
-    return ((one - other).norm() / other.norm()).item()
+def apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).norm() / other.norm())
 
 
-def rescaled(weight, scaling):
+def rescaled(weight: torch.Tensor, scaling: Scaling) -> torch.Tensor:
     weight = weight if scaling.columns is None else weight * scaling.columns
     return weight if scaling.rows is None else weight * scaling.rows[:, None]
 
 
-def test_the_rescaled_original_differs_from_awqs_by_the_rounding_only(awq, original):
+def test_the_rescaled_original_differs_from_awqs_by_the_rounding_only(awq: Held, original: Held) -> None:
     scalings = recover(awq, original, MODULES)
     assert scalings.keys() == set(MODULES)
     raw = {}
@@ -87,44 +89,44 @@ def test_the_rescaled_original_differs_from_awqs_by_the_rounding_only(awq, origi
     assert min(raw.values()) > 0.14 and raw[f"{LAYER}.self_attn.q_proj"] > 0.45
 
 
-def test_the_factors_are_where_the_channels_are(awq, original):
+def test_the_factors_are_where_the_channels_are(awq: Held, original: Held) -> None:
     scalings = {module.removeprefix(f"{LAYER}."): one for module, one in recover(awq, original, MODULES).items()}
     with_rows = {linear for linear, one in scalings.items() if one.rows is not None}
     assert with_rows == {"self_attn.v_proj", "mlp.up_proj"}
     same = [("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")]
     for first, *others in same:
-        assert all(torch.equal(scalings[first].columns, scalings[other].columns) for other in others)
+        assert all(torch.equal(present(scalings[first].columns), present(scalings[other].columns)) for other in others)
     for behind, before in (("self_attn.o_proj", "self_attn.v_proj"), ("mlp.down_proj", "mlp.up_proj")):
-        assert torch.allclose(scalings[behind].columns * scalings[before].rows, torch.ones(1))
+        assert torch.allclose(present(scalings[behind].columns) * present(scalings[before].rows), torch.ones(1))
     bias = original.tensors[f"{LAYER}.self_attn.v_proj.bias"] / awq.tensors[f"{LAYER}.self_attn.v_proj.bias"]
-    assert torch.allclose(scalings["self_attn.o_proj"].columns, bias)
+    assert torch.allclose(present(scalings["self_attn.o_proj"].columns), bias)
 
 
-def test_without_a_bias_the_rows_tell(awq, original):
+def test_without_a_bias_the_rows_tell(awq: Held, original: Held) -> None:
     bias = original.tensors[f"{LAYER}.self_attn.v_proj.bias"] / awq.tensors[f"{LAYER}.self_attn.v_proj.bias"]
     del awq.specs[f"{LAYER}.self_attn.v_proj.bias"]
     scalings = recover(awq, original, MODULES)
-    found = scalings[f"{LAYER}.self_attn.o_proj"].columns
+    found = present(scalings[f"{LAYER}.self_attn.o_proj"].columns)
     assert 0 < (found / bias - 1).abs().max() < 0.05
     for module in MODULES:
         ours, theirs = awq.tensors[f"{module}.weight"], original.tensors[f"{module}.weight"]
         assert apart(rescaled(theirs, scalings[module]), ours) < 0.087
 
 
-def test_a_bias_too_small_to_tell_is_replaced_by_its_row(awq, original):
+def test_a_bias_too_small_to_tell_is_replaced_by_its_row(awq: Held, original: Held) -> None:
     name = f"{LAYER}.self_attn.v_proj.bias"
     exact = original.tensors[name] / awq.tensors[name]
     awq.tensors[name][:3] = torch.tensor([0.0, 6e-8, -0.1])
     original.tensors[name][:3] = torch.tensor([0.0, 1.8e-7, 0.1])
-    found = recover(awq, original, MODULES)[f"{LAYER}.self_attn.o_proj"].columns
+    found = present(recover(awq, original, MODULES)[f"{LAYER}.self_attn.o_proj"].columns)
     assert torch.allclose(found[3:], exact[3:])
     assert (found[:3] / exact[:3] - 1).abs().max() < 0.05
 
 
-def forward(weights, x):
+def forward(weights: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """What a layer computes, as if it had one head and no positions."""
 
-    def linear(name, x):
+    def linear(name: str, x: torch.Tensor) -> torch.Tensor:
         return x @ weights[f"{LAYER}.{name}.weight"].T + weights.get(f"{LAYER}.{name}.bias", 0)
 
     inside = x * weights[f"{LAYER}.input_layernorm.weight"]
@@ -135,7 +137,7 @@ def forward(weights, x):
     return x + linear("mlp.down_proj", hidden)
 
 
-def test_a_converted_adapter_does_to_the_awq_model_what_it_does_to_the_original(awq, original):
+def test_a_converted_adapter_does_to_the_awq_model_what_it_does_to_the_original(awq: Held, original: Held) -> None:
     """Deltas of twice the weights' size, so that the rounding of the weights is little beside what they do."""
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(32, 64, generator=generator)
@@ -145,7 +147,7 @@ def test_a_converted_adapter_does_to_the_awq_model_what_it_does_to_the_original(
         a, b = torch.randn(4, width, generator=generator), torch.randn(out, 4, generator=generator)
         factors[module] = a, b * 2 * original.tensors[f"{module}.weight"].norm() / (b @ a).norm()
 
-    def merged(weights, scalings):
+    def merged(weights: dict[str, torch.Tensor], scalings: dict[str, Scaling]) -> torch.Tensor:
         changed = dict(weights)
         for module, (a, b) in factors.items():
             columns, rows = scalings[module].columns, scalings[module].rows
@@ -164,7 +166,7 @@ def test_a_converted_adapter_does_to_the_awq_model_what_it_does_to_the_original(
     assert (merged(awq.tensors | unrounded, scalings) - wanted).norm() / effect < 0.001
 
 
-def rounded(weight, clip=1.0, group=32):
+def rounded(weight: torch.Tensor, clip: float = 1.0, group: int = 32) -> torch.Tensor:
     """4 bits and back, as AWQ does it; `clip` is the share of each group's largest value that is kept."""
     groups = weight.unflatten(1, (-1, group))
     most = clip * groups.abs().amax(-1, keepdim=True)
@@ -172,14 +174,24 @@ def rounded(weight, clip=1.0, group=32):
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     scale = (high - low) / 15
     zero = (-low / scale).round().clamp(0, 15)
-    return (((groups / scale).round() + zero).clamp(0, 15) - zero).mul(scale).flatten(1)
+    codes = ((groups / scale).round() + zero).clamp(0, 15)
+    values: torch.Tensor = (codes - zero) * scale
+    return values.flatten(1)
 
 
-def model(layers=2, heads=4, kv_heads=4, between=True, biases=False, spread=1.0, clip=1.0):
+def model(
+    layers: int = 2,
+    heads: int = 4,
+    kv_heads: int = 4,
+    between: bool = True,
+    biases: bool = False,
+    spread: float = 1.0,
+    clip: float = 1.0,
+) -> tuple[Held, Held, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]]:
     """An original, its AWQ by the book, and the factors s_attn, t, s_mlp, u of each layer."""
     generator = torch.Generator().manual_seed(0)
 
-    def draw(*shape):
+    def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
     original, awq, factors = {}, {}, []
@@ -216,29 +228,29 @@ def model(layers=2, heads=4, kv_heads=4, between=True, biases=False, spread=1.0,
     return Held(original), Held(awq), factors
 
 
-def names(layers=2):
+def names(layers: int = 2) -> list[str]:
     return [f"model.layers.{n}.{linear}" for n in range(layers) for linear in LINEARS]
 
 
 @pytest.mark.parametrize("clip", [0.8, 1.0])
 @pytest.mark.parametrize("spread", [0.2, 1.0])
 @pytest.mark.parametrize("biases", [False, True])
-def test_the_factors_that_were_applied_are_found(biases, spread, clip):
+def test_the_factors_that_were_applied_are_found(biases: bool, spread: float, clip: float) -> None:
     original, awq, factors = model(biases=biases, spread=spread, clip=clip)
     scalings = recover(awq, original, names())
     for n, (s, t, m, u) in enumerate(factors):
         at = {linear: scalings[f"model.layers.{n}.{linear}"] for linear in LINEARS}
-        assert (at["self_attn.q_proj"].columns / s - 1).abs().max() < 0.005
-        assert (at["mlp.gate_proj"].columns / m - 1).abs().max() < 0.005
+        assert (present(at["self_attn.q_proj"].columns) / s - 1).abs().max() < 0.005
+        assert (present(at["mlp.gate_proj"].columns) / m - 1).abs().max() < 0.005
         for first, second, factor in (("self_attn.v_proj", "self_attn.o_proj", t), ("mlp.up_proj", "mlp.down_proj", u)):
-            off = at[second].columns / factor - 1
+            off = present(at[second].columns) / factor - 1
             exact = biases and first == "self_attn.v_proj"
             assert off.abs().max() < (1e-5 if exact else 0.05)
             assert off.std() < 0.012 and abs(off.mean()) < 0.003  # off by chance, not by rule
-            assert torch.allclose(at[first].rows * at[second].columns, torch.ones(1))
+            assert torch.allclose(present(at[first].rows) * present(at[second].columns), torch.ones(1))
 
 
-def test_rows_that_tell_nothing_have_a_factor_of_one():
+def test_rows_that_tell_nothing_have_a_factor_of_one() -> None:
     sums = Products(torch.ones(4), torch.tensor([3.0, -1.0, 0.0, 1.0]), torch.tensor([2.0, 1.0, 0.0, 0.0]))
     assert sums.factor().tolist() == [1.5, 1, 1, 1]
 
@@ -246,7 +258,9 @@ def test_rows_that_tell_nothing_have_a_factor_of_one():
 @pytest.mark.parametrize("clip", [0.8, 1.0])
 @pytest.mark.parametrize("kv_heads", [2, 4])
 @pytest.mark.parametrize("biases", [False, True])
-def test_linears_that_were_not_scaled_towards_each_other_have_no_factor(biases, kv_heads, clip):
+def test_linears_that_were_not_scaled_towards_each_other_have_no_factor(
+    biases: bool, kv_heads: int, clip: float
+) -> None:
     original, awq, _ = model(kv_heads=kv_heads, between=False, biases=biases, clip=clip)
     scalings = recover(awq, original, names())
     for module, scaling in scalings.items():
@@ -254,13 +268,13 @@ def test_linears_that_were_not_scaled_towards_each_other_have_no_factor(biases, 
         assert (scaling.columns is None) == module.endswith(("o_proj", "down_proj")), module
 
 
-def test_grouped_queries_that_were_scaled_all_the_same_are_refused():
+def test_grouped_queries_that_were_scaled_all_the_same_are_refused() -> None:
     original, awq, _ = model(kv_heads=2, between=True)
     with pytest.raises(UnsupportedError, match=r"model\.layers\.0\.self_attn\.v_proj by \d\d%"):
         recover(awq, original, ["model.layers.0.self_attn.v_proj"])
 
 
-def test_a_model_that_was_only_rounded_has_factors_of_one():
+def test_a_model_that_was_only_rounded_has_factors_of_one() -> None:
     original, awq, _ = model(between=False, spread=0.0)
     for name in list(awq.tensors):
         if name.endswith("norm.weight"):
@@ -270,7 +284,7 @@ def test_a_model_that_was_only_rounded_has_factors_of_one():
         assert scaling.columns is None or torch.equal(scaling.columns, torch.ones(WIDE))
 
 
-def test_only_what_is_asked_for_is_read_and_in_blocks(monkeypatch):
+def test_only_what_is_asked_for_is_read_and_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     original, awq, factors = model()
     whole = recover(awq, original, ["model.layers.1.self_attn.o_proj"])
     read = {f"model.layers.1.self_attn.{one}_proj.weight" for one in "vo"}
@@ -280,30 +294,30 @@ def test_only_what_is_asked_for_is_read_and_in_blocks(monkeypatch):
     blocks = recover(awq, original, ["model.layers.1.self_attn.o_proj"])
     assert awq.most == original.most == 8 * WIDE
     for part in whole["model.layers.1.self_attn.o_proj"].columns, factors[1][1]:
-        assert torch.allclose(blocks["model.layers.1.self_attn.o_proj"].columns, part, rtol=0.05)
+        assert torch.allclose(present(blocks["model.layers.1.self_attn.o_proj"].columns), present(part), rtol=0.05)
     original.tensors["model.layers.1.self_attn.o_proj.weight"][:24] = 0.1
     with pytest.raises(UnsupportedError, match=r"o_proj by \d\d%"):
         recover(awq, original, ["model.layers.1.self_attn.o_proj"])
 
 
-def test_channels_that_let_nothing_through_are_left_alone():
+def test_channels_that_let_nothing_through_are_left_alone() -> None:
     original, awq, factors = model()
     for weights in (original, awq):
         weights.tensors["model.layers.0.input_layernorm.weight"][5] = 0
         weights.tensors["model.layers.0.mlp.up_proj.weight"][7] = 0
     scalings = recover(awq, original, names())
-    assert scalings["model.layers.0.self_attn.q_proj"].columns[5] == 1
-    assert scalings["model.layers.0.mlp.up_proj"].rows[7] == 1
-    assert (scalings["model.layers.0.mlp.up_proj"].rows[8:] * factors[0][3][8:] - 1).abs().max() < 0.05
+    assert present(scalings["model.layers.0.self_attn.q_proj"].columns)[5] == 1
+    assert present(scalings["model.layers.0.mlp.up_proj"].rows)[7] == 1
+    assert (present(scalings["model.layers.0.mlp.up_proj"].rows)[8:] * factors[0][3][8:] - 1).abs().max() < 0.05
 
 
-def test_what_lies_outside_the_layers_is_not_rescaled(awq, original):
+def test_what_lies_outside_the_layers_is_not_rescaled(awq: Held, original: Held) -> None:
     for module in ("lm_head", "model.embed_tokens"):
         scaling = recover(awq, original, [module])[module]
         assert scaling.columns is None and scaling.rows is None
 
 
-def test_another_model_is_refused_and_every_weight_named(awq, original):
+def test_another_model_is_refused_and_every_weight_named(awq: Held, original: Held) -> None:
     generator = torch.Generator().manual_seed(9)
     for linear in ("self_attn.k_proj", "mlp.down_proj"):
         weight = original.tensors[f"{LAYER}.{linear}.weight"]
@@ -315,13 +329,13 @@ def test_another_model_is_refused_and_every_weight_named(awq, original):
         recover(awq, original, MODULES)
 
 
-def test_another_model_is_told_by_its_large_values_alone(awq, original):
+def test_another_model_is_told_by_its_large_values_alone(awq: Held, original: Held) -> None:
     original.tensors[f"{LAYER}.self_attn.q_proj.weight"][:, 0] *= 10
     with pytest.raises(UnsupportedError, match=r"q_proj by \d+%"):
         recover(awq, original, MODULES)
 
 
-def test_weights_that_are_no_numbers_are_refused(awq, original):
+def test_weights_that_are_no_numbers_are_refused(awq: Held, original: Held) -> None:
     original.tensors[f"{LAYER}.self_attn.q_proj.weight"][0, 0] = float("nan")
     with pytest.raises(UnsupportedError, match=r"q_proj by nan%"):
         recover(awq, original, [f"{LAYER}.self_attn.q_proj"])
@@ -331,12 +345,12 @@ def test_weights_that_are_no_numbers_are_refused(awq, original):
     "module",
     ["transformer.h.0.attn.c_attn", f"{LAYER}.self_attn.qkv_proj", f"{LAYER}.mlp.experts.3.up_proj", "score"],
 )
-def test_other_modules_are_refused(awq, original, module):
+def test_other_modules_are_refused(awq: Held, original: Held, module: str) -> None:
     with pytest.raises(UnsupportedError, match=r"how AWQ rescaled channels is known for self_attn\.q_proj"):
         recover(awq, original, [f"{LAYER}.self_attn.q_proj", module])
 
 
-def test_layers_of_another_make_are_refused(awq, original):
+def test_layers_of_another_make_are_refused(awq: Held, original: Held) -> None:
     shape = awq.specs[f"{LAYER}.self_attn.o_proj.weight"]
     for name, spec, message in (
         (f"{LAYER}.self_attn.o_proj.weight", None, r"self_attn\.o_proj is missing"),

@@ -1,5 +1,8 @@
 """Which modules a format's loader takes for quantized, told from names and the model class."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 import lora_merge
@@ -15,14 +18,14 @@ PACKED = METHODS["compressed-tensors"].loader
 PROJECTIONS = [f"model.experts.{number}.{name}" for number in (0, 1) for name in ("up", "down")]
 
 
-def model(*linears, **words):
+def model(*linears: str, **words: Any) -> Skeleton:
     """A skeleton whose linears are stored under their own names."""
     places = {f"{name}.weight": (Location(f"{name}.weight"),) for name in linears} | words.pop("places", {})
     shapes = dict.fromkeys(places, (8, 8))
     return Skeleton("Made", "model", shapes, tuple(linears), {}, places, {}, **words)
 
 
-def experts():
+def experts() -> Skeleton:
     """Two experts, stored one by one, that the class has as stacks."""
     places = {
         f"model.experts.{name}_proj": tuple(Location(f"model.experts.{n}.{name}.weight", expert=n) for n in (0, 1))
@@ -31,11 +34,11 @@ def experts():
     return model("model.q", "head", places=places, experts={"model.experts": "MadeExperts"})
 
 
-def test_without_a_loader_every_module_is_written():
+def test_without_a_loader_every_module_is_written() -> None:
     assert fitted(None, None, (), ["a", "b"], ["c"]) == LoaderFit(("a", "b"), ("c",), {})
 
 
-def test_derived_classes_and_modules_in_float32_stay_plain():
+def test_derived_classes_and_modules_in_float32_stay_plain() -> None:
     skeleton = model("m.q", "m.k", "m.wo", "m.wot", derived={"m.k": "OddLinear"}, float32=("wo",))
     found = fitted(Loader(derived=False), skeleton, (), ["m.q", "m.k", "m.wo", "m.wot"], [])
     assert found.written == ("m.q", "m.wot") and found.kept == ("m.k", "m.wo")
@@ -44,7 +47,7 @@ def test_derived_classes_and_modules_in_float32_stay_plain():
 
 
 @pytest.mark.parametrize("pattern", [r"layers\.0", "decoder", "wo"])
-def test_patterns_of_modules_in_float32_go_as_in_transformers(pattern):
+def test_patterns_of_modules_in_float32_go_as_in_transformers(pattern: str) -> None:
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     skeleton = Skeleton("Made", "", {}, (), {}, {}, {}, float32=(pattern,))
@@ -52,7 +55,7 @@ def test_patterns_of_modules_in_float32_go_as_in_transformers(pattern):
         assert skeleton.keeps_float32(name) != should_convert_module(name, [pattern]), name
 
 
-def test_what_the_loader_takes_for_a_plain_module_becomes_plain():
+def test_what_the_loader_takes_for_a_plain_module_becomes_plain() -> None:
     """Entries name by their beginning up to a dot, and by their end; what they take is an entry in its turn."""
     written = ["m.fc", "m.fcs", "head.proj", "x.m.fc", "m.out_head"]
     found = fitted(Loader(by_end=True), None, (), written, ["m.fc", "head"])
@@ -62,13 +65,13 @@ def test_what_the_loader_takes_for_a_plain_module_becomes_plain():
     assert fitted(Loader(), None, (), written, ["head"]).written == tuple(written)
 
 
-def test_names_of_kept_modules_are_those_of_the_model():
+def test_names_of_kept_modules_are_those_of_the_model() -> None:
     skeleton = model(places={"model.head.weight": (Location("head.weight"),)})
     skeleton = Skeleton("Made", "model", skeleton.parameters, ("model.head",), {}, skeleton.places, {})
     assert fitted(Loader(), skeleton, (), [], ["head"]).kept == ("model.head",)
 
 
-def test_codes_that_would_not_be_found_are_not_written():
+def test_codes_that_would_not_be_found_are_not_written() -> None:
     skeleton = model("m.q", "head", strays=frozenset({"head"}))
     found = fitted(Loader(), skeleton, (), ["m.q", "head"], [])
     assert (
@@ -76,14 +79,14 @@ def test_codes_that_would_not_be_found_are_not_written():
     )
 
 
-def test_a_loader_that_renames_its_list_gets_a_pattern_as_well():
+def test_a_loader_that_renames_its_list_gets_a_pattern_as_well() -> None:
     skeleton = model("a.odd", patterns={"a.odd": "a.od[d]"})
     assert fitted(Loader(renames=True), skeleton, (), [], ["a.odd"]).kept == ("a.odd", "a.od[d]")
     assert fitted(Loader(), skeleton, (), [], ["a.odd"]).kept == ("a.odd",)
 
 
 @pytest.mark.parametrize("written", [[], PROJECTIONS[:3], PROJECTIONS])
-def test_experts_are_merged_all_or_none(written):
+def test_experts_are_merged_all_or_none(written: list[str]) -> None:
     found = fitted(Loader(experts="merged", own_experts=True), experts(), (), ["model.q", *written], ["head"])
     whole = written == PROJECTIONS
     assert found.written == (("model.q", *written) if whole else ("model.q",))
@@ -91,14 +94,14 @@ def test_experts_are_merged_all_or_none(written):
     assert set(found.reasons) == (set() if whole else set(written))
 
 
-def test_experts_that_no_loader_can_stack_stay_plain():
+def test_experts_that_no_loader_can_stack_stay_plain() -> None:
     stacks = fitted(Loader(), experts(), (), ["model.q", *PROJECTIONS], [])
     assert stacks.written == ("model.q",) and stacks.kept == (*PROJECTIONS, "model.experts")
     assert fitted(Loader(), experts(), (), ["model.q"], []).kept == ()
     assert fitted(Loader(experts="linears"), experts(), (), PROJECTIONS, []).written == tuple(PROJECTIONS)
 
 
-def test_without_a_skeleton_experts_are_known_by_name():
+def test_without_a_skeleton_experts_are_known_by_name() -> None:
     tensors = ["model.q.weight", "model.layers.0.mlp.experts.gate_up_proj", "other.experts.0.up.weight"]
     written = ["model.q", "other.experts.0.up"]
     found = fitted(Loader(own_experts=True, experts="merged"), None, tensors, written, [])
@@ -106,7 +109,7 @@ def test_without_a_skeleton_experts_are_known_by_name():
     assert set(found.kept) == {"other.experts.0.up", "model.layers.0.mlp.experts", "other.experts"}
 
 
-def test_a_stack_that_the_loader_wants_apart_is_refused():
+def test_a_stack_that_the_loader_wants_apart_is_refused() -> None:
     places = {"model.experts.gate_up_proj": (Location("model.experts.gate_up_proj"),)}
     skeleton = model("model.q", places=places, experts={"model.experts": "Llama4TextExperts"})
     for name in ("compressed-tensors", "bitsandbytes"):
@@ -115,7 +118,7 @@ def test_a_stack_that_the_loader_wants_apart_is_refused():
     assert fitted(METHODS["fp8"].loader, skeleton, (), ["model.q"], []).kept == ("model.experts",)
 
 
-def test_what_a_loader_cannot_put_together_is_told():
+def test_what_a_loader_cannot_put_together_is_told() -> None:
     conv = {"m.conv.weight": (Location("m.q_conv.weight", rows=(0, 4)), Location("m.k_conv.weight", rows=(4, 8)))}
     cut = {
         "m.q.weight": (Location("m.qk.weight", within=(0, 4)),),
@@ -130,7 +133,7 @@ def test_what_a_loader_cannot_put_together_is_told():
     assert unfilled(PACKED, None, ["weight_packed"], []) == []
 
 
-def test_what_no_loader_opens_is_not_written(tmp_path, tiny_llama, monkeypatch):
+def test_what_no_loader_opens_is_not_written(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Servers have loaders of their own for compressed-tensors: there it is a note."""
     monkeypatch.setattr(output_formats, "unfilled", lambda *_: ["model.o.weight"])
     found = lora_merge.plan(tiny_llama / "base", [], tmp_path / "out", bits=8, format="compressed-tensors")

@@ -1,5 +1,8 @@
 """Quantized outputs in the loader that people use: transformers with compressed-tensors, on the CPU."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import quantized_bases as bases
 import quantized_oracle as oracle
@@ -23,15 +26,16 @@ OUTPUTS = {
 }
 
 
-def logits(folder, tokens):
+def logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     from transformers import AutoModelForCausalLM
 
     with zoo.quiet(), torch.no_grad():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-        return model(tokens).logits.double()
+        scores: torch.Tensor = model(tokens).logits
+    return scores.double()
 
 
-def agree(out, dequantized, noise):
+def agree(out: Path, dequantized: Path, noise: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The loader computes what our own dequantized weights do, but for rounding to bfloat16, and to 8 bits of what goes
     into the linears where the format has that done."""
     vocabulary = oracle.config(out)["vocab_size"]
@@ -42,7 +46,9 @@ def agree(out, dequantized, noise):
 
 
 @pytest.mark.parametrize("words", OUTPUTS.values(), ids=OUTPUTS)
-def test_a_merge_of_tiny_llama_computes_what_its_weights_say(tiny_llama, tmp_path, words):
+def test_a_merge_of_tiny_llama_computes_what_its_weights_say(
+    tiny_llama: Path, tmp_path: Path, words: dict[str, Any]
+) -> None:
     out = tmp_path / "out"
     lora_merge.merge(
         tiny_llama / "base", tiny_llama / "adapter", out, format="compressed-tensors", min_survival=-9, **words
@@ -55,7 +61,7 @@ def test_a_merge_of_tiny_llama_computes_what_its_weights_say(tiny_llama, tmp_pat
 @pytest.mark.parametrize(
     "name", ["ct_W4_g32", "ct_W4_channel", "ct_W8A8", "ct_FP8_DYNAMIC", "ct_MXFP4A16", "ct_NVFP4A16"]
 )
-def test_a_quantized_base_and_an_adapter(tmp_path, name):
+def test_a_quantized_base_and_an_adapter(tmp_path: Path, name: str) -> None:
     base = bases.FIXTURES / name
     adapter = bases.adapter(tmp_path / "adapter", base, size=0.5)
     lora_merge.merge(base, adapter, tmp_path / "out")
@@ -63,7 +69,7 @@ def test_a_quantized_base_and_an_adapter(tmp_path, name):
     agree(tmp_path / "out", tmp_path / "sixteen", 0.05)
 
 
-def test_every_linear_is_quantized_or_ignored(tmp_path):
+def test_every_linear_is_quantized_or_ignored(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     out = tmp_path / "out"
@@ -77,7 +83,7 @@ def test_every_linear_is_quantized_or_ignored(tmp_path):
 
 
 @pytest.mark.parametrize("model", ["mixtral", "qwen2_moe", "qwen3_moe"])
-def test_experts_are_quantized_one_by_one_and_the_routers_ignored(tmp_path, model):
+def test_experts_are_quantized_one_by_one_and_the_routers_ignored(tmp_path: Path, model: str) -> None:
     base, out = tmp_path / "base", tmp_path / "out"
     zoo.save(zoo.build(model), base)
     lora_merge.merge(base, [], out, bits=4, dtype="bfloat16")

@@ -1,6 +1,8 @@
 """In which format each weight of an output is, decided from headers alone."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import quantized_bases as bases
@@ -8,15 +10,15 @@ import torch
 from safetensors.torch import save_file
 
 import lora_merge
-from lora_merge.errors import UnsupportedError, UsageError
+from lora_merge.errors import LoraMergeError, UnsupportedError, UsageError
 
 PLAIN = bases.FIXTURES / "_base_A_bf16"
 W4, FP8 = bases.FIXTURES / "ct_W4_g32", bases.FIXTURES / "ct_FP8_DYNAMIC"
 
 
-def targets(base, **words):
+def targets(base: Path, **words: Any) -> dict[str, int]:
     """How many weights each format of the output has, of those that are rewritten."""
-    found = {}
+    found: dict[str, int] = {}
     for weight in lora_merge.plan(base, [], **words).weights:
         if weight.action == "merge":
             found[weight.target] = found.get(weight.target, 0) + 1
@@ -24,16 +26,16 @@ def targets(base, **words):
 
 
 @pytest.fixture(scope="module")
-def chatglm(tmp_path_factory):
+def chatglm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return bases.chatglm("chatglm3_int4", tmp_path_factory.mktemp("targets") / "chatglm")
 
 
 @pytest.fixture(scope="module")
-def plain_chatglm(tmp_path_factory):
+def plain_chatglm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return bases.plain_chatglm("chatglm3_int4", tmp_path_factory.mktemp("targets") / "plain")
 
 
-def test_nothing_asked_nothing_done(chatglm):
+def test_nothing_asked_nothing_done(chatglm: Path) -> None:
     assert targets(PLAIN) == targets(W4) == targets(FP8) == targets(chatglm) == {}
 
 
@@ -51,11 +53,11 @@ def test_nothing_asked_nothing_done(chatglm):
     ],
     ids=str,
 )
-def test_what_a_plain_base_becomes(words, format):
+def test_what_a_plain_base_becomes(words: dict[str, Any], format: str) -> None:
     assert targets(PLAIN, **words) == {format: 7}
 
 
-def test_chatglm_stays_chatglm_where_it_has_the_width(chatglm, plain_chatglm):
+def test_chatglm_stays_chatglm_where_it_has_the_width(chatglm: Path, plain_chatglm: Path) -> None:
     assert targets(plain_chatglm, bits=4) == {"chatglm int4": 4}
     assert targets(plain_chatglm, bits=8) == {"chatglm int8": 4}
     assert targets(chatglm, bits=8) == {"chatglm int8": 4}
@@ -66,7 +68,7 @@ def test_chatglm_stays_chatglm_where_it_has_the_width(chatglm, plain_chatglm):
     assert targets(plain_chatglm, bits=3, format="compressed-tensors") == {"pack-quantized int3 channel": 4}
 
 
-def test_a_quantized_base_keeps_its_scheme_at_its_own_width():
+def test_a_quantized_base_keeps_its_scheme_at_its_own_width() -> None:
     assert targets(W4, bits=4) == targets(W4, format="compressed-tensors") == targets(FP8, bits=8) == {}
     assert targets(W4, bits=4, group_size=64) == {"pack-quantized int4 group 64": 7}
     assert targets(W4, bits=8) == targets(FP8, bits=8, quant_type="int") == {"pack-quantized int8 group 64": 7}
@@ -82,7 +84,7 @@ def test_a_quantized_base_keeps_its_scheme_at_its_own_width():
     ],
     ids=str,
 )
-def test_a_base_that_has_the_width_keeps_its_format(fixture, words):
+def test_a_base_that_has_the_width_keeps_its_format(fixture: str, words: dict[str, Any]) -> None:
     base = bases.FIXTURES / fixture
     assert targets(base, **words) == {}
     assert {weight.target for weight in lora_merge.plan(base, [], **words).weights} == {
@@ -90,17 +92,17 @@ def test_a_base_that_has_the_width_keeps_its_format(fixture, words):
     }
 
 
-def test_a_format_that_is_only_kept_is_left_for_another_width():
+def test_a_format_that_is_only_kept_is_left_for_another_width() -> None:
     assert targets(bases.FIXTURES / "autoround_w4g32", bits=8) == {"pack-quantized int8 group 128": 7}
 
 
-def test_sixteen_bits_decode(chatglm):
+def test_sixteen_bits_decode(chatglm: Path) -> None:
     assert targets(W4, bits=16) == {"BF16": 7}
     assert targets(chatglm, bits=16) == {"F16": 4}
     assert targets(W4, format="plain", dtype="float32")["F32"] == 7 + 5  # embedding, head and norms, too
 
 
-def test_a_quantized_base_that_cannot_be_read_is_neither_decoded_nor_taken_for_plain(tmp_path):
+def test_a_quantized_base_that_cannot_be_read_is_neither_decoded_nor_taken_for_plain(tmp_path: Path) -> None:
     save_file({"layers.0.up.weight": torch.zeros(8, 64, dtype=torch.int16)}, tmp_path / "model.safetensors")
     section = {"quant_method": "exotic"}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "made_up", "quantization_config": section}))
@@ -124,14 +126,15 @@ def test_a_quantized_base_that_cannot_be_read_is_neither_decoded_nor_taken_for_p
     ],
     ids=str,
 )
-def test_what_there_is_not(words, error, told):
+def test_what_there_is_not(words: dict[str, Any], error: type[LoraMergeError], told: str) -> None:
     with pytest.raises(error, match=told):
         lora_merge.plan(PLAIN, [], **words)
 
 
-def test_kept_modules_of_a_mixed_width_are_told_apart_by_format(tmp_path):
+def test_kept_modules_of_a_mixed_width_are_told_apart_by_format(tmp_path: Path) -> None:
     plan = lora_merge.plan(PLAIN, [], tmp_path / "out", bits=4, keep=("mlp",))
-    assert plan.config_changes["quantization_config"]["ignore"] == [
+    section: Any = plan.config_changes["quantization_config"]
+    assert section["ignore"] == [
         *(f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")), "lm_head",
     ]  # fmt: skip
     assert plan.merged == 4

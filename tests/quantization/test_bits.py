@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,10 +12,11 @@ from hypothesis import strategies as st
 from lora_merge.quantization import bits as b
 from lora_merge.quantization.bits import pack, unpack
 
+Order = Literal["low", "high"]
 WORDS = {torch.int8: 8, torch.uint8: 8, torch.int16: 16, torch.int32: 32}
 
 
-def counted(codes: list[int], width: int, size: int, order: str, dense: bool) -> list[int]:
+def counted(codes: list[int], width: int, size: int, order: Order, dense: bool) -> list[int]:
     """Words of `size` bits as unsigned integers, one bit after the other."""
     each = size // width
     length = -(-len(codes) * width // size) if dense else -(-len(codes) // each)
@@ -37,7 +40,9 @@ def counted(codes: list[int], width: int, size: int, order: str, dense: bool) ->
     st.integers(1, 70),
     st.integers(0, 2**32 - 1),
 )
-def test_every_width_word_order_and_axis_is_the_counted_stream(width, word, order, dense, axis, n, seed):
+def test_every_width_word_order_and_axis_is_the_counted_stream(
+    width: int, word: torch.dtype, order: Order, dense: bool, axis: int, n: int, seed: int
+) -> None:
     shape = [2, 3, 2]
     shape[axis] = n
     codes = torch.randint(0, 1 << width, shape, generator=torch.Generator().manual_seed(seed))
@@ -57,14 +62,14 @@ def test_every_width_word_order_and_axis_is_the_counted_stream(width, word, orde
 
 @pytest.mark.parametrize("width", range(1, 9))
 @pytest.mark.parametrize("order", ["low", "high"])
-def test_negative_codes_are_twos_complement(width, order):
+def test_negative_codes_are_twos_complement(width: int, order: Order) -> None:
     codes = torch.arange(-(1 << width - 1), 1 << width - 1, dtype=torch.int8).repeat(2, 3)
     packed = pack(codes, width, torch.int32, order)
     assert torch.equal(packed, pack(codes.long() & (1 << width) - 1, width, torch.int32, order))
     assert torch.equal(unpack(packed, width, codes.shape[1], order, signed=True), codes)
 
 
-def test_known_words():
+def test_known_words() -> None:
     """What the formats write: nibbles high first, eight nibbles low first, three bits over word borders."""
     assert pack(torch.tensor([[1, -2]]), 4, torch.int8, "high").tolist() == [[0x1E]]
     assert pack(torch.arange(8)[None], 4, torch.int32).tolist() == [[0x76543210]]
@@ -75,12 +80,12 @@ def test_known_words():
     assert pack(torch.full((1, 11), 7), 3, torch.int32, dense=False).tolist() == [[(1 << 30) - 1, 7]]
 
 
-def test_the_codes_are_left_as_they_are():
+def test_the_codes_are_left_as_they_are() -> None:
     codes = torch.tensor([[15, -1, 3]], dtype=torch.int16)
     pack(codes, 4, torch.int32)
     assert codes.tolist() == [[15, -1, 3]]
 
 
-def test_an_empty_block():
+def test_an_empty_block() -> None:
     assert pack(torch.empty(0, 8, dtype=torch.int8), 4, torch.int32).shape == (0, 1)
     assert unpack(torch.empty(0, 1, dtype=torch.int32), 4, 8).shape == (0, 8)

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         (0.005, False, "nearest"),
     ],
 )
-def test_choice(relative, on_grid, name):
+def test_choice(relative: float, on_grid: bool, name: str) -> None:
     case = Case(relative, on_grid)
     choice = choose(key(0, "w"), {"kept": case.sample}, case.directions)
     assert (choice.rounding.name, choice.scales) == (name, "kept")
@@ -48,7 +48,7 @@ def offered(case: Case) -> dict[str, list[Sample]]:
     return {"kept": case.sample, "fresh": [Sample(0, case.base, case.merged, fresh)]}
 
 
-def test_choice_of_scales():
+def test_choice_of_scales() -> None:
     """The base's own, unless they clip what became of the weight."""
     for relative, taken in ((0.02, ("dither", "kept")), (0.3, ("nearest", "kept")), (2.0, ("nearest", "fresh"))):
         case = Case(relative)
@@ -58,7 +58,7 @@ def test_choice_of_scales():
     assert kept.cost > 5 * choice.cost
 
 
-def test_choice_among_one_strategy():
+def test_choice_among_one_strategy() -> None:
     """The better scales; and none that change the base for nothing."""
     small = Case(0.02)
     lost = choose(1, offered(small), small.directions, ("nearest",))
@@ -78,7 +78,7 @@ def two_bits(weight: torch.Tensor) -> Affine:
 
 
 @pytest.mark.parametrize("relative", [0.025, 0.08, 0.2])
-def test_at_two_bits_nearest_is_better_than_drawing(relative):
+def test_at_two_bits_nearest_is_better_than_drawing(relative: float) -> None:
     """A small bias against twice the noise: all ways are measured, not the first that is right in the mean taken."""
     case = Case(relative, on_grid=False)
     grid = two_bits(case.merged)
@@ -89,7 +89,7 @@ def test_at_two_bits_nearest_is_better_than_drawing(relative):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_scales_are_kept_where_they_are_nearly_right(seed):
+def test_scales_are_kept_where_they_are_nearly_right(seed: int) -> None:
     """Small samples of a small change: the projection on kept scales misses 1 by chance, and stays the better one."""
     case = Case(0.005)
     few = slice(0, 16)
@@ -100,7 +100,7 @@ def test_scales_are_kept_where_they_are_nearly_right(seed):
     assert choice.scales == "kept"
 
 
-def test_fresh_scales_are_not_taken_for_a_bias_within_five_percent():
+def test_fresh_scales_are_not_taken_for_a_bias_within_five_percent() -> None:
     """Eight bits, where noise costs next to nothing and a bias alone would decide."""
     case = Case(0.015)
     scale = case.base.unflatten(1, (-1, 64)).abs().amax(-1) / 127
@@ -116,7 +116,7 @@ def test_fresh_scales_are_not_taken_for_a_bias_within_five_percent():
     assert choose(1, samples, case.directions, ("nearest",)).scales == "kept"
 
 
-def test_where_noise_costs_nothing_a_small_bias_is_not_let_pass():
+def test_where_noise_costs_nothing_a_small_bias_is_not_let_pass() -> None:
     """Eight bits: nearest loses a little of the change, drawing nothing, and either is quiet against the weight."""
     case = Case(0.015)
     scale = case.base.unflatten(1, (-1, 64)).abs().amax(-1) / 127
@@ -131,7 +131,7 @@ def test_where_noise_costs_nothing_a_small_bias_is_not_let_pass():
     assert chosen.error < 0.02
 
 
-def test_choice_without_a_change_or_factors():
+def test_choice_without_a_change_or_factors() -> None:
     case = Case(0.02)
     still = [Sample(0, case.base, case.base, case.grid)]
     assert choose(1, {"kept": still}, case.directions).rounding.name == "nearest"

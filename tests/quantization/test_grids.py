@@ -61,7 +61,7 @@ def table(grid: Grid) -> torch.Tensor:
 
 
 @EVERY
-def test_nearest_is_the_nearest_of_all_values(grid):
+def test_nearest_is_the_nearest_of_all_values(grid: Grid) -> None:
     rows = normal(7, COLUMNS)
     got = (grid.values(grid.nearest(rows)) - rows).abs()
     best = (table(grid) - rows).abs().amin(0)
@@ -71,7 +71,7 @@ def test_nearest_is_the_nearest_of_all_values(grid):
 
 
 @EVERY
-def test_the_values_of_codes_are_nearest_to_those_codes(grid):
+def test_the_values_of_codes_are_nearest_to_those_codes(grid: Grid) -> None:
     """Decoding and rounding again changes nothing: neither to nearest nor with any shift."""
     kind = grid.nearest(torch.zeros(7, COLUMNS)).dtype
     chosen = torch.randint(0, len(all_codes(grid)), (7, COLUMNS), generator=torch.Generator().manual_seed(2))
@@ -88,7 +88,7 @@ def test_the_values_of_codes_are_nearest_to_those_codes(grid):
 
 
 @EVERY
-def test_bracket_names_the_neighbours_and_the_mean_is_right(grid):
+def test_bracket_names_the_neighbours_and_the_mean_is_right(grid: Grid) -> None:
     rows = normal(7, COLUMNS) * 1.5
     before = rows.clone()
     lower, upper, p = grid.bracket(rows)
@@ -103,7 +103,7 @@ def test_bracket_names_the_neighbours_and_the_mean_is_right(grid):
 
 
 @EVERY
-def test_dithering_takes_the_upper_code_with_probability_p(grid):
+def test_dithering_takes_the_upper_code_with_probability_p(grid: Grid) -> None:
     rows = normal(7, COLUMNS)
     _, _, p = grid.bracket(rows)
     for shift in (0.0, 0.3, 0.9):
@@ -115,7 +115,7 @@ def test_dithering_takes_the_upper_code_with_probability_p(grid):
 
 
 @EVERY
-def test_rows_of_a_grid(grid):
+def test_rows_of_a_grid(grid: Grid) -> None:
     rows = normal(7, COLUMNS)
     codes = grid.nearest(rows)
     part = grid.rows(2, 5)
@@ -127,7 +127,7 @@ def test_rows_of_a_grid(grid):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_decoding_is_bit_for_bit_that_of_the_dtype(dtype):
+def test_decoding_is_bit_for_bit_that_of_the_dtype(dtype: torch.dtype) -> None:
     """(q - z) * s in the dtype of the scale, for every code and many scales."""
     scale = normal(4096, 1).abs().to(dtype)
     codes = torch.arange(-128, 128, dtype=torch.int8).repeat(4096, 1)
@@ -137,7 +137,7 @@ def test_decoding_is_bit_for_bit_that_of_the_dtype(dtype):
     assert torch.equal(grid.values(codes), expected.float())
 
 
-def test_coding_divides_in_the_dtype_of_the_library():
+def test_coding_divides_in_the_dtype_of_the_library() -> None:
     rows = normal(64, 128).bfloat16()
     scale = rows.abs().amax(1, keepdim=True) / 127.5
     grid = Affine(scale=scale, group=128, low=-128, high=127, compute_dtype=torch.bfloat16)
@@ -147,7 +147,7 @@ def test_coding_divides_in_the_dtype_of_the_library():
     assert not torch.equal(wide, expected), "the two should differ somewhere, or this shows nothing"
 
 
-def test_a_zero_scale_gives_the_zero_code():
+def test_a_zero_scale_gives_the_zero_code() -> None:
     rows = normal(2, 8)
     grid = Affine(scale=torch.tensor([[0.0], [0.5]]), group=8, low=-7, high=7)
     assert not grid.nearest(rows)[0].any()
@@ -156,7 +156,7 @@ def test_a_zero_scale_gives_the_zero_code():
     assert (with_zero.nearest(rows) == 8).all()
 
 
-def test_ties_of_a_codebook():
+def test_ties_of_a_codebook() -> None:
     grid = Codebook(table=E2M1, scale=torch.ones(1, 1), group=4)
     ties = torch.tensor([[0.25, 0.75, 2.5, -2.5]])
     assert grid.values(grid.nearest(ties)).tolist() == [[0.0, 0.5, 2.0, -3.0]]
@@ -166,7 +166,7 @@ def test_ties_of_a_codebook():
 
 
 @pytest.mark.parametrize("up", [None, torch.arange(14) % 2 == 0])
-def test_few_levels_are_compared_as_many_are_searched(up, monkeypatch):
+def test_few_levels_are_compared_as_many_are_searched(up: torch.Tensor | None, monkeypatch: pytest.MonkeyPatch) -> None:
     grid = Codebook(table=E2M1, scale=torch.full((1, 1), 0.7), group=4096, up=up)
     ties = (E2M1[1:] + E2M1[:-1]) / 2 * 0.7
     rows = torch.cat([normal(4000) * 3, E2M1 * 0.7, ties, torch.tensor([-9.0, 9.0])]).unsqueeze(0)
@@ -175,7 +175,7 @@ def test_few_levels_are_compared_as_many_are_searched(up, monkeypatch):
     assert torch.equal(grid.nearest(rows), compared)
 
 
-def test_dithering_moves_no_further_than_to_the_next_level():
+def test_dithering_moves_no_further_than_to_the_next_level() -> None:
     """Where codes are found by another scale than they decode by, the nearest is not always near."""
 
     class Apart(Codebook):
@@ -192,7 +192,7 @@ def test_dithering_moves_no_further_than_to_the_next_level():
         assert got[0, 2] == 0
 
 
-def test_float8_neighbours_pass_zero_and_stop_at_the_ends():
+def test_float8_neighbours_pass_zero_and_stop_at_the_ends() -> None:
     grid = Float8(kind=torch.float8_e4m3fn, scale=torch.ones(1, 1), group=6)
     least = 2.0**-9
     rows = torch.tensor([[-least / 4, least / 4, 500.0, -500.0, 447.0, -447.0]])
@@ -202,7 +202,7 @@ def test_float8_neighbours_pass_zero_and_stop_at_the_ends():
     assert p.tolist() == [[0.75, 0.25, 0.0, 0.0, 31 / 32, 1 / 32]]
 
 
-def test_refined_scales_leave_less_error():
+def test_refined_scales_leave_less_error() -> None:
     rows = normal(40, 256)
     scale = rows.view(40, 2, 128).abs().amax(-1) / 7.5
     grid = Affine(scale=scale.bfloat16(), group=128, low=-8, high=7)
@@ -218,7 +218,7 @@ def test_refined_scales_leave_less_error():
     assert torch.equal(torch.cat(again), better.scale), "rows do not depend on their block"
 
 
-def test_refined_with_short_groups_and_g_idx():
+def test_refined_with_short_groups_and_g_idx() -> None:
     rows = normal(7, COLUMNS)
     short = Affine(scale=scales(3) * 10, group=40, low=-2, high=1)
     index = torch.arange(COLUMNS) // 40
@@ -227,14 +227,14 @@ def test_refined_with_short_groups_and_g_idx():
     assert not torch.equal(refined(short, rows).scale, short.scale)
 
 
-def test_refined_keeps_the_scale_of_zero_groups():
+def test_refined_keeps_the_scale_of_zero_groups() -> None:
     grid = Affine(scale=torch.full((1, 1), 0.5), group=8, low=-8, high=7)
     assert refined(grid, torch.zeros(1, 8)).scale.item() == 0.5
     assert math.isfinite(refined(grid, torch.full((1, 8), 1e3)).scale.item())
 
 
 @pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_float8_ends_are_the_largest_finite_numbers(kind):
+def test_float8_ends_are_the_largest_finite_numbers(kind: torch.dtype) -> None:
     grid = Float8(kind=kind, scale=torch.ones(1, 1), group=2)
     largest = torch.finfo(kind).max
     for codes in grid.bracket(torch.tensor([[largest, 2 * largest]]))[:2]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from optional import present
 from rounding_case import Pair, normal
 
 from lora_merge.quantization.survival import Directions, Sums, orthonormal
@@ -17,7 +18,7 @@ class Case:
         self.base = normal(OUT, COLUMNS, seed=2)
         self.delta = 0.05 * self.left @ self.right
         self.written = self.base + self.delta * 0.7 + 0.1 * normal(OUT, COLUMNS, seed=3)
-        self.directions = Directions.of([Pair(self.left.unsqueeze(0), self.right.unsqueeze(0))])
+        self.directions = present(Directions.of([Pair(self.left.unsqueeze(0), self.right.unsqueeze(0))]))
 
     def seen(self, sums: Sums, start: int = 0, stop: int = OUT) -> Sums:
         part = slice(start, stop)
@@ -25,7 +26,7 @@ class Case:
         return sums
 
 
-def test_figures_are_the_definitions():
+def test_figures_are_the_definitions() -> None:
     case = Case()
     figures = case.seen(Sums(case.directions)).figures()
     error = (case.written - case.base - case.delta).double()
@@ -39,7 +40,7 @@ def test_figures_are_the_definitions():
     chance = R * R * each + 4 * (2 * R * R) ** 0.5 * each
     lost = max(0.0, along - 16 * each) + max(0.0, inside - along - chance)
     assert figures.survival == pytest.approx(1 - lost**0.5, abs=1e-5)
-    assert figures.survival > figures.raw_survival
+    assert present(figures.survival) > present(figures.raw_survival)
     kept = ((case.written - case.base).double() * delta).sum() / delta.square().sum()
     assert figures.projection == pytest.approx(float(kept), abs=1e-5)
     assert figures.noise == pytest.approx(float(error.norm() / delta.norm()), abs=1e-5)
@@ -47,7 +48,7 @@ def test_figures_are_the_definitions():
     assert figures.changed == pytest.approx(1 / COLUMNS)
 
 
-def test_blocks_add_up_in_any_order():
+def test_blocks_add_up_in_any_order() -> None:
     case = Case()
     whole = case.seen(Sums(case.directions)).figures()
     joined = Sums(case.directions)
@@ -63,7 +64,7 @@ def vars_of(figures: object) -> list[float]:
     ]
 
 
-def test_kept_and_deleted_changes():
+def test_kept_and_deleted_changes() -> None:
     case = Case()
     case.written = case.base + case.delta
     kept = case.seen(Sums(case.directions)).figures()
@@ -77,7 +78,7 @@ def test_kept_and_deleted_changes():
         assert lost.noise == pytest.approx(1, abs=1e-5)
 
 
-def test_an_error_outside_the_directions_is_noise_alone():
+def test_an_error_outside_the_directions_is_noise_alone() -> None:
     case = Case()
     [sector] = case.directions.sectors
     left, right = sector.left, sector.right
@@ -86,10 +87,10 @@ def test_an_error_outside_the_directions_is_noise_alone():
     case.written = (case.base + case.delta + 0.5 * other).float()
     figures = case.seen(Sums(case.directions)).figures()
     assert figures.survival == pytest.approx(1, abs=1e-4)
-    assert figures.noise > 1
+    assert present(figures.noise) > 1
 
 
-def test_without_factors_the_change_itself_is_the_direction():
+def test_without_factors_the_change_itself_is_the_direction() -> None:
     case = Case()
     figures = case.seen(Sums()).figures()
     error = case.written - case.base - case.delta
@@ -99,7 +100,7 @@ def test_without_factors_the_change_itself_is_the_direction():
 
 @pytest.mark.parametrize("noise", [3.0, 12.0, 48.0])
 @pytest.mark.parametrize("shape", [(OUT, COLUMNS, R), (384, 384, 16), (16, 300, 16), (16, 16, 16)])
-def test_noise_that_knows_nothing_of_the_adapter_is_no_loss(shape, noise):
+def test_noise_that_knows_nothing_of_the_adapter_is_no_loss(shape: tuple[int, int, int], noise: float) -> None:
     """StoredBytes survival of a small matrix is low by chance alone; a deleted change is seen all the same."""
     out, columns, r = shape
     low = 0
@@ -111,16 +112,16 @@ def test_noise_that_knows_nothing_of_the_adapter_is_no_loss(shape, noise):
         sums = Sums(Directions.of([Pair(left.unsqueeze(0), right.unsqueeze(0))]))
         sums.see(0, torch.zeros(out, columns), delta, delta + error, 0)
         figures = sums.figures()
-        low += figures.survival < 0.3
+        low += present(figures.survival) < 0.3
         if noise * r / (out * columns) ** 0.5 > 0.9:
-            assert figures.raw_survival < 0.3
+            assert present(figures.raw_survival) < 0.3
     assert not low
     sums = Sums(sums.directions)
     sums.see(0, torch.zeros(out, columns), delta, delta * 0.02, 0)
     assert sums.figures().survival == pytest.approx(0.02, abs=0.01)
 
 
-def test_rows_that_no_adapter_touches_do_not_hide_chance():
+def test_rows_that_no_adapter_touches_do_not_hide_chance() -> None:
     """The error is judged in the rows where it lies: a fused weight of which a tenth is changed."""
     left, right = normal(1, 30, R), normal(1, R, COLUMNS, seed=1)
     delta = torch.cat([(left @ right)[0], torch.zeros(270, COLUMNS)])
@@ -130,10 +131,10 @@ def test_rows_that_no_adapter_touches_do_not_hide_chance():
     for start in range(0, 300, 20):
         part = slice(start, start + 20)
         sums.see(start, torch.zeros(20, COLUMNS), delta[part], (delta + error)[part], 0)
-    assert sums.figures().raw_survival < 0.4 < 0.6 < sums.figures().survival
+    assert present(sums.figures().raw_survival) < 0.4 < 0.6 < present(sums.figures().survival)
 
 
-def test_no_change_has_no_survival():
+def test_no_change_has_no_survival() -> None:
     sums = Sums()
     zeros = torch.zeros(2, 3)
     sums.see(0, torch.ones(2, 3), zeros, torch.ones(2, 3), 0)
@@ -143,12 +144,12 @@ def test_no_change_has_no_survival():
     assert Sums().figures().changed is None
 
 
-def test_stacked_experts_have_their_own_bases():
+def test_stacked_experts_have_their_own_bases() -> None:
     left, right = normal(3, 20, 4), normal(3, 4, 30, seed=1)
     first = 5
     delta = torch.cat([torch.zeros(first, 30), (left @ right).flatten(0, 1), torch.zeros(2, 30)])
     error = normal(first + 60 + 2, 30, seed=2)
-    directions = Directions.of([Pair(left, right, first)])
+    directions = present(Directions.of([Pair(left, right, first)]))
     sums = Sums(directions)
     for start, stop in ((0, 3), (3, 33), (33, 67)):
         part = slice(start, stop)
@@ -167,7 +168,7 @@ def test_stacked_experts_have_their_own_bases():
     assert [sector.dimensions for sector in directions.sectors] == [16] * 3
 
 
-def test_modules_of_a_fused_weight_have_their_own_bases_and_ranks():
+def test_modules_of_a_fused_weight_have_their_own_bases_and_ranks() -> None:
     """q, k and v of one stored weight: three row ranges, each with its own factors, in any order; one has none."""
     heights, ranks = (30, 10, 12), (6, 3, 4)
     firsts = (0, 30, 45)
@@ -175,7 +176,7 @@ def test_modules_of_a_fused_weight_have_their_own_bases_and_ranks():
         Pair(normal(1, height, r, seed=i), normal(1, r, COLUMNS, seed=10 + i), first)
         for i, (height, r, first) in enumerate(zip(heights, ranks, firsts, strict=True))
     ]
-    directions = Directions.of(pairs[::-1])
+    directions = present(Directions.of(pairs[::-1]))
     assert [(s.first, s.end) for s in directions.sectors] == [(0, 30), (30, 40), (45, 57)]
     assert [sector.dimensions for sector in directions.sectors] == [36, 9, 16]
     assert list(directions.pieces(29, 46)) == [(0, 29, 30), (1, 30, 40), (2, 45, 46)]
@@ -196,7 +197,7 @@ def test_modules_of_a_fused_weight_have_their_own_bases_and_ranks():
     assert sums.figures().raw_survival == pytest.approx(1 - lost**0.5 / float(delta.norm()), abs=1e-5)
 
 
-def test_several_adapters_on_the_same_rows_act_together():
+def test_several_adapters_on_the_same_rows_act_together() -> None:
     case = Case()
     pair = Pair(case.left.unsqueeze(0), case.right.unsqueeze(0))
     one, two = (case.seen(Sums(Directions.of([pair] * times))).figures() for times in (1, 2))
@@ -210,10 +211,10 @@ def test_several_adapters_on_the_same_rows_act_together():
     # A stack and its experts one by one are the same rows, too.
     stack = Pair(normal(2, 25, 3, seed=7), normal(2, 3, COLUMNS, seed=8))
     alone = [Pair(stack.left[e : e + 1], stack.right[e : e + 1], 25 * e) for e in range(2)]
-    assert [s.left.shape for s in Directions.of([stack, *alone]).sectors] == [(25, 6)] * 2
+    assert [s.left.shape for s in present(Directions.of([stack, *alone])).sectors] == [(25, 6)] * 2
 
 
-def test_rows_under_two_different_ranges_have_no_directions():
+def test_rows_under_two_different_ranges_have_no_directions() -> None:
     whole = Pair(normal(1, 40, 3), normal(1, 3, COLUMNS))
     part = Pair(normal(1, 10, 3), normal(1, 3, COLUMNS), 20)
     assert Directions.of([whole, part]) is None
@@ -221,7 +222,7 @@ def test_rows_under_two_different_ranges_have_no_directions():
     assert Directions.of([part, Pair(part.left, part.right, 30)]) is not None
 
 
-def test_bases_of_any_rank():
+def test_bases_of_any_rank() -> None:
     for matrix in (normal(9, 4), normal(4, 9), torch.zeros(5, 2), normal(9, 1) @ normal(1, 4)):
         columns = matrix.double()
         basis = orthonormal(columns)

@@ -3,12 +3,17 @@
 import json
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import stored_parts as sp
 import torch
 from safetensors.torch import load_file
 
+from lora_merge.abilities import FormatOptions
+from lora_merge.formats.bitsandbytes.format import Bitsandbytes
+from lora_merge.formats.bitsandbytes.four_bit import FourBit
 from lora_merge.formats.bitsandbytes.method import BitsandbytesMethod
+from lora_merge.spec import TensorSpec
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 CHECKPOINTS = ["bnb_int8", "bnb_nf4", "bnb_nf4_dq", "bnb_fp4"]
@@ -21,7 +26,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 @cache
-def checkpoint(name):
+def checkpoint(name: str) -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
     """Config, module -> parts, and what the library decodes."""
     folder = FIXTURES / name
     tensors = load_file(folder / "model.safetensors")
@@ -39,25 +44,38 @@ def checkpoint(name):
 
 
 @cache
-def case(name):
+def case(name: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The weight before, and its parts."""
     tensors = load_file(FIXTURES / "bnb_blocks" / "blocks.safetensors")
     parts = {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
     return parts.pop("original"), parts
 
 
-def detected(parts, config=None, module="x"):
-    read = lambda part: parts[part].numpy().tobytes()  # noqa: E731
+def detected(
+    parts: dict[str, torch.Tensor], config: dict[str, Any] | None = None, module: str = "x"
+) -> Bitsandbytes | None:
+
+    def read(part: str) -> bytes:
+        return parts[part].numpy().tobytes()
+
     found = (kind.detect(sp.specs(parts), config or {}, module, read) for kind in BitsandbytesMethod.formats)
-    return next((format for format in found if format), None)
+    return next((format for format in found if isinstance(format, Bitsandbytes)), None)
 
 
-def said(parts):
+def four_bit(options: FormatOptions) -> FourBit:
+    """The format of 4 bits that is written for these options."""
+    format = BitsandbytesMethod.from_options(options, {})
+    assert isinstance(format, FourBit)
+    return format
+
+
+def said(parts: dict[str, torch.Tensor]) -> dict[str, Any]:
     [text] = [value for part, value in parts.items() if "quant_state" in part]
-    return json.loads(text.numpy().tobytes())
+    body: dict[str, Any] = json.loads(text.numpy().tobytes())
+    return body
 
 
-def settled(format, weight, rows):
+def settled(format: Bitsandbytes, weight: TensorSpec, rows: torch.Tensor) -> Bitsandbytes:
     seen = None
     if format.needs_observation:
         step = format.rows_at_once(weight)
@@ -65,11 +83,11 @@ def settled(format, weight, rows):
     return format.for_weight(weight, seen=seen)
 
 
-def fresh(format, weight, rows, step=None):
+def fresh(format: Bitsandbytes, weight: TensorSpec, rows: torch.Tensor, step: int | None = None) -> dict[str, bytes]:
     """The bytes of each part with scales of the format's choice, tile by tile."""
     ready = settled(format, weight, rows)
 
-    def encode(tile, start, stop, out):
+    def encode(tile: torch.Tensor, start: int, stop: int, out: dict[str, torch.Tensor]) -> None:
         grid = ready.fit(tile, start)
         ready.pack(grid.nearest(tile), grid, out)
 

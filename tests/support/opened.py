@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import families
+import tiny_families
 import torch
 import transformers as tf
 from safetensors.torch import save_file
@@ -63,7 +63,7 @@ class Found:
 
 def saved(folder: Path, model_type: str, name: str) -> Path:
     """The family's tiny model in bfloat16, as transformers saves it."""
-    families.build(model_type, name).to(torch.bfloat16).save_pretrained(folder)
+    tiny_families.build(model_type, name).to(torch.bfloat16).save_pretrained(folder)
     return folder
 
 
@@ -110,8 +110,8 @@ def compare(base: Path, out: Path, plain: Path, kind: str, name: str, format: st
         return Found(keys, _weights_apart(model, wanted), ROUNDED.get(format, 1e-6), "keys", count)
     far, bound = float("inf"), NOISE.get(format, 0.02)
     try:
-        expected = families.logits(wanted, kind)
-        far = ((families.logits(model, kind) - expected).norm() / expected.norm()).item()
+        expected = tiny_families.logits(wanted, kind)
+        far = ((tiny_families.logits(model, kind) - expected).norm() / expected.norm()).item()
     except Exception:  # a family that needs more than tokens, or a class that looks at the weights of its modules
         how += " unrun"
     if far <= bound:
@@ -182,7 +182,7 @@ def _of_bitsandbytes(model: Any) -> dict[str, torch.Tensor]:
     where a block of 64 crosses rows."""
     found = {}
     for path, module in model.named_modules():
-        weight = getattr(module, "weight", None)
+        weight: Any = getattr(module, "weight", None)
         if type(weight).__name__ == "Params4bit":
             found[f"{path}.weight"] = _four_bits(weight)
         elif type(weight).__name__ == "Int8Params":
@@ -196,7 +196,8 @@ def _four_bits(weight: Any) -> torch.Tensor:
     state, data = weight.quant_state, weight.data.contiguous().view(torch.uint8).flatten()
     nibbles = torch.stack([data >> 4, data & 15], 1).flatten()[: state.shape.numel()].long()
     scale = state.absmax.float().repeat_interleave(state.blocksize)[: len(nibbles)]
-    return (state.code[nibbles] * scale).to(state.dtype).float().view(state.shape)
+    values: torch.Tensor = state.code[nibbles] * scale
+    return values.to(state.dtype).float().view(state.shape)
 
 
 def _scaled(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

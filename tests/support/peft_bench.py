@@ -158,8 +158,8 @@ def _cell(bench: Bench) -> str:
             return "see float32"
         found, expected = bench.outputs(bench.out), zoo.outputs(bench.unmerged(), bench.case.model)
         return f"logits {float((found - expected).abs().max() / expected.abs().max()):.1e}"
-    found = bench.distance()
-    return f"{found.relative:.1e}" if bench.dtype == "float32" else f"{found.share:.4%}, {found.ulps}"
+    far = bench.distance()
+    return f"{far.relative:.1e}" if bench.dtype == "float32" else f"{far.share:.4%}, {far.ulps}"
 
 
 if __name__ == "__main__":

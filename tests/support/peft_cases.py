@@ -65,7 +65,10 @@ HEAD = frozenset({"lm_head.weight"})
 EMBED, BOTH = ["embed_tokens"], ["embed_tokens", "lm_head"]
 GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 WITHOUT_PREFIX = functools.partial(edits.without_prefix, "transformer.")
-BLOCKS = {"target_modules_bd_a": ["o_proj", "down_proj"], "target_modules_bd_b": ["q_proj", "k_proj", "v_proj"]}
+BLOCKS: dict[str, Any] = {
+    "target_modules_bd_a": ["o_proj", "down_proj"],
+    "target_modules_bd_b": ["q_proj", "k_proj", "v_proj"],
+}
 BLOCKS |= {"nblocks": 2, "match_strict": False}
 
 _MERGED = (

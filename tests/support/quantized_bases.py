@@ -68,7 +68,7 @@ def adapter(
     is exact in float32."""
     generator = torch.Generator().manual_seed(seed)
     held = oracle.weights(base)
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name in names or linears(base):
         rows, columns = held[name].values.shape
         b = torch.randn(rows, RANK, generator=generator)

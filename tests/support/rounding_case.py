@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from optional import present
 
+from lora_merge.quantization.feedback import AdapterAware
 from lora_merge.quantization.grids import Affine
-from lora_merge.quantization.rounding import AdapterAware, Dither, Nearest, Rounding, Sample, Stochastic, key
+from lora_merge.quantization.rounding import Dither, Nearest, Rounding, Sample, Stochastic, key
 from lora_merge.quantization.survival import Directions, Sums, Survival
 
 OUT, COLUMNS, R = 192, 320, 8
@@ -42,7 +45,7 @@ class Case:
         self.delta = left @ right
         self.delta *= relative * self.base.norm() / self.delta.norm()
         self.merged = self.base + self.delta
-        self.directions = Directions.of([Pair(left.unsqueeze(0), right.unsqueeze(0))])
+        self.directions = present(Directions.of([Pair(left.unsqueeze(0), right.unsqueeze(0))]))
         self.sample = [Sample(0, self.base, self.merged, self.grid)]
 
     def figures(self, rounding: Rounding) -> Survival:
@@ -54,9 +57,10 @@ class Case:
         return sums.figures()
 
     def rounding(self, name: str) -> Rounding:
-        return {
+        made: dict[str, Callable[[], Rounding]] = {
             "nearest": lambda: Nearest(),
             "stochastic": lambda: Stochastic(key(0, "w")),
             "dither": lambda: Dither.of(key(0, "w"), self.directions, self.sample),
             "adapter-aware": lambda: AdapterAware.of(self.directions),
-        }[name]()
+        }
+        return made[name]()

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -9,7 +10,9 @@ from safetensors.torch import save_file
 WIDE, NARROW, RANK = 1536, 1024, 8
 
 
-def write_base(folder: Path, shards: int = 3, dtype: torch.dtype = torch.bfloat16, layers: int = 2) -> dict:
+def write_base(
+    folder: Path, shards: int = 3, dtype: torch.dtype = torch.bfloat16, layers: int = 2
+) -> dict[str, torch.Tensor]:
     """`model.layers.N.{up,down}_proj` and an embedding, in so many shards; returns the tensors."""
     generator = torch.Generator().manual_seed(7)
     tensors = {"model.embed_tokens.weight": torch.randn(300, NARROW, generator=generator)}
@@ -26,7 +29,7 @@ def write_base(folder: Path, shards: int = 3, dtype: torch.dtype = torch.bfloat1
     if shards == 1:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return tensors
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number in range(shards):
         file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
         share = names[number::shards]
@@ -38,7 +41,9 @@ def write_base(folder: Path, shards: int = 3, dtype: torch.dtype = torch.bfloat1
     return tensors
 
 
-def write_adapter(folder: Path, base: dict, scale: float = 0.02, seed: int = 3, **config) -> dict:
+def write_adapter(
+    folder: Path, base: dict[str, torch.Tensor], scale: float = 0.02, seed: int = 3, **config: Any
+) -> dict[str, torch.Tensor]:
     """A PEFT LoRA on every projection of `write_base`; returns its tensors."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
@@ -51,14 +56,16 @@ def write_adapter(folder: Path, base: dict, scale: float = 0.02, seed: int = 3, 
     return tensors
 
 
-def save_adapter(folder: Path, tensors: dict, **config) -> None:
+def save_adapter(folder: Path, tensors: dict[str, torch.Tensor], **config: Any) -> None:
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors")
     body = {"peft_type": "LORA", "r": RANK, "lora_alpha": 16, "peft_version": "0.21.2"} | config
     (folder / "adapter_config.json").write_text(json.dumps(body))
 
 
-def merged(base: dict, adapter: dict, scaling: float = 2.0) -> dict:
+def merged(
+    base: dict[str, torch.Tensor], adapter: dict[str, torch.Tensor], scaling: float = 2.0
+) -> dict[str, torch.Tensor]:
     """What the merge must give: float32, one rounding."""
     out = dict(base)
     for name, value in base.items():

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from lora_merge.errors import LoraMergeError, OutputExistsError
 from lora_merge.output.record import MANIFEST, sealed
@@ -43,7 +44,8 @@ def whole(job: str) -> dict[str, bytes]:
 
 
 def run(out: Path, job: str, words: list[str]) -> None:
-    with Stage.open(out, job, **dict.fromkeys(words, True)) as stage:
+    options: dict[str, Any] = dict.fromkeys(words, True)
+    with Stage.open(out, job, **options) as stage:
         for name, data in shards(job).items():
             if name in stage.leftovers.finished:
                 continue

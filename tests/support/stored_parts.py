@@ -1,49 +1,62 @@
 """What the tests of quantized formats do to the parts of one weight."""
 
+from collections.abc import Callable, Iterator, Mapping
+
 import torch
 
+from lora_merge.formats.base import ByteRange, Format
 from lora_merge.spec import TensorSpec
 
 DTYPES = {
     torch.int8: "I8", torch.int32: "I32", torch.int64: "I64", torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3",
     torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32",
 }  # fmt: skip
+Encode = Callable[[torch.Tensor, int, int, dict[str, torch.Tensor]], None]
+"""Rows `[start, stop)` of a weight, start, stop, and the bytes of each part that they fill."""
 
 
-def specs(parts):
+def specs(parts: Mapping[str, torch.Tensor]) -> dict[str, TensorSpec]:
     return {part: TensorSpec(DTYPES[value.dtype], tuple(value.shape)) for part, value in parts.items()}
 
 
-def raw(parts):
+def raw(parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The bytes of each part, laid at odd places of one buffer, as a block of a file lies in memory."""
     data = {part: value.contiguous().view(-1).view(torch.uint8) for part, value in parts.items()}
     buffer = torch.zeros(1 + sum(len(value) + 1 for value in data.values()), dtype=torch.uint8)
-    placed, begin = {}, 1
+    placed: dict[str, torch.Tensor] = {}
+    begin = 1
     for part, value in data.items():
         placed[part] = buffer[begin : begin + len(value)].copy_(value)
         begin += len(value) + 1
     return placed
 
 
-def decoded(format, data, weight):
+def decoded(format: Format, data: Mapping[str, torch.Tensor], weight: TensorSpec) -> torch.Tensor:
     out = torch.full(weight.shape, float("nan"))
     format.decode(data, out)
     return out
 
 
-def blank(format, weight):
+def blank(format: Format, weight: TensorSpec) -> dict[str, torch.Tensor]:
     """Room for every part of a weight, filled with what must not stay."""
     return raw({part: torch.full((spec.nbytes,), 0xA5).byte() for part, spec in format.describe(weight).items()})
 
 
-def encoded(format, weight, rows):
+def encoded(format: Format, weight: TensorSpec, rows: torch.Tensor) -> dict[str, torch.Tensor]:
     """Bytes of each part, with scales that the format chooses."""
     out = blank(format, weight)
     format.encode(rows, out)
     return out
 
 
-def kept(format, weight, data, rows):
+def encoding(format: Format) -> Encode:
+    """Encodes each tile with scales that the format chooses."""
+    return lambda tile, start, stop, out: format.encode(tile, out)
+
+
+def kept(
+    format: Format, weight: TensorSpec, data: Mapping[str, torch.Tensor], rows: torch.Tensor
+) -> dict[str, torch.Tensor]:
     """Bytes of each part, with the scales that are stored in `data`."""
     _, grid = format.unpack(data, *weight.shape)
     out = blank(format, weight)
@@ -51,25 +64,25 @@ def kept(format, weight, data, rows):
     return out
 
 
-def window(data, cut):
+def window(data: torch.Tensor, cut: ByteRange) -> torch.Tensor:
     """The bytes of one cut of a whole part, `[lines, end - begin]`, as they lie in it."""
     lines = data.view(-1, cut.stride) if cut.stride else data.view(1, -1)
     return lines[cut.first : cut.first + cut.lines, cut.begin : cut.end]
 
 
-def gathered(data, cut):
+def gathered(data: torch.Tensor, cut: ByteRange) -> torch.Tensor:
     """The bytes of one cut of a whole part, lines one behind the other."""
     return window(data, cut).reshape(-1)
 
 
-def pieces(format, weight, rows, step):
+def pieces(format: Format, weight: TensorSpec, rows: int, step: int) -> Iterator[tuple[int, int]]:
     """Rows `[start, stop)` of every tile; one ends where `slices` cannot go on."""
     within = format.rows_within(weight) or rows
     for first in range(0, rows, within):
         yield from ((start, min(start + step, first + within)) for start in range(first, first + within, step))
 
 
-def by_tiles(format, weight, rows, step, encode):
+def by_tiles(format: Format, weight: TensorSpec, rows: torch.Tensor, step: int, encode: Encode) -> dict[str, bytes]:
     """Bytes of each part written tile by tile, parts of the whole weight but once."""
     whole = {part: torch.full((spec.nbytes,), 0xA5).byte() for part, spec in format.describe(weight).items()}
     filled = dict.fromkeys(whole, 0)
@@ -84,5 +97,5 @@ def by_tiles(format, weight, rows, step, encode):
     return {part: data.numpy().tobytes() for part, data in whole.items()}
 
 
-def same(found, expected):
+def same(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> bool:
     return {part: torch.equal(found[part], expected[part]) for part in expected} == dict.fromkeys(found, True)

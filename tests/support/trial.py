@@ -2,6 +2,7 @@
 
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,7 +49,7 @@ def put(stage: Stage, name: str, data: bytes) -> None:
     writer.finish([result(name)])
 
 
-def make(out: Path, job: str = "job", stop_after: int | None = None, **words: bool) -> Stage:
+def make(out: Path, job: str = "job", stop_after: int | None = None, **words: Any) -> Stage:
     """A whole run, or one that fails after so many shards."""
     with Stage.open(out, job, **words) as stage:
         for name, data in list(SHARDS.items())[:stop_after]:
@@ -62,7 +63,7 @@ def make(out: Path, job: str = "job", stop_after: int | None = None, **words: bo
     return stage
 
 
-def fail(out: Path, after: int = 1, **words: bool) -> Path:
+def fail(out: Path, after: int = 1, **words: Any) -> Path:
     """A run that fails after so many shards; its staging folder."""
     with pytest.raises(Stopped):
         make(out, stop_after=after, **words)

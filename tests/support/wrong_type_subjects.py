@@ -1,4 +1,4 @@
-"""Bases and adapters that go together, of every format and every kind: what `wrong_types` puts its values into."""
+"""Bases and adapters that go together, of every format and every kind: what `wrong_type_cases` puts its values into."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import malformed_quantized
 import quantized_bases
 import torch
 import zoo
+from malformed_merges import ROTATED, adapter
 from safetensors.torch import load_file
-from test_malformed_quantized import ROTATED, adapter
 
 BASE, ADAPTER = "base", "adapter"
 

@@ -60,7 +60,8 @@ class Convolutions(nn.Module):
         sound = self.point1d(self.audio(audio).tanh()).mean(-1)
         sight = self.point(self.wide(image).tanh()).mean((-1, -2))
         motion = self.video(clip).tanh().mean((-1, -2, -3))
-        return self.head(torch.cat([sound, sight, motion], -1))
+        scores: torch.Tensor = self.head(torch.cat([sound, sight, motion], -1))
+        return scores
 
 
 class Attention(nn.Module):
@@ -76,10 +77,11 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.lift(x)
-        return self.head(self.attention(x, x, x, need_weights=False)[0])
+        scores: torch.Tensor = self.head(self.attention(x, x, x, need_weights=False)[0])
+        return scores
 
 
-def _llava() -> nn.Module:
+def _llava() -> tf.PreTrainedModel:
     vision = tf.CLIPVisionConfig(
         hidden_size=32,
         intermediate_size=48,
@@ -100,7 +102,7 @@ def _llava() -> nn.Module:
     return tf.LlavaForConditionalGeneration(config)
 
 
-def _qwen2_vl(tied: bool = False) -> nn.Module:
+def _qwen2_vl(tied: bool = False) -> tf.PreTrainedModel:
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
     vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2}
     vision |= {"patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
@@ -116,11 +118,11 @@ def _qwen2_vl(tied: bool = False) -> nn.Module:
     return tf.Qwen2VLForConditionalGeneration(config)
 
 
-def _llama(**changes: Any) -> nn.Module:
+def _llama(**changes: Any) -> tf.PreTrainedModel:
     return tf.LlamaForCausalLM(tf.LlamaConfig(**{**TEXT, **changes}))
 
 
-def _bert() -> nn.Module:
+def _bert() -> tf.PreTrainedModel:
     config = tf.BertConfig(
         vocab_size=VOCAB,
         hidden_size=32,
@@ -133,12 +135,12 @@ def _bert() -> nn.Module:
     return tf.BertForSequenceClassification(config)
 
 
-def _t5() -> nn.Module:
+def _t5() -> tf.PreTrainedModel:
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4}
     return tf.T5ForConditionalGeneration(tf.T5Config(vocab_size=VOCAB, **sizes, decoder_start_token_id=0))
 
 
-def _whisper() -> nn.Module:
+def _whisper() -> tf.PreTrainedModel:
     layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
     sizes = {"d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "num_mel_bins": 8}
     places = {"max_source_positions": 16, "max_target_positions": 16}
@@ -147,32 +149,32 @@ def _whisper() -> nn.Module:
     return tf.WhisperForConditionalGeneration(config)
 
 
-def _resnet() -> nn.Module:
+def _resnet() -> tf.PreTrainedModel:
     sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 2], "layer_type": "bottleneck"}
     return tf.ResNetForImageClassification(tf.ResNetConfig(num_channels=3, **sizes, num_labels=3))
 
 
-def _gpt2(**changes: Any) -> nn.Module:
+def _gpt2(**changes: Any) -> tf.PreTrainedModel:
     sizes = {"vocab_size": VOCAB, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
     return tf.GPT2LMHeadModel(tf.GPT2Config(**sizes, bos_token_id=1, eos_token_id=2, **changes))
 
 
-def _mixtral() -> nn.Module:
+def _mixtral() -> tf.PreTrainedModel:
     return tf.MixtralForCausalLM(tf.MixtralConfig(**TEXT, num_local_experts=4, num_experts_per_tok=2))
 
 
-def _qwen2_moe() -> nn.Module:
+def _qwen2_moe() -> tf.PreTrainedModel:
     sizes = {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 40, "decoder_sparse_step": 1}
     return tf.Qwen2MoeForCausalLM(tf.Qwen2MoeConfig(**TEXT, **EXPERTS, **sizes))
 
 
-def _qwen3_moe() -> nn.Module:
+def _qwen3_moe() -> tf.PreTrainedModel:
     """A dense first layer, and experts whose down_proj is square."""
     sizes = {"head_dim": 8, "moe_intermediate_size": 32, "mlp_only_layers": [0]}
     return tf.Qwen3MoeForCausalLM(tf.Qwen3MoeConfig(**TEXT, **EXPERTS, **sizes))
 
 
-def _gpt_oss() -> nn.Module:
+def _gpt_oss() -> tf.PreTrainedModel:
     """Experts stored [experts, in, out]; down_proj is square, as in the published checkpoints."""
     rope = {"rope_type": "default", "rope_theta": 10000.0}
     sizes = {**TEXT, "intermediate_size": 32, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}
@@ -250,7 +252,8 @@ def _fill(name: str, value: torch.Tensor) -> torch.Tensor:
         return around + 0.2 * noise
     if "embed" in name or "shared" in name or "wte" in name or "wpe" in name:
         return 0.5 * noise
-    return noise / ((value.shape[-1] if "experts" in name else value[0].numel()) ** 0.5)
+    fan = value.shape[-1] if "experts" in name else value[0].numel()
+    return noise / float(fan**0.5)
 
 
 @cache
@@ -267,7 +270,7 @@ def _original(name: str) -> nn.Module:
             if key.endswith("running_var"):
                 buffer.copy_(1 + 0.2 * normal(key, buffer.shape).abs())
     if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")
+        model.set_experts_implementation("eager")  # type: ignore[operator]  # torch types unknown names as tensors
     return model
 
 
@@ -297,7 +300,7 @@ def save(model: Any, folder: Path, **options: Any) -> Path:
 
 def open_saved(folder: Path, name: str) -> Any:
     """Open `folder` with the model's own class in the stored dtype; AssertionError where keys lack or are unknown."""
-    cls = type(_original(name))
+    cls: Any = type(_original(name))
     if not issubclass(cls, tf.PreTrainedModel):
         model = cls()
         model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)

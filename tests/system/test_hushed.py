@@ -6,13 +6,16 @@ import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
+
+import pytest
 
 from lora_merge.system.hushed import hushed
 
 RED = "\x1b[31mred"
 
 
-def test_no_escape_sequence_of_a_config_reaches_the_terminal(tiny_llama, tmp_path):
+def test_no_escape_sequence_of_a_config_reaches_the_terminal(tiny_llama: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_llama / "base", tmp_path / "base")
     path = tmp_path / "base/config.json"
     config = json.loads(path.read_text())
@@ -23,7 +26,9 @@ def test_no_escape_sequence_of_a_config_reaches_the_terminal(tiny_llama, tmp_pat
     assert (done.returncode, done.stderr) == (0, "") and "\x1b" not in done.stdout
 
 
-def test_words_are_kept_escaped_in_our_own_log(capfd, caplog):
+def test_words_are_kept_escaped_in_our_own_log(
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     logger = logging.getLogger("transformers.models")
     caplog.set_level(logging.WARNING, "transformers.models")  # whatever another test has set
     before = logging.getLogger("transformers").handlers

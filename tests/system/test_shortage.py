@@ -5,6 +5,8 @@ import resource
 import subprocess
 import sys
 import threading
+from pathlib import Path
+from typing import Any
 
 import pytest
 import small
@@ -20,14 +22,14 @@ STEPS = range(150, 4000, 25) if os.environ.get("LORA_MERGE_SWEEP") else (40, 150
 
 
 @pytest.fixture
-def job(tmp_path):
+def job(tmp_path: Path) -> Path:
     base = small.write_base(tmp_path / "base", shards=2, layers=1)
     small.write_adapter(tmp_path / "adapter", base)
     return tmp_path
 
 
 @pytest.mark.parametrize("megabytes", STEPS)
-def test_a_small_address_space(job, megabytes):
+def test_a_small_address_space(job: Path, megabytes: int) -> None:
     line = f"ulimit -v {megabytes * 1024}; exec {sys.executable} -m lora_merge base adapter out -q --threads 2"
     done = subprocess.run(["bash", "-c", line], cwd=job, capture_output=True, text=True, timeout=120)
     assert done.returncode in (0, 9), done
@@ -38,10 +40,10 @@ def test_a_small_address_space(job, megabytes):
     assert (job / "out").exists() == (done.returncode == 0)
 
 
-def test_the_first_failing_import_is_told_and_not_repeated(job, monkeypatch):
+def test_the_first_failing_import_is_told_and_not_repeated(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
 
-    def broken(*words):
+    def broken(*words: Any) -> None:
         tried.append(words)
         raise ImportError("libtorch_cpu.so: failed to map segment from shared object")
 
@@ -51,8 +53,8 @@ def test_the_first_failing_import_is_told_and_not_repeated(job, monkeypatch):
     assert len(tried) == 1 and not (job / "out").exists()
 
 
-def test_a_thread_that_cannot_be_started(job, monkeypatch):
-    def refused(self):
+def test_a_thread_that_cannot_be_started(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
     before = sys.getswitchinterval()
@@ -64,7 +66,7 @@ def test_a_thread_that_cannot_be_started(job, monkeypatch):
     lora_merge.merge(job / "base", job / "adapter", job / "out", threads=2)
 
 
-def test_a_run_may_be_repeated_after_a_failure(job, monkeypatch):
+def test_a_run_may_be_repeated_after_a_failure(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The failure belongs to the run, not to the executor."""
     executor = Executor(None, Machine(1, 1, "cpu"))  # type: ignore[arg-type]
     executor._failure = MemoryError()
@@ -72,14 +74,18 @@ def test_a_run_may_be_repeated_after_a_failure(job, monkeypatch):
     assert executor._failure is None
 
 
-def test_no_other_plan_is_made_for_want_of_memory(monkeypatch):
-    def failing(config, tensors):
+def test_no_other_plan_is_made_for_want_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(config: dict[str, Any], tensors: int) -> None:
         raise RuntimeError("Failed to import transformers.models.llama") from MemoryError()
 
     monkeypatch.setattr("lora_merge.models.skeleton._on_meta", failing)
     with pytest.raises(RuntimeError, match="Failed to import"):
         build({"architectures": ["A"]}, {})
-    monkeypatch.setattr("lora_merge.models.skeleton._on_meta", lambda config, tensors: {}["odd"])
+
+    def odd(config: dict[str, Any], tensors: int) -> None:
+        raise KeyError("odd")
+
+    monkeypatch.setattr("lora_merge.models.skeleton._on_meta", odd)
     with pytest.raises(NoSkeleton):
         build({"architectures": ["A"]}, {})
 
@@ -94,20 +100,20 @@ def test_no_other_plan_is_made_for_want_of_memory(monkeypatch):
         OSError(12, "Cannot allocate memory"),
     ],
 )
-def test_words_of_short_memory(error):
+def test_words_of_short_memory(error: Exception) -> None:
     assert shortage.is_shortage(error)
     with pytest.raises(MemoryLimitError, match="memory is short"), shortage.telling_shortage():
         raise error
 
 
-def test_other_errors_pass():
+def test_other_errors_pass() -> None:
     with pytest.raises(ValueError, match="odd"), shortage.telling_shortage():
         raise ValueError("odd")
     with pytest.raises(MemoryLimitError, match=r"^mine$"), shortage.telling_shortage():
         raise MemoryLimitError("mine")
 
 
-def test_no_child_is_made_where_nothing_is_limited(monkeypatch):
+def test_no_child_is_made_where_nothing_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fork", lambda: pytest.fail("forked"))
     assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
     shortage.check_imports.__wrapped__(shortage.COMPUTING, "torch")

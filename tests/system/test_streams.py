@@ -19,7 +19,7 @@ MERGE = ["base", "adapter", "out", "--threads", "1"]
 
 
 @pytest.fixture
-def job(tmp_path):
+def job(tmp_path: Path) -> Path:
     base = small.write_base(tmp_path / "base", shards=1, layers=1)
     small.write_adapter(tmp_path / "adapter", base)
     return tmp_path
@@ -32,20 +32,20 @@ def shell(folder: Path, words: list[str], streams: str) -> subprocess.CompletedP
 
 
 @pytest.mark.parametrize(("more", "streams"), [([], "2>&-"), (["--json"], "0<&- 1>&- 2>&-"), ([], "2>/dev/full")])
-def test_closed_streams_stop_no_merge(job, more, streams):
+def test_closed_streams_stop_no_merge(job: Path, more: list[str], streams: str) -> None:
     done = shell(job, [*MERGE, *more], streams)
     assert done.returncode == 0 and (job / "out/lora_merge.json").is_file() and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("streams", ["2>&-", "1>&- 2>&-", "2>/dev/full"])
 @pytest.mark.parametrize(("words", "code"), [(["--colour"], 2), (["verify", "base"], 10), (["nothing", "out"], 3)])
-def test_an_error_that_cannot_be_told_keeps_its_code(job, streams, words, code):
+def test_an_error_that_cannot_be_told_keeps_its_code(job: Path, streams: str, words: list[str], code: int) -> None:
     done = shell(job, words, streams)
     assert done.returncode == code and done.stdout == ""
 
 
 @pytest.mark.parametrize("more", [[], ["--json"]])
-def test_a_report_that_cannot_be_printed_after_a_finished_merge(job, more):
+def test_a_report_that_cannot_be_printed_after_a_finished_merge(job: Path, more: list[str]) -> None:
     done = shell(job, [*MERGE, *more], ">/dev/full")
     assert done.returncode == 8 and "Errno" not in done.stderr and "Exception ignored" not in done.stderr
     assert done.stderr.count("\n") == 1 and "out: is finished and complete" in done.stderr
@@ -54,7 +54,7 @@ def test_a_report_that_cannot_be_printed_after_a_finished_merge(job, more):
     assert shell(job, [*MERGE, "--resume"], ">/dev/full 2>/dev/full").returncode == 8
 
 
-def test_other_reports_that_cannot_be_printed(job):
+def test_other_reports_that_cannot_be_printed(job: Path) -> None:
     subprocess.run([*COMMAND, *MERGE, "-q"], cwd=job, check=True)
     for words, what in (
         ([*MERGE, "--overwrite", "--dry-run"], "the plan"), (["inspect", "base"], "what was found"),
@@ -67,7 +67,7 @@ def test_other_reports_that_cannot_be_printed(job):
 
 
 @pytest.mark.parametrize("words", [MERGE, ["inspect", "base", "-v"], ["--help"]])
-def test_a_reader_that_has_gone_away_is_no_error(job, words):
+def test_a_reader_that_has_gone_away_is_no_error(job: Path, words: list[str]) -> None:
     done = shell(job, words, "| true; exit ${PIPESTATUS[0]}")
     assert done.returncode == 0 and done.stderr == ""
 
@@ -91,7 +91,7 @@ def in_terminal(folder: Path, words: list[str]) -> tuple[int, str]:
     return run.wait(60), seen.decode()
 
 
-def test_a_terminal_sees_a_bar_and_no_lock_is_made(job):
+def test_a_terminal_sees_a_bar_and_no_lock_is_made(job: Path) -> None:
     if shutil.which("strace") is None:
         pytest.skip("strace is not here")
     trace = job / "trace"
@@ -101,7 +101,7 @@ def test_a_terminal_sees_a_bar_and_no_lock_is_made(job):
     assert "/dev/shm/sem." not in trace.read_text()
 
 
-def test_a_terminal_that_hangs_up_stops_no_merge(job):
+def test_a_terminal_that_hangs_up_stops_no_merge(job: Path) -> None:
     ours, theirs = pty.openpty()
     run = subprocess.Popen([*COMMAND, *MERGE], cwd=job, stderr=theirs, stdout=subprocess.DEVNULL)
     os.close(theirs)
@@ -109,7 +109,7 @@ def test_a_terminal_that_hangs_up_stops_no_merge(job):
     assert run.wait(60) == 0 and json.loads((job / "out/lora_merge.json").read_bytes())["weights"]
 
 
-def test_without_a_terminal_there_is_no_bar_object(job, monkeypatch):
+def test_without_a_terminal_there_is_no_bar_object(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lora_merge.report import Reporter
 
     monkeypatch.setattr("lora_merge.report._bar", lambda total: pytest.fail("a bar was made"))

@@ -199,7 +199,7 @@ def test_a_single_file_needs_no_index(tmp_path: Path) -> None:
     assert "neither" in fault(tmp_path)
 
 
-BAD = {
+BAD: dict[str, list[float]] = {
     "F64": [float("nan"), float("inf"), float("-inf")],
     "F32": [float("nan"), float("inf"), float("-inf")],
     "F16": [float("nan"), float("inf"), float("-inf")],
@@ -210,7 +210,7 @@ BAD = {
     "F8_E4M3FNUZ": [0x80],
     "F8_E5M2FNUZ": [0x80],
 }
-GOOD = {
+GOOD: dict[str, list[float]] = {
     "F64": [1.7976931348623157e308, -0.0, 5e-324],
     "F32": [3.4028234e38, -0.0, 1e-45],
     "F16": [65504, -65504, 6e-8],

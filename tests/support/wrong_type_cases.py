@@ -19,11 +19,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from malformed_merges import BF16, CT4
 from recorded_keys import KeyPath, recorded
-from test_malformed_quantized import BF16, CT4
 from wrong_type_subjects import ADAPTER, BASE, Subject
 
 import lora_merge
@@ -146,14 +147,15 @@ def keys(subject: Subject) -> list[tuple[str, KeyPath]]:
     with recorded() as seen:
         for role in (BASE, ADAPTER):
             lora_merge.inspect(subject.path(role))
+        base, adapter = subject.path(BASE), subject.path(ADAPTER)
         for words in (*MODES.values(), {"dtype": "float16"}, *({"format": name} | FORMATS[name] for name in FORMATS)):
             try:
-                lora_merge.plan(*map(subject.path, (BASE, ADAPTER)), **words, **subject.words)
+                lora_merge.plan(base, adapter, **words, **subject.words)
             except LoraMergeError:
                 if not words:
                     raise  # a subject must be right as it is
         with _output(subject.folder / "whole") as out:
-            lora_merge.merge(*map(subject.path, (BASE, ADAPTER)), out, threads=1, **subject.words)
+            lora_merge.merge(base, adapter, out, threads=1, **subject.words)
     return sorted(seen)
 
 
@@ -194,11 +196,11 @@ def run(case: Case, home: Path, merging: bool) -> Outcome:
     """Inspect, plan in each mode and to one format, merge if asked: each ends in a result or in an error of ours."""
     base, other = (_linked(case, role, home) for role in (BASE, ADAPTER))
     steps: dict[str, Callable[[], object]] = {
-        f"inspect {path.name}": lambda path=path: lora_merge.inspect(path) for path in (base, other)
+        f"inspect {path.name}": partial(lora_merge.inspect, path) for path in (base, other)
     }
     format = sorted(FORMATS)[zlib.crc32(str(case).encode()) % len(FORMATS)]
     for mode, words in (*MODES.items(), (format, {"format": format} | FORMATS[format])):
-        steps[mode] = lambda words=words: lora_merge.plan(base, other, **words, **case.subject.words)
+        steps[mode] = partial(lora_merge.plan, base, other, **words, **case.subject.words)
     if merging:
         steps["merge"] = lambda: _merged(case, base, other, home / "out")
     ends = [_step(name, step, str(home)) for name, step in steps.items()]

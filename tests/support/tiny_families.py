@@ -123,7 +123,7 @@ def families() -> Iterator[tuple[str, str, str]]:
     yield from found.values()
 
 
-def shrunk(config_class: type) -> dict[str, Any]:
+def shrunk(config_class: Any) -> dict[str, Any]:
     """Words for a config class that make it small; sub-configs are shrunk likewise."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -145,8 +145,13 @@ def shrunk(config_class: type) -> dict[str, Any]:
         held = getattr(defaults, key, None)
         cls = type(held) if isinstance(held, tf.PreTrainedConfig) else inner
         if isinstance(cls, type) and cls.__name__ != "AutoConfig":
-            words[key] = shrunk(cls) | {"model_type": cls.model_type}
+            words[key] = _section(cls)
     return words | EXTRA.get(config_class.model_type, {})
+
+
+def _section(config_class: Any) -> dict[str, Any]:
+    """What a config says of a part that has a config of its own."""
+    return shrunk(config_class) | {"model_type": config_class.model_type}
 
 
 def _held(config: Any, key: str) -> Any:
@@ -190,4 +195,5 @@ def inputs(kind: str) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def logits(model: Any, kind: str) -> torch.Tensor:
-    return model(**inputs(kind)).logits.double()
+    scores: torch.Tensor = model(**inputs(kind)).logits
+    return scores.double()
