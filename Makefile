@@ -3,31 +3,63 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
+SITE_READY := .venv/ready-site
+# One thread of arithmetic per test process: several processes share the cores.
+QUIET := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+SHARED := --numprocesses logical --maxprocesses 8 --dist worksteal -q
+# The quick tests: no matrix of merges, no other library's models, no signals, kills and full disks.
+FAST := $(addprefix tests/,adapters checkpoint containers docs formats models output planning quantization verification) \
+	tests/test_layers.py tests/test_patterns.py tests/test_request.py \
+	$(addprefix --ignore=tests/,containers/test_descriptors.py formats/test_format_matrix.py output/test_location.py \
+	planning/test_loaders.py) -k 'not tiles_make_the_whole and not thousand'
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-fast lint format coverage docs bench clean
 
 demo: $(READY)
 	$(BIN)/python demo/demo.py
 
-# One thread of arithmetic per test process: several processes share the cores.
 test: lint
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
-		$(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist worksteal -q
+	$(QUIET) $(BIN)/pytest $(SHARED)
+
+test-fast: $(READY)
+	$(QUIET) $(BIN)/pytest $(SHARED) $(FAST)
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Also of the processes that tests start. A test that fails here alone fails because measuring is slow and takes memory;
+# `make test` judges. The report fails below the bound in pyproject.toml.
+coverage: $(READY)
+	$(BIN)/coverage erase
+	-$(QUIET) $(BIN)/coverage run -m pytest $(SHARED) --deselect tests/test_help_speed.py
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage html --quiet
+	$(BIN)/coverage report
+
+# A broken link is an error.
+docs: $(SITE_READY)
+	$(BIN)/sphinx-build --conf-dir docs --builder html --fail-on-warning --keep-going --quiet . site
+
 bench: $(READY)
 	$(BIN)/python benchmarks/merge.py
 
 clean:
-	rm -rf .venv demo-out .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv demo-out site htmlcov .coverage .coverage.* .hypothesis .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	find demo benchmarks docs fixtures lora_merge tests -name __pycache__ -prune -exec rm -rf {} +
 
 # The pins of constraints.txt need 3.11; the package itself runs on 3.10 as well.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "make needs Python 3.11 or newer; try: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+$(SITE_READY): $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	@touch $@
