@@ -32,6 +32,7 @@ include_patterns = [f"{page}.md" for page in (root_doc, *(page for pages in CONT
 exclude_patterns = [".*", "build", "dist", "demo-out", "site", "lora_merge", "tests"]
 myst_heading_anchors = 4
 nitpicky = True
+smartquotes = False
 html_theme = "furo"
 html_title = project
 html_show_copyright = False
