@@ -5,8 +5,8 @@ BIN := .venv/bin
 READY := .venv/ready
 SITE_READY := .venv/ready-site
 # One thread of arithmetic per test process: several processes share the cores.
-QUIET := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-SHARED := --numprocesses logical --maxprocesses 8 --dist worksteal -q
+SETTINGS := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+PROCESSES := --numprocesses logical --maxprocesses 8 --dist worksteal -q
 # The quick tests: no matrix of merges, no other library's models, no signals, kills and full disks.
 FAST := $(addprefix tests/,adapters checkpoint containers docs formats models output planning quantization verification) \
 	tests/test_layers.py tests/test_patterns.py tests/test_request.py \
@@ -19,10 +19,10 @@ demo: $(READY)
 	$(BIN)/python demo/demo.py
 
 test: lint
-	$(QUIET) $(BIN)/pytest $(SHARED)
+	$(SETTINGS) $(BIN)/pytest $(PROCESSES)
 
 test-fast: $(READY)
-	$(QUIET) $(BIN)/pytest $(SHARED) $(FAST)
+	$(SETTINGS) $(BIN)/pytest $(PROCESSES) $(FAST)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -37,7 +37,7 @@ format: $(READY)
 # `make test` judges. The report fails below the bound in pyproject.toml.
 coverage: $(READY)
 	$(BIN)/coverage erase
-	-$(QUIET) $(BIN)/coverage run -m pytest $(SHARED) --deselect tests/test_help_speed.py
+	-$(SETTINGS) $(BIN)/coverage run -m pytest $(PROCESSES) --deselect tests/test_help_speed.py
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage html --quiet --fail-under 0
 	$(BIN)/coverage report

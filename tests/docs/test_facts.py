@@ -120,3 +120,14 @@ def test_what_the_demo_prints_is_shown() -> None:
     for row in body:
         name = row.strip().split("  ")[0]
         assert f'"{name}"' in demo or f"'{name}'" in demo, name
+
+
+def test_figures_are_those_of_the_benchmark() -> None:
+    table = rows(Page("benchmarks/README.md").section("The last table of merge.py"))
+    median = next(row for row in table if "median" in row[0])
+    cp, merge, _, peft = (float(cell.strip("*")) for cell in median[1:5])
+    text = " ".join(README.text.split())
+    assert f"merges in about {merge:.1f} s" in text
+    assert f"`cp -r` of it takes {cp:.1f} s and a merge with PEFT {peft:.0f} s" in text
+    memory = {row[0]: float(row[1]) for row in table if len(row) == 2}
+    assert max(memory["lora-merge"], memory["lora-merge, 1 GB tensor"]) <= 200 and "takes about 200 MB" in text
