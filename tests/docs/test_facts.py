@@ -11,8 +11,9 @@ from pages import README, ROOT, Page, rows
 
 import lora_merge
 from lora_merge import cli, errors, request
+from lora_merge.abilities import ABILITIES, PLAIN, QUANT_TYPES
 from lora_merge.adapters import KINDS, LATER, NEVER
-from lora_merge.formats import FORMATS
+from lora_merge.dtypes import MODEL_DTYPES
 
 COMMANDS: dict[str, click.Command] = dict(cli.app.commands)
 CODE = re.compile(r"`([^`]+)`")
@@ -26,9 +27,9 @@ def options(command: click.Command) -> set[str]:
 
 
 def test_the_table_of_formats_is_the_code() -> None:
-    listed = {row[0].strip("`"): (row[2], row[3]) for row in rows(README.section("Formats of weights"))}
-    assert listed == {name: ("yes", "yes" if name in request.FORMATS else "kept") for name in FORMATS}
-    assert all(FORMATS[name].writable for name in request.FORMATS)
+    listed = {row[0].strip("`"): (row[2], row[3], row[4]) for row in rows(README.section("Formats of weights"))}
+    assert listed.pop(PLAIN)[:2] == ("yes", "yes")
+    assert listed == {name: ("yes", has.written, str(has)) for name, has in ABILITIES.items()}
 
 
 def test_the_table_of_roundings_is_the_code() -> None:
@@ -38,8 +39,8 @@ def test_the_table_of_roundings_is_the_code() -> None:
 @pytest.mark.parametrize(
     ("option", "known"),
     [
-        ("dtype", request.DTYPES),
-        ("quant-type", request.QUANT_TYPES),
+        ("dtype", MODEL_DTYPES),
+        ("quant-type", QUANT_TYPES),
         ("rounding", request.ROUNDINGS),
         ("scales", request.SCALES),
         ("trained-on", request.TRAINED_ON),
@@ -75,7 +76,7 @@ def test_defaults_are_the_code() -> None:
     shown = {"--min-survival": "0.3 by default", "--seed": "0 by default", "--rounding": "`auto` (the default)"}
     shown |= {"--scales": "`auto` by default", "--trained-on": "`as-is` by default", "--device": "`auto` by default"}
     for option, words in shown.items():
-        default = cli.DEFAULTS[option.removeprefix("--").replace("-", "_")]
+        default = request.DEFAULTS[option.removeprefix("--").replace("-", "_")]
         assert words in table[option] and re.search(rf"(?<![\w.-]){re.escape(str(default))}(?![\w.-])", words)
 
 
