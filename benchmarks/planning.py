@@ -100,8 +100,8 @@ def _row(home: Path, base: str, adapter: str, name: str, layers: list[int], runs
     text = f"{base:8} {adapter:10} {name:24}"
     each: list[float] = []
     for count in layers:
-        folders = _made(home, base, adapter, count)
-        found = min((measured([*map(str, folders), str(home / "out"), *OUTPUTS[name]]) for _ in range(runs)), key=lambda one: one.cpu)
+        command = [*map(str, _made(home, base, adapter, count)), str(home / "out"), *OUTPUTS[name]]
+        found = min((measured(command) for _ in range(runs)), key=lambda one: one.cpu)
         if found.refusal:
             return f"{text} {found.cpu:6.1f} s CPU, refused: {found.refusal}"
         each.append(found.cpu / found.weights)

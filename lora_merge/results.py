@@ -28,11 +28,14 @@ class PlannedWeight:
 
 @dataclass(frozen=True, slots=True)
 class PlanResult:
-    """What a merge would do. Sizes in bytes; `memory` is the least with which it runs."""
+    """What a merge would do. Sizes in bytes; `memory` is the least with which it runs.
+
+    job: name of the job; None with an adapter, all of whose values would have to be read for it.
+    """
 
     base: str
     adapters: tuple[str, ...]
-    job: str
+    job: str | None
     weights: tuple[PlannedWeight, ...]
     shards: Mapping[str, int]
     side_files: tuple[str, ...]

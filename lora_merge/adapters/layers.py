@@ -208,5 +208,7 @@ def _grouped(pair: Pair) -> UnsupportedError:
     )
 
 
+@cache
 def _flat(shape: tuple[int, ...]) -> tuple[int, int]:
+    """The 2-D view of a factor; one tuple for all factors of a shape."""
     return shape[0], math.prod(shape[1:])

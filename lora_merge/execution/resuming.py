@@ -10,8 +10,7 @@ from lora_merge.checkpoint.sources import Reads, unlike
 from lora_merge.containers.regular_file import RegularFile
 from lora_merge.errors import OutputExistsError, listed, printable
 from lora_merge.output.stage import Stage
-from lora_merge.planning.jobs import Copy, Plan, Rewrite, Shard
-from lora_merge.planning.plan import job_digest
+from lora_merge.planning.jobs import Copy, Plan, Rewrite, Shard, job_digest
 
 BLOCK = 1 << 23
 

@@ -57,18 +57,19 @@ def weights(
     unread.refuse(tensors, config)
     found: dict[str, StoredWeight] = {}
     taken: set[str] = set()
+    same = {name: name for name in tensors}  # a name is one string, wherever it stands
     for kind in _formats():
         for stem in _stems(kind, tensors):
             names = {part: stem + kind.separator + part for part in kind.part_names}
-            parts = {part: name for part, name in names.items() if name in tensors and name not in taken}
+            parts = {part: same[name] for part, name in names.items() if name in same and name not in taken}
             if stored := _stored(kind, stem, parts, tensors, config, read):
-                found[stem + kind.weight_suffix] = stored
-                taken.update(stored.parts.values())
+                name = stem + kind.weight_suffix
+                found[same.get(name, name)] = stored
+                taken.update(parts.values())
     for name, spec in tensors.items():
-        format = Plain.detect({PART: spec})
-        own = _own_name(name, spec, tensors)
-        if format and name not in taken and own not in found:
-            found[own] = StoredWeight(format, spec, {PART: name})
+        plain = None if name in taken else Plain.detect({PART: spec})
+        if plain and (own := _own_name(name, spec, tensors)) not in found:
+            found[own] = StoredWeight(plain, spec, {PART: name})
     return found
 
 
@@ -90,7 +91,8 @@ def _own_name(name: str, spec: TensorSpec, tensors: Mapping[str, TensorSpec]) ->
 def _stems(kind: type[CodedFormat], tensors: Mapping[str, TensorSpec]) -> Iterator[str]:
     """Modules that have a part by which this format's weights are known."""
     ends = tuple(kind.separator + part for part in kind.identifying_parts)
-    return iter(dict.fromkeys(name.removesuffix(end) for name in tensors for end in ends if name.endswith(end)))
+    known = (name for name in tensors if name.endswith(ends))
+    return iter(dict.fromkeys(name.removesuffix(end) for name in known for end in ends if name.endswith(end)))
 
 
 def _stored(

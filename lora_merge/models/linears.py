@@ -80,7 +80,11 @@ def _of_names(modules: Collection[str]) -> dict[str, str]:
 
 def fused_set(module: str, modules: Collection[str]) -> tuple[str, ...]:
     """The modules, this one among them, that must share one global scale."""
+    return tuple(name for name in fused_names(module) if name == module or name in modules)
+
+
+def fused_names(module: str) -> tuple[str, ...]:
+    """A module and its siblings that a server computes as one matrix with it, whether the model has them or not."""
     parent, _, leaf = module.rpartition(".")
     siblings = next((names for names in FUSED if leaf in names), (leaf,))
-    named = (f"{parent}.{name}" if parent else name for name in siblings)
-    return tuple(name for name in named if name == module or name in modules)
+    return tuple(f"{parent}.{name}" if parent else name for name in siblings)

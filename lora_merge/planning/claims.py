@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lora_merge.adapters import read_adapter
@@ -49,7 +49,7 @@ class UnmatchedClaim:
 class PlacedClaims:
     """All resolved claims, by tensor name in the output; new tensors; remarks."""
 
-    by_tensor: Mapping[str, tuple[PlacedClaim, ...]]
+    by_tensor: dict[str, tuple[PlacedClaim, ...]]
     added: tuple[str, ...]
     notes: tuple[str, ...]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,13 @@ from lora_merge.adapters.layers import is_conv1d
 from lora_merge.checkpoint.opening import Checkpoint
 from lora_merge.containers.json_file import read_json
 from lora_merge.errors import printable
-from lora_merge.formats import METHODS, Plain, StoredWeight
+from lora_merge.formats import METHODS, Format, Plain, StoredWeight
 from lora_merge.formats import weights as gathered
 from lora_merge.formats.method import SECTION, ConfigPath
 from lora_merge.models import config_values
 from lora_merge.models.ties import Extra, Tie, Touch, tied, untie
 from lora_merge.planning.claims import PlacedClaim, PlacedClaims, patches
+from lora_merge.planning.jobs import parameters
 from lora_merge.spec import TensorSpec
 
 COPIED = "embeddings"
@@ -31,14 +32,16 @@ class Draft:
     """Where each output tensor comes from, what the weights are, what changes in the config, what to tell.
 
     sources: output tensor -> base tensor. config: of the base, with what another file says of its quantization.
-    weights: by the name without quantization; parts are output tensors. changes: config values by path. read: digests
-    of the small tensors that say how others are to be read, by name.
+    weights: by the name without quantization; parts are output tensors. specs: of all that an adapter can name, every
+    weight without quantization and the tensors that are no weights. changes: config values by path. read: digests of
+    the small tensors that say how others are to be read, by name.
     """
 
     base: Checkpoint
     sources: dict[str, str]
     config: dict[str, Any]
     weights: dict[str, StoredWeight] = field(default_factory=dict)
+    specs: dict[str, TensorSpec] = field(default_factory=dict)
     changes: dict[ConfigPath, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     read: dict[str, str] = field(default_factory=dict)
@@ -53,11 +56,15 @@ class Draft:
 
         transposed: plain ones of a Conv1D, stored `[in, out]`, count as `[out, in]`.
         """
-        self.weights = gathered(self._tensors, self.config, self._read)
+        tensors = {name: self.base.tensors[source] for name, source in self.sources.items()}
+        self.weights = _sharing(gathered(tensors, self.config, self._read))
         for name, stored in self.weights.items() if transposed else ():
             if not stored.format.coded and self.is_conv1d(name) and len(stored.weight.shape) == 2:
                 weight = TensorSpec(stored.weight.dtype, stored.weight.shape[::-1])
                 self.weights[name] = replace(stored, format=Plain(weight.dtype, transposed=True), weight=weight)
+        owners = {part: name for name, stored in self.weights.items() for part in stored.parts.values()}
+        named = ((owners.get(tensor, tensor), spec) for tensor, spec in tensors.items())
+        self.specs = {name: self.weights[name].weight if name in self.weights else spec for name, spec in named}
 
     def is_conv1d(self, name: str) -> bool:
         """Whether the model class has this weight `[in, out]`."""
@@ -70,26 +77,15 @@ class Draft:
         for name, stored in self.weights.items():
             if name in by_tensor and stored.format.as_linear:
                 by_tensor[name] = tuple(
-                    replace(placed, location=replace(placed.location, as_linear=True)) for placed in by_tensor[name]
+                    PlacedClaim(placed.adapter, placed.claim, replace(placed.location, as_linear=True))
+                    for placed in by_tensor[name]
                 )
         return replace(claims, by_tensor=by_tensor)
 
-    @property
-    def _tensors(self) -> dict[str, TensorSpec]:
-        return {name: self.base.tensors[source] for name, source in self.sources.items()}
-
-    @property
-    def specs(self) -> dict[str, TensorSpec]:
-        """What an adapter can name: every weight without quantization, and the tensors that are no weights."""
-        homes = {part: name for name, stored in self.weights.items() for part in stored.parts.values()}
-        named = {homes.get(tensor, tensor): tensor for tensor in self.sources}
-        return {
-            name: self.weights[name].weight if name in self.weights else self.base.tensors[self.sources[tensor]]
-            for name, tensor in named.items()
-        }
-
     def source(self, stored: StoredWeight) -> StoredWeight:
         """The same weight with its parts as the base names them."""
+        if all(self.sources[name] == name for name in stored.parts.values()):
+            return stored
         return replace(stored, parts={part: self.sources[name] for part, name in stored.parts.items()})
 
     def _read(self, name: str) -> bytes:
@@ -146,7 +142,7 @@ class Draft:
         parts = {part: new + name.removeprefix(old) for part, name in stored.parts.items()}
         self.sources |= {parts[part]: self.sources[name] for part, name in stored.parts.items()}
         self.weights[extra.name] = replace(stored, parts=parts)
-        spec = stored.weight
+        self.specs[extra.name] = spec = stored.weight
         inherited = [
             placed
             for placed, patch in patches(spec, by_tensor.get(extra.source, ()))
@@ -179,6 +175,16 @@ class Draft:
             if first[:size] != second[:size]:
                 return False
         return True
+
+
+def _sharing(weights: dict[str, StoredWeight]) -> dict[str, StoredWeight]:
+    """The same weights, with one object for all formats and specs that are equal: there may be 100,000 of them."""
+    formats: dict[tuple[Hashable, ...], Format] = {}
+    specs: dict[TensorSpec, TensorSpec] = {}
+    for name, stored in weights.items():
+        format = formats.setdefault(parameters(stored.format), stored.format)
+        weights[name] = StoredWeight(format, specs.setdefault(stored.weight, stored.weight), stored.parts)
+    return weights
 
 
 def _config(base: Checkpoint) -> dict[str, Any]:

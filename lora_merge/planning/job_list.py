@@ -12,7 +12,7 @@ from lora_merge.errors import AdapterError, InputError, UnsupportedError, UsageE
 from lora_merge.formats import METHODS, CodedFormat, Format, FormatOptions, Plain, StoredWeight
 from lora_merge.formats.base import same_grid
 from lora_merge.formats.plain import PART, WRITABLE
-from lora_merge.models.linears import fused_set, linears
+from lora_merge.models.linears import fused_names, fused_set, linears
 from lora_merge.planning import claims as effects
 from lora_merge.planning.awq_scales import NOT_RESCALED
 from lora_merge.planning.base_formats import quantization
@@ -22,14 +22,13 @@ from lora_merge.planning.jobs import Copy, Job, QuantizeOptions, Rewrite
 from lora_merge.planning.output_formats import OutputFormats, skeleton
 from lora_merge.planning.rescaling import Scalings, rescaled
 from lora_merge.request import SAME, Recipe
-from lora_merge.spec import TensorSpec
 
 
 def job_list(
     draft: Draft, claims: PlacedClaims, request: Recipe, outputs: OutputFormats, original: Checkpoint | None = None
 ) -> list[tuple[str, Job]]:
     """A job for every weight and other tensor of the output, each with the base file that it comes from, in the order
-    of those files."""
+    of those files. Uses up `claims.by_tensor`, whose claims are as many as the jobs."""
     scalings = _scalings(draft, claims, request, original)
     maker = _Maker(draft, claims, request, outputs, *_rounded(draft, request), scalings)
     places = {name: number for number, name in enumerate(draft.base.tensors)}
@@ -103,7 +102,10 @@ def _scalings(draft: Draft, claims: PlacedClaims, request: Recipe, original: Che
 
 
 class _Maker:
-    """Makes the jobs of one draft, weight by weight; what cannot be merged gathers in `refused`."""
+    """Makes the jobs of one draft, weight by weight; what cannot be merged gathers in `refused`.
+
+    Each claim is given up when its job is made: both together would be the most that a plan holds.
+    """
 
     def __init__(
         self,
@@ -117,6 +119,7 @@ class _Maker:
     ) -> None:
         self.draft = draft
         self.claims = claims.by_tensor
+        self.changed = frozenset(name for name, placed in claims.by_tensor.items() if placed)
         self.request = request
         self.outputs = outputs.formats
         self.trained_on = trained_on
@@ -127,7 +130,7 @@ class _Maker:
 
     def jobs(self, name: str) -> list[Job]:
         """Copies of the parts of a weight that nobody touches, or its one rewrite."""
-        claims = self.claims.get(name, ())
+        claims = self.claims.pop(name, ())
         found = self.draft.weights.get(name)
         if found is None:
             return self._uncoded(name, claims)
@@ -142,11 +145,11 @@ class _Maker:
 
     def added(self, name: str) -> Job:
         """A tensor that only the adapter has, in the dtype that most of the base has."""
-        applied, weight = effects.build(name, None, self.claims[name], self.request.strengths)
+        applied, weight = effects.build(name, None, self.claims.pop(name), self.request.strengths)
         common = Counter(spec.dtype for spec in self.specs.values() if spec.dtype in PLAIN_FLOATS).most_common(1)
         own = common[0][0] if common else weight.dtype
         target = Plain(self.request.target_dtype or (own if own in WRITABLE else "F32"))
-        return Rewrite(name, weight, None, applied, target, {PART: name})
+        return Rewrite(name, weight, None, applied, target)
 
     def _uncoded(self, name: str, claims: Sequence[PlacedClaim]) -> list[Job]:
         """A tensor that is no weight is copied, or replaced whole."""
@@ -172,8 +175,8 @@ class _Maker:
         if not target.fused or self.request.scales != "fresh":
             return False
         end = target.weight_suffix
-        modules = {other.removesuffix(end) for other in self.draft.weights if other.endswith(end)}
-        return any(self.claims.get(one + end) for one in fused_set(name.removesuffix(end), modules))
+        siblings = (one + end for one in fused_names(name.removesuffix(end)))
+        return any(one in self.changed and one in self.draft.weights for one in siblings)
 
     def _rewrite(
         self,
@@ -207,7 +210,7 @@ class _Maker:
             source=stored if weight.shape == found.weight.shape else None,
             effects=applied,
             target=target,
-            names=_part_names(name, found, target, weight),
+            base_names=found.parts if type(target) is type(found.format) else None,
             stacked=_stacked(applied, found.format, target),
             quantize=quantize if target.coded else None,
             trained_on=self.trained_on if name in self.rounded else None,
@@ -233,15 +236,6 @@ def _stacked(applied: Sequence[Effect], *formats: Format) -> bool:
     if any(effect.patch.stacked for effect in applied):
         return True
     return any(format.stacked for format in formats)
-
-
-def _part_names(name: str, found: StoredWeight, target: Format, weight: TensorSpec) -> dict[str, str]:
-    """Tensor of each part in the output; what the base has keeps its name."""
-    if not target.coded:
-        return {PART: name}
-    known = found.parts if type(target) is type(found.format) else {}
-    stem = name.removesuffix(target.weight_suffix) + target.separator
-    return {part: known.get(part, stem + part) for part in target.describe(weight)}
 
 
 def _with_siblings(jobs: Sequence[tuple[str, Job]]) -> list[tuple[str, Job]]:

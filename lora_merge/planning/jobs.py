@@ -1,13 +1,19 @@
-"""The words of a plan: what happens to each weight, in which file, and what else is written. No behaviour."""
+"""What a plan consists of: what happens to each weight, in which file, and what else is written."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from functools import cache, cached_property
 from typing import Any
 
+from lora_merge import __version__
+from lora_merge.checkpoint.opening import Inputs, file_sha256, identity
 from lora_merge.formats import CodedFormat, Format, StoredWeight
 from lora_merge.formats.method import ConfigPath
+from lora_merge.formats.plain import PART
 from lora_merge.planning.claims import Effect
 from lora_merge.spec import TensorSpec
 
@@ -29,6 +35,11 @@ class Copy:
         """Tensors written, by their names in the output."""
         return {self.name: self.spec}
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes written."""
+        return self.spec.nbytes
+
 
 @dataclass(frozen=True, slots=True)
 class QuantizeOptions:
@@ -47,10 +58,14 @@ class QuantizeOptions:
 class Rewrite:
     """A weight decoded, patched and encoded.
 
-    name: the weight's own, as a model without quantization has it. weight: logical spec after the effects. source: None
-    where an effect brings the whole value and the base has nothing of this shape. names: of its parts in the output.
-    stacked: rows are those of the first two dimensions. quantize: None where the target is plain. trained_on: the grid
-    onto which the base is rounded first. siblings: the weights, this one among them, that must share a scale with it.
+    name: the weight's own, as a model without quantization has it.
+    weight: logical spec after the effects.
+    source: None where an effect brings the whole value and the base has nothing of this shape.
+    base_names: by part, the names of the base that the output has, too; None where it is another format.
+    stacked: rows are those of the first two dimensions.
+    quantize: None where the target is plain.
+    trained_on: the grid onto which the base is rounded first.
+    siblings: the weights, this one among them, that must share a scale with it.
     """
 
     name: str
@@ -58,19 +73,58 @@ class Rewrite:
     source: StoredWeight | None
     effects: tuple[Effect, ...]
     target: Format
-    names: Mapping[str, str]
+    base_names: Mapping[str, str] | None = None
     stacked: bool = False
     quantize: QuantizeOptions | None = None
     trained_on: CodedFormat | None = None
     siblings: tuple[Rewrite, ...] = ()
 
     @property
+    def names(self) -> dict[str, str]:
+        """Tensor of each part in the output. Made anew each time: a plan has many weights."""
+        if not self.target.coded:
+            return {PART: self.name}
+        stem = self.name.removesuffix(self.target.weight_suffix) + self.target.separator
+        known = self.base_names or {}
+        return {part: known.get(part, stem + part) for part in described(self.target, self.weight)}
+
+    @property
     def parts(self) -> dict[str, TensorSpec]:
         """Tensors written, by their names in the output."""
-        return {self.names[part]: spec for part, spec in self.target.describe(self.weight).items()}
+        specs = described(self.target, self.weight)
+        return {name: specs[part] for part, name in self.names.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes written."""
+        return sum(spec.nbytes for spec in described(self.target, self.weight).values())
 
 
 Job = Copy | Rewrite
+
+
+def described(format: Format, weight: TensorSpec) -> Mapping[str, TensorSpec]:
+    """`format.describe(weight)`, one mapping for all weights that are alike."""
+    key = (*parameters(format), weight)
+    if key not in _DESCRIBED:
+        if len(_DESCRIBED) > MOST_DESCRIBED:
+            _DESCRIBED.clear()
+        _DESCRIBED[key] = format.describe(weight)
+    return _DESCRIBED[key]
+
+
+def parameters(format: Format) -> tuple[Hashable, ...]:
+    """The class of a format and all of its fields, also those that its equality leaves out."""
+    return type(format), *(getattr(format, name) for name in _field_names(type(format)))
+
+
+@cache
+def _field_names(kind: type[Any]) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(kind))
+
+
+_DESCRIBED: dict[tuple[Hashable, ...], Mapping[str, TensorSpec]] = {}
+MOST_DESCRIBED = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,17 +138,17 @@ class Shard:
 
     def place(self, number: int) -> int:
         """Where the bytes of a job begin."""
-        return len(self.header) + sum(spec.nbytes for job in self.jobs[:number] for spec in job.parts.values())
+        return len(self.header) + sum(job.nbytes for job in self.jobs[:number])
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Plan:
     """Everything that a run will do.
 
     files: small files written beside the shards (index, changed config), by relative path.
     side_files: relative paths copied from the base as bytes.
-    digest: names the job; equal for equal inputs and options.
-    adapter_digests: SHA-256 of each adapter's weight files, by file name.
+    choices: the words of the recipe that are no defaults. read: digests of the small tensors that say how others are
+    to be read, by name.
     """
 
     shards: tuple[Shard, ...]
@@ -102,8 +156,9 @@ class Plan:
     side_files: tuple[str, ...]
     config_changes: Mapping[ConfigPath, Any]
     notes: tuple[str, ...]
-    digest: str
-    adapter_digests: tuple[Mapping[str, str], ...]
+    inputs: Inputs
+    choices: Mapping[str, Any]
+    read: Mapping[str, str]
 
     @property
     def jobs(self) -> Iterator[Job]:
@@ -117,3 +172,25 @@ class Plan:
     def nbytes(self) -> int:
         """Bytes of all shards and written files; side files not counted."""
         return sum(shard.nbytes for shard in self.shards) + sum(map(len, self.files.values()))
+
+    @cached_property
+    def adapter_digests(self) -> tuple[Mapping[str, str], ...]:
+        """SHA-256 of each adapter's weight files, by file name. Reads all of them, once."""
+        adapters = self.inputs.adapters
+        return tuple({file.path.name: file_sha256(file.path) for file in adapter.files} for adapter in adapters)
+
+    @cached_property
+    def digest(self) -> str:
+        """The name of the job: equal for equal inputs and options. Reads all of the adapters, once."""
+        given = self.inputs
+        inputs: list[Any] = [[identity(file) for file in given.base.files], self.adapter_digests]
+        inputs += [[adapter.config for adapter in given.adapters], self.read]
+        inputs += [[identity(file) for file in given.original.files]] if given.original else []
+        settings = [(shard.file, hashlib.sha256(shard.header).hexdigest()) for shard in self.shards]
+        changes = {".".join(path): value for path, value in self.config_changes.items()}
+        return job_digest(__version__, self.choices, inputs, settings, changes)
+
+
+def job_digest(*parts: Any) -> str:
+    """SHA-256 over JSON-able values; the name of a job."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

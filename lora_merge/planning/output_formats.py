@@ -167,10 +167,11 @@ def _chosen(
     else:
         conv1d = method.loader is not None and method.loader.conv1d
         transposed = [module for module, name in modules.items() if conv1d and weights[name].format.as_linear]
-        extra = [module for module in transposed if module not in found.chosen and not _matches(keep, module)]
+        linear = set(found.chosen)
+        extra = {module: None for module in transposed if module not in linear and not _matches(keep, module)}
         return Linears((*found.chosen, *extra), tuple(module for module in found.kept if module not in extra))
-    every = dict.fromkeys((*found.chosen, *found.kept))
-    return Linears(tuple(taken), tuple(module for module in every if module not in set(taken)))
+    every, quantized = dict.fromkeys((*found.chosen, *found.kept)), set(taken)
+    return Linears(tuple(taken), tuple(module for module in every if module not in quantized))
 
 
 def _matches(patterns: Sequence[re.Pattern[str]], module: str) -> bool:

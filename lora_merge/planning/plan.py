@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
-from typing import Any
 
-from lora_merge import __version__
 from lora_merge.adapters.base import Options, Reading
-from lora_merge.checkpoint.opening import Checkpoint, file_sha256, identity
+from lora_merge.checkpoint.opening import Checkpoint, Inputs
 from lora_merge.errors import AdapterError, UnsupportedError, listed
 from lora_merge.models.config_paths import at, vocab_paths
 from lora_merge.models.keys import Resolver
@@ -44,16 +40,12 @@ def make(request: Recipe, base: Checkpoint, adapters: Sequence[Checkpoint], orig
     draft.gather(transposed=request.quantizes)
     check_read(draft.weights, draft.config, draft.specs)
     claims = _resolve(draft, adapters, readings, request.allow_unused)
+    del readings  # the claims are given up one by one while jobs are made of them
     outputs = decide(request, draft.weights, draft.config, draft.specs)
     draft.changes |= outputs.changes
     draft.notes += outputs.notes
     jobs = job_list(draft, claims, request, outputs, original)
     return _assembled(draft, jobs, outputs, request, adapters, original)
-
-
-def job_digest(*parts: Any) -> str:
-    """SHA-256 over JSON-able values; the name of a job."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _replicate(draft: Draft, readings: Sequence[Reading]) -> None:
@@ -97,7 +89,7 @@ def _assembled(
     adapters: Sequence[Checkpoint],
     original: Checkpoint | None,
 ) -> Plan:
-    """Shards to the byte, index, config, digest."""
+    """Shards to the byte, index, config."""
     base = draft.base
     _follow_vocabulary(draft, [job for _, job in jobs])
     if request.dtype:
@@ -115,13 +107,9 @@ def _assembled(
     files |= {file: shards.as_file(body) for file, body in outputs.json_files.items() if body is not None}
     dropped = {*files, *outputs.json_files}
     side = tuple(str(path) for path in base.side_files if str(path) not in dropped)
-    digests = tuple({file.path.name: file_sha256(file.path) for file in adapter.files} for adapter in adapters)
-    configs = [adapter.config for adapter in adapters]
-    inputs = [[identity(file) for file in base.files], digests, configs, draft.read]
-    inputs += [[identity(file) for file in original.files]] if original else []
-    settings = [(shard.file, hashlib.sha256(shard.header).hexdigest()) for shard in laid]
-    name = job_digest(__version__, request.choices(), inputs, settings, {".".join(k): v for k, v in changes.items()})
-    return Plan(laid, files, side, changes, tuple(dict.fromkeys(draft.notes)), name, digests)
+    inputs = Inputs(base, tuple(adapters), original)
+    notes = tuple(dict.fromkeys(draft.notes))
+    return Plan(laid, files, side, changes, notes, inputs, request.choices(), draft.read)
 
 
 def _follow_vocabulary(draft: Draft, jobs: Sequence[Job]) -> None:

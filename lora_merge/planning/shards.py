@@ -23,7 +23,7 @@ def grouped(jobs: Iterable[tuple[str, Job]], max_shard_size: int | None) -> list
     groups: list[list[Job]] = []
     size, home = 0, ""
     for file, job in jobs:
-        nbytes = sum(spec.nbytes for spec in job.parts.values())
+        nbytes = job.nbytes
         widened = isinstance(job, Rewrite) or max_shard_size is not None
         full = size + nbytes > limit and (widened or size > limit)
         moved = max_shard_size is None and file != home
@@ -47,10 +47,9 @@ def lay_out(groups: Sequence[Sequence[Job]], stem: str, metadata: Mapping[str, s
 
 def index(shards: Sequence[Shard]) -> bytes:
     """`model.safetensors.index.json` of these shards."""
-    weight_map = {name: shard.file for shard in shards for job in shard.jobs for name in job.parts}
-    total = sum(spec.nbytes for shard in shards for job in shard.jobs for spec in job.parts.values())
-    body = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    return as_file(body)
+    weight_map = sorted((name, shard.file) for shard in shards for job in shard.jobs for name in job.parts)
+    total = sum(job.nbytes for shard in shards for job in shard.jobs)
+    return as_file({"metadata": {"total_size": total}, "weight_map": dict(weight_map)})
 
 
 def changed_config(config: Mapping[str, Any], changes: Mapping[ConfigPath, Any]) -> bytes:
@@ -69,8 +68,12 @@ def changed_config(config: Mapping[str, Any], changes: Mapping[ConfigPath, Any])
 
 
 def as_file(body: Mapping[str, Any]) -> bytes:
-    """A JSON file as transformers writes it."""
-    return (json.dumps(body, indent=2, ensure_ascii=False) + "\n").encode()
+    """A JSON file as transformers writes it; made piece by piece, for an index has a line for each tensor."""
+    data = bytearray()
+    for piece in json.JSONEncoder(indent=2, ensure_ascii=False).iterencode(body):
+        data += piece.encode()
+    data += b"\n"
+    return bytes(data)
 
 
 def shard_stem(files: Sequence[str]) -> str:

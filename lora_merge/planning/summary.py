@@ -12,7 +12,7 @@ def summary(recipe: Recipe, plan: Plan, disk: int, memory: int, notes: tuple[str
     return PlanResult(
         base=str(recipe.base),
         adapters=tuple(map(str, recipe.adapters)),
-        job=plan.digest,
+        job=None if plan.inputs.adapters else plan.digest,
         weights=tuple(map(_planned, plan.jobs)),
         shards={shard.file: shard.nbytes for shard in plan.shards},
         side_files=plan.side_files,
