@@ -198,7 +198,7 @@ def _write_base(folder: Path, layers: int, coded: bool) -> None:
     tensors = list(_tensors(layers, coded))
     shards = max(1, SHARDS * layers // LAYERS)
     step = math.ceil(len(tensors) / shards)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number in range(shards):
         held = dict(tensors[number * step : (number + 1) * step])
         if held:

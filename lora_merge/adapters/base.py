@@ -148,4 +148,4 @@ class Options:
     alpha: float | None = None
     base_is_residual: bool = False
     model_type: str | None = None
-    """`model_type` of the base's config: decides square Conv1D and transposed experts."""
+    """Of the base (`families.model_type`): decides square Conv1D and transposed experts."""

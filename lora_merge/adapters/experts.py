@@ -5,7 +5,8 @@ For a parameter `[E, d1, d2]` lora_A is `[r * E, p]` with experts slowest and lo
 | written by | stored weight | p, q | change of expert e |
 |---|---|---|---|
 | PEFT from 0.19 on | `[E, out, in]` | d2, d1 | s B_e A_e |
-| PEFT from 0.19 on, models that store `[E, in, out]` | `[E, in, out]` | d1, d2 | s (B_e A_e)ᵀ |
+| PEFT from 0.19 on, classes that say `is_transposed` | `[E, in, out]` | d1, d2 | s (B_e A_e)ᵀ |
+| PEFT from 0.19 on, Llama 4, whose class says nothing | `[E, in, out]` | d2, d1 | s B_e A_e |
 | PEFT before 0.19 | either | d1, d2 | s (B_e A_e)ᵀ |
 
 Shapes tell them apart unless d1 = d2. Several parameters of one module nest, the first declared innermost:
@@ -22,15 +23,10 @@ from lora_merge.adapters.base import Claim, Patch
 from lora_merge.adapters.layers import Pair
 from lora_merge.adapters.lowrank import Factor, LowRank
 from lora_merge.errors import AdapterError, listed, printable
+from lora_merge.models.families import Family
+from lora_merge.models.names import STACK_PARAMETERS
 from lora_merge.spec import Location, TensorSpec
 
-DECLARED = (
-    "weight", "w1", "v1", "gate_proj", "up_proj", "gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias",
-    "w2",
-)  # fmt: skip
-"""Parameters in the order in which the model classes of transformers declare them."""
-INPUT_FIRST_MODELS = ("gpt_oss", "aria", "aria_text", "openai_privacy_filter")
-"""Models that store experts `[E, in, out]`."""
 OUTPUT_FIRST_SINCE = (0, 19)
 
 
@@ -38,12 +34,12 @@ OUTPUT_FIRST_SINCE = (0, 19)
 class Stack:
     """The factors of one parameter with `experts` experts.
 
-    input_first: the model stores `[E, in, out]`; old: the adapter was written by a PEFT before 0.19.
+    family: of the model that the adapter was trained on. old: the adapter was written by a PEFT before 0.19.
     """
 
     pair: Pair
     experts: int
-    input_first: bool
+    family: Family
     old: bool
 
     @property
@@ -53,6 +49,11 @@ class Stack:
     @property
     def q(self) -> int:
         return self.pair.outputs
+
+    @property
+    def turned(self) -> bool:
+        """Whether PEFT adds `(B_e A_e)ᵀ` to an expert as the class holds it, not `B_e A_e`."""
+        return self.old or self.family.experts_transposed
 
     def claim(self, parameter: str) -> Claim:
         """The claim on the whole stack, on pieces of it, or on experts stored one by one."""
@@ -71,12 +72,12 @@ class Stack:
 
     def _stacked(self, location: Location, weight: TensorSpec) -> LowRank:
         experts, d1, d2 = weight.shape
-        cut_columns = self.input_first and location.rows is not None
+        cut_columns = self.family.experts_in_out and location.rows is not None
         as_is = self._fits((self.q, d1), (self.p, d2), location.rows, cut_columns)
         transposed = self._fits((self.p, d1), (self.q, d2), location.rows, cut_columns)
         if experts != self.experts or not (as_is or transposed):
             raise self._misfit(location, weight)
-        turn = transposed and (not as_is or self.input_first or self.old)
+        turn = transposed and (not as_is or self.turned)
         return self._update(turn, None, location.rows, cut_columns)
 
     def _single(self, location: Location, weight: TensorSpec, expert: int) -> LowRank:
@@ -86,7 +87,7 @@ class Stack:
         transposed = self._fits((self.p, d1), (self.q, d2), location.rows, False)
         if not 0 <= expert < self.experts or not (as_is or transposed):
             raise self._misfit(location, weight)
-        turn = transposed and (not as_is or (self.old and not self.input_first))
+        turn = transposed and (not as_is or self.turned != self.family.experts_in_out)
         return self._update(turn, expert, location.rows, False)
 
     def _fits(
@@ -138,12 +139,12 @@ def assign(module: str, sides: Mapping[int, tuple[int, int]], target_parameters:
             f"{printable(module)}: the file holds factors for {len(sides)} parameters of this module, and "
             f"target_parameters in adapter_config.json names {len(names)} ({listed(names) or 'none'})"
         )
-    if len(names) > 1 and not set(names) <= set(DECLARED):
+    if len(names) > 1 and not set(names) <= set(STACK_PARAMETERS):
         raise AdapterError(
             f"{printable(module)}: which of {listed(names)} the nested factors belong to cannot be told, for the order "
             "in which the model declares them is not known"
         )
-    order = sorted(names, key=lambda name: DECLARED.index(name) if name in DECLARED else 0)
+    order = sorted(names, key=lambda name: STACK_PARAMETERS.index(name) if name in STACK_PARAMETERS else 0)
     found = dict(zip(sorted(sides, reverse=True), order, strict=True))
     return _by_shape(found, sides)
 

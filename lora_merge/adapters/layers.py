@@ -21,10 +21,6 @@ from lora_merge.adapters.residual import Residual
 from lora_merge.errors import AdapterError, UnsupportedError, printable
 from lora_merge.spec import Location, TensorSpec
 
-CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-CONV1D_NAMES = ("c_attn", "q_attn", "c_proj", "c_fc")
-"""Models of transformers with square Conv1D layers, and how these are called; other shapes speak for themselves."""
-
 
 @dataclass(frozen=True, slots=True)
 class Pair:
@@ -161,13 +157,6 @@ def bias(module: str, key: str, length: int, scale: float) -> Claim:
         return Shift(key, length, scale, location.rows, first)
 
     return Claim(module, "bias", (key,), build, shape=(length,))
-
-
-def is_conv1d(module: str, model_type: str | None, fan_in_fan_out: bool = False) -> bool:
-    """Whether a square weight is stored `[in, out]`; PEFT's flag is that of the last layer it saw."""
-    if model_type in CONV1D_MODELS:
-        return module.rpartition(".")[2] in CONV1D_NAMES
-    return fan_in_fan_out
 
 
 def _magnified(

@@ -27,6 +27,7 @@ from lora_merge.adapters.lora_config import LoraConfig
 from lora_merge.adapters.peft_keys import Entry, read_keys
 from lora_merge.dtypes import PLAIN_FLOATS
 from lora_merge.errors import AdapterError, UnsupportedError, listed, printable
+from lora_merge.models.families import is_conv1d, of_type
 from lora_merge.spec import TensorSpec
 
 FACTOR_ROLES = ("A", "B", "B.bias", "embedding_A", "embedding_B", "magnitude", "diagonal")
@@ -234,7 +235,7 @@ class ClaimReader:
         pair = Pair(
             place.module, a, b, a_shape, b_shape, r, self.settings.scale(path, r), a_blocks, b_blocks,
             roles.get("magnitude"), roles.get("diagonal"), self._init(place.module, prefix, a_shape),
-            layers.is_conv1d(place.module, self.options.model_type, self.settings.fan_in_fan_out),
+            is_conv1d(place.module, self.options.model_type, self.settings.fan_in_fan_out),
         )  # fmt: skip
         self._check_variant(pair, roles)
         return pair
@@ -290,8 +291,7 @@ class ClaimReader:
         scale = self.settings.scale(path, r)
         pair = Pair(place.module, roles["A"], roles["B"], a_shape, b_shape, r, scale)
         old = self.settings.version < experts.OUTPUT_FIRST_SINCE
-        input_first = self.options.model_type in experts.INPUT_FIRST_MODELS
-        return experts.Stack(pair, total // r, input_first, old).claim(parameter)
+        return experts.Stack(pair, total // r, of_type(self.options.model_type), old).claim(parameter)
 
     def notes(self) -> list[str]:
         notes = []

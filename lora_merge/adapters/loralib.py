@@ -23,6 +23,7 @@ from lora_merge.adapters.lowrank import Factor, LowRank
 from lora_merge.adapters.peft_keys import Entry, strip_prefix
 from lora_merge.dtypes import PLAIN_FLOATS
 from lora_merge.errors import AdapterError, UnsupportedError, UsageError, listed, printable
+from lora_merge.models.families import is_conv1d
 from lora_merge.spec import Location, TensorSpec
 
 ENDINGS = (".lora_A", ".lora_B", ".lora_a", ".lora_b")
@@ -96,7 +97,7 @@ def _pair(module: str, a: str, b: str, tensors: Mapping[str, TensorSpec], alpha:
                 "the file, so it cannot be merged"
             )
         raise AdapterError(f"{where} do not multiply")
-    conv1d = layers.is_conv1d(module, options.model_type, fan_in_fan_out=False)
+    conv1d = is_conv1d(module, options.model_type, fan_in_fan_out=False)
     r = a_shape[0]
     return Pair(module, a, b, a_shape, b_shape, r, alpha / r, conv1d=conv1d)
 

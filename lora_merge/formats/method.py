@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from lora_merge.abilities import ABILITIES, Abilities, FormatOptions
 from lora_merge.formats.base import CodedFormat
+from lora_merge.models.config_paths import text_configs
 from lora_merge.spec import TensorSpec
 
 ConfigPath = tuple[str, ...]
@@ -120,8 +121,5 @@ class QuantMethod(Generic[F]):
 def sections(config: Mapping[str, Any]) -> Iterator[tuple[ConfigPath, Any]]:
     """Every place in config.json, or in the text model's part of it, that says how weights are quantized, with what it
     says."""
-    text = config.get("text_config")
-    places: list[tuple[ConfigPath, Mapping[str, Any]]] = [((), config)]
-    places += [(("text_config",), text)] if isinstance(text, Mapping) else []
-    for place, body in places:
-        yield from (((*place, key), body[key]) for key in SECTIONS if key in body)
+    for path, part in text_configs(config):
+        yield from (((*path, key), part[key]) for key in SECTIONS if key in part)

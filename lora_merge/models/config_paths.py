@@ -1,21 +1,25 @@
-"""Where config.json keeps what a merge may change, in plain and in multi-modal models."""
+"""Where config.json keeps things: at its top, and in the sub-configs of the language model of a multi-modal one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 ConfigPath = tuple[str, ...]
 TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
 
 
+def text_configs(config: Mapping[str, Any], path: ConfigPath = ()) -> Iterator[tuple[ConfigPath, Mapping[str, Any]]]:
+    """The config, with the path `()`, and the sub-configs that describe the language model, outermost first."""
+    yield path, config
+    for key in TEXT_PARTS:
+        if isinstance(inner := config.get(key), Mapping):
+            yield from text_configs(inner, (*path, key))
+
+
 def text_parts(config: Mapping[str, Any]) -> tuple[ConfigPath, ...]:
     """Paths of the sub-configs that describe the language model: `("text_config",)`, outermost first."""
-    found: list[ConfigPath] = []
-    for part in TEXT_PARTS:
-        if isinstance(inner := config.get(part), Mapping):
-            found += [(part,), *((part, *path) for path in text_parts(inner))]
-    return tuple(found)
+    return tuple(path for path, _ in text_configs(config) if path)
 
 
 def at(config: Mapping[str, Any], path: ConfigPath) -> Any:
@@ -28,11 +32,7 @@ def at(config: Mapping[str, Any], path: ConfigPath) -> Any:
 
 def vocab_paths(config: Mapping[str, Any]) -> tuple[ConfigPath, ...]:
     """Keys of config.json that hold the number of tokens; to be set together when a merge changes it."""
-    places = [(), *text_parts(config)]
-    named = [
-        (*place, key)
-        for place in places
-        for key in ("vocab_size", "padded_vocab_size")
-        if isinstance(at(config, (*place, key)), int)
-    ]
-    return tuple(named) or ((*places[-1], "vocab_size"),)
+    every = list(text_configs(config))
+    keys = ("vocab_size", "padded_vocab_size")
+    named = [(*path, key) for path, part in every for key in keys if isinstance(part.get(key), int)]
+    return tuple(named) or ((*every[-1][0], "vocab_size"),)

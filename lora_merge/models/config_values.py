@@ -1,6 +1,6 @@
 """Values of config.json, each of the kind that its readers count on: one strict place for all of them.
 
-A key that nobody here reads may hold anything. One that is missing, or null, is not told.
+A key that nobody here reads may hold anything. One that is null counts as missing.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_merge.errors import InputError, printable, quoted
-from lora_merge.models.config_paths import TEXT_PARTS, at, text_parts
+from lora_merge.models.config_paths import TEXT_PARTS, text_configs
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +59,6 @@ def value(body: Mapping[str, Any], key: str, kind: Kind, where: str, default: An
 
 def check(config: Mapping[str, Any], where: str) -> None:
     """Raise InputError where config.json holds a value of another kind at one of the keys that we read everywhere."""
-    for key in EVERYWHERE:
-        value(config, key, EVERYWHERE[key], where)
-    for place in text_parts(config):
+    for path, part in text_configs(config):
         for key in EVERYWHERE:
-            value(at(config, place), key, EVERYWHERE[key], f"{where}: {'.'.join(place)}")
+            value(part, key, EVERYWHERE[key], f"{where}: {'.'.join(path)}" if path else where)

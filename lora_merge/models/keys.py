@@ -19,76 +19,12 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from lora_merge.errors import listed
+from lora_merge.models import families
+from lora_merge.models.names import BASE_PREFIXES, EXPERT_PARTS, ONE_EXPERT, SIBLINGS, SPELLINGS, TOWER, VOCABULARY
 from lora_merge.models.skeleton import NoSkeleton, Skeleton
 from lora_merge.spec import Location, TensorSpec
 
 How = Literal["name", "prefix", "rename", "transformers", "suffix"]
-
-BASE_PREFIXES = frozenset({
-    "model", "transformer", "bert", "roberta", "gpt_neox", "backbone", "electra", "distilbert", "deberta", "albert",
-    "mpnet", "longformer", "led", "ernie", "nomic_bert", "gte", "biogpt", "rwkv", "funnel", "convbert", "mobilebert",
-    "esm", "luke", "tapas", "layoutlm", "vit", "deit", "swin", "resnet", "convnext", "clip", "wav2vec2", "hubert",
-})  # fmt: skip
-"""`base_model_prefix` of transformers classes: what a headless checkpoint lacks and a headed one has."""
-
-VOCABULARY = re.compile(
-    r"(^|\.)(embed_tokens|lm_head|wte|word_embeddings|shared|embed_in|embed_out|output_layer|tok_embeddings|decoder)"
-    r"(\.token_adapter)?\.weight$"
-)
-"""Tensors whose rows are tokens: an adapter may bring more or fewer of them."""
-
-SPELLINGS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        # llava family: before transformers 4.52 / as files keep it <-> as the modules are called since
-        (r"^language_model\.model\.", "model.language_model."),
-        (r"^model\.language_model\.", "language_model.model."),
-        (r"^language_model\.lm_head\.", "lm_head."),
-        (r"^lm_head\.", "language_model.lm_head."),
-        (r"^(vision_tower|multi_modal_projector|visual)\.", r"model.\1."),
-        (r"^model\.(vision_tower|multi_modal_projector|visual)\.", r"\1."),
-        (r"(^|\.)vision_tower\.vision_model\.", r"\1vision_tower."),
-        (r"(^|\.)vision_tower\.(?!vision_model\.)", r"\1vision_tower.vision_model."),
-        # qwen2-vl family
-        (r"^model\.language_model\.", "model."),
-        (r"^model\.(?=layers\.|embed_tokens\.|norm\.)", "model.language_model."),
-        # mixtral: modules say mlp since transformers 5, files say block_sparse_moe
-        (r"\.block_sparse_moe\.", ".mlp."),
-        (r"\.mlp\.(?=gate\.|experts\b)", ".block_sparse_moe."),
-        (r"(\.experts\.\d+)\.w1\.", r"\1.gate_proj."),
-        (r"(\.experts\.\d+)\.w3\.", r"\1.up_proj."),
-        (r"(\.experts\.\d+)\.w2\.", r"\1.down_proj."),
-        (r"(\.experts\.\d+)\.gate_proj\.", r"\1.w1."),
-        (r"(\.experts\.\d+)\.up_proj\.", r"\1.w3."),
-        (r"(\.experts\.\d+)\.down_proj\.", r"\1.w2."),
-        # the first BERT writers
-        (r"\.LayerNorm\.weight$", ".LayerNorm.gamma"),
-        (r"\.LayerNorm\.bias$", ".LayerNorm.beta"),
-    )
-)
-"""Both directions of each renaming; they are chained, so one adapter may mix old and new segments."""
-
-EXPERT_PARTS = {
-    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
-    "gate_proj": (("gate_proj",), ("w1",)),
-    "up_proj": (("up_proj",), ("w3",)),
-    "down_proj": (("down_proj",), ("w2",)),
-}
-"""Fused expert parameter -> the per-expert linears that hold its rows, in order, by naming family."""
-
-ONE_EXPERT = re.compile(r"^(?P<stack>.*experts)\.(?P<expert>\d+)\.(?P<part>gate_proj|up_proj|down_proj)\.weight$")
-IN_OUT_EXPERTS = frozenset({"gpt_oss", "aria", "aria_text", "openai_privacy_filter", "llama4", "llama4_text", "dbrx"})
-"""Model types that store stacked experts `[experts, in, out]`, whose rows are no rows of the module."""
-
-TOWER = re.compile(r"vis|vit\b|audio|speech|image|clip|mtp|talker|draft")
-SPLIT = {
-    "q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "query": "qkv", "key": "qkv", "value": "qkv",
-    "gate_proj": "gate_up", "up_proj": "gate_up",
-}  # fmt: skip
-FUSED = {
-    "qkv": ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "W_pack", "qkv", "in_proj"),
-    "gate_up": ("gate_up_proj", "dense_h_to_4h", "gate_and_up_proj"),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,12 +75,9 @@ class Resolver:
             near = [shapes[name] for name in found]
         return [f"{name} {list(self.tensors[name].shape)}" for name in near]
 
-    @property
-    def model_type(self) -> str:
-        config = self.config or {}
-        text = config.get("text_config")
-        inner = text.get("model_type") if isinstance(text, Mapping) else None
-        return str(config.get("model_type") or inner or "")
+    @cached_property
+    def _family(self) -> families.Family:
+        return families.of_type(families.model_type(self.config or {}))
 
     # by name: the same, with another prefix, or spelled in another way
 
@@ -193,7 +126,7 @@ class Resolver:
             if stack.endswith("experts") and parameter in EXPERT_PARTS:
                 for prefixed in (stack, *self._prefixable(stack)):
                     yield from self._apart(prefixed, parameter, shape, misfits)
-            elif shape is not None and (one := ONE_EXPERT.match(spelt)) and self.model_type not in IN_OUT_EXPERTS:
+            elif shape is not None and (one := ONE_EXPERT.match(spelt)) and not self._family.experts_in_out:
                 for prefixed in (one["stack"], *self._prefixable(one["stack"])):
                     yield from self._within(prefixed, int(one["expert"]), one["part"], shape)
 
@@ -268,7 +201,7 @@ class Resolver:
         return sorted(tuple(reversed(name.split("."))) for name in self.tensors)
 
     def _ending(self, tail: tuple[str, ...]) -> list[str]:
-        """StoredWeight names that end with the segments `tail` (given last segment first)."""
+        """Stored names that end with the segments `tail` (given last segment first)."""
         found = self._backwards[
             bisect_left(self._backwards, tail) : bisect_right(self._backwards, (*tail, chr(0x10FFFF)))
         ]
@@ -306,15 +239,15 @@ class Resolver:
     def _fusion(self, name: str, shape: tuple[int, ...] | None) -> str | None:
         """A sentence where the base keeps this projection inside a fused one, or the pieces of this fused one."""
         parent, _, leaf = name.removesuffix(".weight").rpartition(".")
-        for fused in FUSED.get(SPLIT.get(leaf, ""), ()):
+        for fused in (fused for siblings in SIBLINGS if leaf in siblings.pieces for fused in siblings.fused):
             stored = f"{parent}.{fused}.weight"
             if stored in self.tensors:
                 return (
                     f"the base stores {leaf} inside {stored} {list(self.tensors[stored].shape)} and the adapter was "
                     f"trained on it alone {list(shape or ())}; which rows are its own is not known for this model"
                 )
-        family = next((key for key, names in FUSED.items() if leaf in names), None)
-        pieces = [f"{parent}.{piece}.weight" for piece, key in SPLIT.items() if key == family]
+        together = [siblings.pieces for siblings in SIBLINGS if leaf in siblings.fused]
+        pieces = [f"{parent}.{piece}.weight" for names in together for piece in names]
         if stored_pieces := [piece for piece in pieces if piece in self.tensors]:
             shapes = listed(f"{piece} {list(self.tensors[piece].shape)}" for piece in stored_pieces)
             return f"the adapter was trained on a fused {leaf} {list(shape or ())}, the base stores {shapes}"

@@ -7,26 +7,20 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from lora_merge.dtypes import PLAIN_FLOATS
+from lora_merge.models.names import EXPERT, NOT_QUANTIZED, SIBLINGS
 from lora_merge.models.skeleton import Skeleton
 from lora_merge.spec import TensorSpec
-
-NOT_QUANTIZED = re.compile(
-    r"(.*\.)?(lm_head|output_layer|embed_out|(\w*_)?embed\w*|wte|wpe|\w*norm\w*|ln_\w+|router|gate|shared_expert_gate"
-    r"|score|classifier|v_head)(\..*)?"
-)
-"""Heads, embeddings, norms and routers: what hardly shrinks and what rounding hurts most."""
-EXPERT = re.compile(r".*\.(experts\.\d+\.\w+|gate|router)")
-"""Experts stored one by one, and routers: linears in the file where the class has stacks and modules of its own."""
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"), ("w1", "w3"))
-"""Siblings that a server computes as one matrix, and that need one global scale."""
 
 
 @dataclass(frozen=True, slots=True)
 class Linears:
-    """The linears of a model, in its order: chosen to be quantized, by stored name; and kept, by the model's own."""
+    """The linears of a model, in its order.
+
+    chosen: those to be quantized, by stored name. plain: the others, by their path in the model.
+    """
 
     chosen: tuple[str, ...]
-    kept: tuple[str, ...]
+    plain: tuple[str, ...]
 
 
 def linears(
@@ -65,7 +59,7 @@ def linears(
 
 
 def of_class(skeleton: Skeleton) -> dict[str, str]:
-    """StoredWeight name of each linear that lies in one tensor, by its path in the model."""
+    """Stored name of each linear that lies in one tensor, by its path in the model."""
     found = {}
     for module in skeleton.linear_modules():
         locations = skeleton.disk_tensors(f"{module}.weight")
@@ -86,5 +80,5 @@ def fused_set(module: str, modules: Collection[str]) -> tuple[str, ...]:
 def fused_names(module: str) -> tuple[str, ...]:
     """A module and its siblings that a server computes as one matrix with it, whether the model has them or not."""
     parent, _, leaf = module.rpartition(".")
-    siblings = next((names for names in FUSED if leaf in names), (leaf,))
-    return tuple(f"{parent}.{name}" if parent else name for name in siblings)
+    names = next((siblings.pieces for siblings in SIBLINGS if siblings.one_scale and leaf in siblings.pieces), (leaf,))
+    return tuple(f"{parent}.{name}" if parent else name for name in names)

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_merge.errors import AdapterError, UnsupportedError, listed
-from lora_merge.models.config_paths import ConfigPath, at, text_parts
+from lora_merge.models.config_paths import ConfigPath, at, text_configs
+from lora_merge.models.families import of_type
+from lora_merge.models.names import TOWER
 
 COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 INDEX_LISTS = frozenset({"mlp_only_layers", "cross_attention_layers", "moe_layers", "dense_layers", "attn_layers"})
@@ -19,12 +21,9 @@ STEP_KEYS = {
     "no_rope_layer_interval": (0, 1), "cross_attn_every_n_layers": (0, 1),
 }  # fmt: skip
 """Rules by which a layer's number decides what it is, and the values that make all layers alike."""
-ALTERNATING = frozenset({"gemma2", "gpt_neo"})
-"""Model types whose code alternates kinds of layers by itself where the config has no `layer_types`."""
 MOST_LAYERS = 4096
 MOST_TENSORS = 500_000
 """What `layer_replication` may make; far more than any model has."""
-TOWER = re.compile(r"vis|audio|speech|image|clip|mtp|talker")
 LAYER = re.compile(r"^(?P<stack>(?:[^.\d][^.]*\.)*)(?P<layer>\d+)\.")
 
 
@@ -88,8 +87,8 @@ def _layers(names: Sequence[str]) -> dict[str, set[int]]:
 
 
 def _layer_counts(config: Mapping[str, Any]) -> dict[ConfigPath, int]:
-    paths = [(*place, key) for place in ((), *text_parts(config)) for key in COUNTS]
-    return {path: value for path in paths if isinstance(value := at(config, path), int)}
+    counts = (((*path, key), part.get(key)) for path, part in text_configs(config) for key in COUNTS)
+    return {path: count for path, count in counts if isinstance(count, int)}
 
 
 def _layer_stack(names: Sequence[str], counts: set[int]) -> str:
@@ -122,7 +121,7 @@ def _layer_lists(part: Mapping[str, Any], place: ConfigPath, count: int, order: 
     """New values of the lists in `part` that follow the layers; refuses rules that number layers by themselves."""
     typed = isinstance(part.get("layer_types"), list)
     rules = [key for key, alike in STEP_KEYS.items() if isinstance(v := part.get(key), int) and v not in alike]
-    rules += ["model_type"] if part.get("model_type") in ALTERNATING else []
+    rules += ["model_type"] if of_type(part.get("model_type")).alternating else []
     rules += ["use_sliding_window"] if part.get("use_sliding_window") else []
     if rules and not typed:
         raise UnsupportedError(

@@ -71,7 +71,7 @@ class Skeleton:
         return tuple(self.parameters)
 
     def disk_tensors(self, parameter: str) -> tuple[Location, ...]:
-        """StoredWeight tensors of a parameter path (`model.layers.0.mlp.experts.gate_up_proj`); empty: not stored."""
+        """Stored tensors of a parameter path (`model.layers.0.mlp.experts.gate_up_proj`); empty: not stored."""
         return self.places.get(parameter, ())
 
     def keeps_float32(self, module: str) -> bool:

@@ -13,78 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lora_merge.errors import AdapterError, UnsupportedError
-from lora_merge.models.config_paths import ConfigPath, at, text_parts
+from lora_merge.models.config_paths import ConfigPath, at, text_configs
+from lora_merge.models.families import of_type
+from lora_merge.models.names import EMBEDDING, HEADED, HEADS, POSITION, TOWER
 from lora_merge.models.skeleton import Skeleton
 from lora_merge.spec import TensorSpec
 
 Follow = Literal["nothing", "copies", "everything"]
-
-TIED_BY_DEFAULT = frozenset({
-    "albert", "aya_vision", "bart", "bert", "bert-generation", "big_bird", "bigbird_pegasus", "biogpt",
-    "blenderbot", "blenderbot-small", "blip", "blip_text_model", "bloom", "camembert", "cohere", "cohere2",
-    "cohere2_moe", "cohere2_vision", "cohere_compass_text", "convbert", "cpmant", "ctrl", "data2vec-text",
-    "deberta", "deberta-v2", "deepseek_vl", "deepseek_vl_hybrid", "diffusion_gemma", "diffusion_gemma_text",
-    "distilbert", "electra", "ernie", "ernie4_5", "ernie4_5_moe", "ernie4_5_vl_moe", "ernie4_5_vl_moe_text", "esm",
-    "falcon", "falcon_mamba", "flaubert", "florence2", "fnet", "fun_asr_nano", "funnel", "gemma", "gemma2",
-    "gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "gemma4", "gemma4_assistant", "gemma4_text",
-    "gemma4_unified", "gemma4_unified_assistant", "gemma4_unified_text", "glmasr", "got_ocr2", "gpt-sw3", "gpt2",
-    "gpt_bigcode", "gpt_neo", "gpt_neox_japanese", "granite_docling", "granite_docling_text", "granite_speech",
-    "granite_speech_plus", "granite_swa", "gte", "hunyuan_vl", "hunyuan_vl_text", "hyperclovax_vision_v2", "ibert",
-    "internvl", "janus", "jetmoe", "jina_embeddings_v3", "kimi_k25", "kosmos-2", "kosmos-2.5", "layoutlm", "led",
-    "lfm2", "lfm2_moe", "lfm2_vl", "lfm3", "lfm3_vl", "lighton_ocr", "longformer", "longt5", "luke", "lxmert",
-    "m2m_100", "mamba", "marian", "mbart", "megatron-bert", "minicpm3", "minicpm_ocr", "mistral3", "mobilebert",
-    "modernbert", "modernbert-decoder", "moonshine", "moss_transcribe_diarize", "mpnet", "mpt", "mra", "mt5", "mvp",
-    "neomme", "nllb-moe", "nomic_bert", "nystromformer", "openai-gpt", "opt", "ovis2", "paddleocr_vl",
-    "paddleocr_vl_text", "paligemma", "pegasus", "pegasus_x", "plbart", "pop2piano", "pp_chart2table", "prophetnet",
-    "qwen2_5_omni_text", "qwen3_asr", "qwen3_vl_moe_text", "recurrent_gemma", "roberta", "roberta-prelayernorm",
-    "roc_bert", "roformer", "seamless_m4t", "seamless_m4t_v2", "smollm3", "speech_to_text", "speecht5",
-    "squeezebert", "starcoder2", "switch_transformers", "t5", "t5gemma", "t5gemma2", "tapas", "trocr", "udop",
-    "umt5", "vaultgemma", "vilt", "visual_bert", "voxtral_realtime", "whisper", "xglm", "xlm", "xlm-roberta",
-    "xlm-roberta-xl", "xlnet", "xmod", "yoso", "youtu", "zamba", "zamba2", "zaya",
-})  # fmt: skip
-"""Model types whose config class in transformers ties where config.json says nothing."""
-
-HEADED = re.compile(
-    r"(ForCausalLM|LMHeadModel|WithLMHead\w*|ForConditionalGeneration|ForMaskedLM|ForPreTraining|LMHead)$"
-)
-"""Classes with an output embedding; classifiers and bare models have none, whatever their config says."""
-
-HEADS = (
-    "lm_head.weight", "cls.predictions.decoder.weight", "lm_head.decoder.weight", "predictions.decoder.weight",
-    "generator_lm_head.weight", "vocab_projector.weight", "proj_out.weight", "embed_out.weight",
-    "transformer.output_layer.weight", "output_projection.weight", "output.weight", "decoder.weight", "head.weight",
-    "language_model.lm_head.weight", "text_model.lm_head.weight", "thinker.lm_head.weight",
-    "pred_layer.proj.weight", "lm_loss.weight", "mlm_score.decoder.weight",
-)  # fmt: skip
-"""Names of output embeddings on disk."""
-
-EMBEDDING = re.compile(
-    r"^(?P<root>(?:[A-Za-z_0-9]+\.)*?)(?:"
-    r"(?:decoder\.|language_model\.|text_model\.|language_model\.model\.)?embed_tokens|shared|wte|tokens_embed|embed_in|"
-    r"(?:embedding\.|embeddings?\.)?word_embeddings?|tok_embeddings|embeddings\.tok_embeddings|embeddings"
-    r")\.weight$"
-)
-TOWER = re.compile(r"vis|audio|speech|image|clip|position|mtp|talker")
-
-HEAD_OF_TYPE = {
-    "whisper": "proj_out.weight", "electra": "generator_lm_head.weight", "convbert": "generator_lm_head.weight",
-    "distilbert": "vocab_projector.weight", "albert": "predictions.decoder.weight", "modernbert": "decoder.weight",
-    "gpt_neox_japanese": "embed_out.weight", "gpt_neox": "embed_out.weight", "biogpt": "output_projection.weight",
-    "trocr": "output_projection.weight", "chatglm": "transformer.output_layer.weight", "internlm2": "output.weight",
-    **dict.fromkeys(
-        ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text", "mpnet",
-         "longformer", "ibert", "esm", "xmod", "gte"), "lm_head.decoder.weight"),
-    **dict.fromkeys(
-        ("bert", "ernie", "roc_bert", "deberta", "mobilebert", "fnet", "roformer", "visual_bert", "big_bird",
-         "megatron-bert", "nomic_bert", "layoutlm", "tapas", "nystromformer", "yoso", "mra", "squeezebert"),
-        "cls.predictions.decoder.weight"),
-}  # fmt: skip
-"""Where the head is not called `lm_head`."""
-
-SCALED_WHEN_TIED = frozenset({
-    "t5", "mt5", "umt5", "longt5", "switch_transformers", "udop", "pop2piano", "t5gemma", "t5gemma2",
-})  # fmt: skip
-"""The T5 family: its code reads a stored `tie_word_embeddings: false` as "do not scale the decoder's output"."""
 
 FLAG = "tie_word_embeddings"
 
@@ -120,7 +55,7 @@ class Tie:
 
 
 @dataclass(frozen=True, slots=True)
-class Touch:
+class SideChange:
     """What the adapters do to one side.
 
     rows:  some rows are replaced (trainable tokens). delta: an effect on the whole matrix. saved: replaced by a
@@ -139,15 +74,15 @@ class Touch:
         return self.rows or self.delta or self.saved or self.copied
 
 
-UNTOUCHED = Touch()
+UNCHANGED = SideChange()
 
 
 @dataclass(frozen=True, slots=True)
-class Extra:
+class AddedTensor:
     """A tensor to write that the base does not store.
 
     name: in the output. source: base tensor whose value it starts from. follow: which claims on `source` it takes
-    before its own: none; only those that bring the base's copy (`Touch.copied`, order 0); or all.
+    before its own: none; only those that bring the base's copy (`SideChange.copied`, order 0); or all.
     """
 
     name: str
@@ -160,20 +95,24 @@ class TieAction:
     """What follows for the output; empty where tied weights are no concern of this merge.
 
     write: further tensors, each with its own claims on top. mirror: stored tensors that take the embedding's claims
-    too, if their bytes equal the embedding's. spare: the side whose claims are the other's over again: they count as
+    too, if their bytes equal the embedding's. repeated: the side whose claims are the other's over again: they count as
     used and are not applied. config: new values by path. note: for the report.
     """
 
-    write: tuple[Extra, ...] = ()
+    write: tuple[AddedTensor, ...] = ()
     mirror: tuple[str, ...] = ()
-    spare: str | None = None
+    repeated: str | None = None
     config: Mapping[ConfigPath, bool] = field(default_factory=dict)
     note: str | None = None
 
 
 def is_vocabulary(name: str) -> bool:
     """Whether a tensor of this name has a row for each token: a text embedding or a head."""
-    return name in HEADS or bool(EMBEDDING.match(name) and not TOWER.search(name))
+    return name in HEADS or _is_embedding(name)
+
+
+def _is_embedding(name: str) -> bool:
+    return bool(EMBEDDING.match(name)) and not (TOWER.search(name) or POSITION.search(name))
 
 
 def tied(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec], skeleton: Skeleton | None = None) -> Tie | None:
@@ -204,8 +143,8 @@ def tied(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec], skeleton:
 
 def untie(
     tie: Tie,
-    embedding: Touch = UNTOUCHED,
-    head: Touch = UNTOUCHED,
+    embedding: SideChange = UNCHANGED,
+    head: SideChange = UNCHANGED,
     *,
     rows: int,
     ties_embeddings: bool = False,
@@ -240,23 +179,23 @@ def untie(
     return _part(tie, embedding, head)
 
 
-def _stay(tie: Tie, embedding: Touch, head: Touch) -> TieAction:
+def _stay(tie: Tie, embedding: SideChange, head: SideChange) -> TieAction:
     """One matrix before and after: the embedding's claims apply, the head's repeat them."""
     mirror = (*tie.copies, *([tie.head] if tie.head_on_disk else []))
-    write = () if tie.embedding_on_disk else (Extra(tie.embedding, tie.head),)
-    spare = tie.head if head.any else None
-    return TieAction(write, mirror, spare, note=f"{tie.embedding} and {tie.head} stay one matrix")
+    write = () if tie.embedding_on_disk else (AddedTensor(tie.embedding, tie.head),)
+    repeated = tie.head if head.any else None
+    return TieAction(write, mirror, repeated, note=f"{tie.embedding} and {tie.head} stay one matrix")
 
 
-def _part(tie: Tie, embedding: Touch, head: Touch) -> TieAction:
-    write: list[Extra] = []
+def _part(tie: Tie, embedding: SideChange, head: SideChange) -> TieAction:
+    write: list[AddedTensor] = []
     if not tie.head_on_disk:
         fresh = head.saved or head.copied
-        write.append(Extra(tie.head, tie.embedding, "copies" if embedding.copied and not fresh else "nothing"))
+        write.append(AddedTensor(tie.head, tie.embedding, "copies" if embedding.copied and not fresh else "nothing"))
     if not tie.embedding_on_disk:
         fresh = embedding.saved or embedding.copied
-        write.append(Extra(tie.embedding, tie.head, "copies" if head.copied and not fresh else "nothing"))
-    write += [Extra(alias, source, "everything") for alias, source in tie.partners]
+        write.append(AddedTensor(tie.embedding, tie.head, "copies" if head.copied and not fresh else "nothing"))
+    write += [AddedTensor(alias, source, "everything") for alias, source in tie.partners]
     return TieAction(
         write=tuple(write),
         mirror=tie.copies if embedding.any else (),
@@ -265,7 +204,7 @@ def _part(tie: Tie, embedding: Touch, head: Touch) -> TieAction:
     )
 
 
-def _same_size(tie: Tie, embedding: Touch, head: Touch, rows: int) -> None:
+def _same_size(tie: Tie, embedding: SideChange, head: SideChange, rows: int) -> None:
     inherited = embedding.size if embedding.copied and not tie.head_on_disk else None
     sizes = (embedding.size or rows, head.size or inherited or rows)
     if sizes[0] != sizes[1]:
@@ -277,7 +216,7 @@ def _same_size(tie: Tie, embedding: Touch, head: Touch, rows: int) -> None:
 
 def flag_paths(config: Mapping[str, Any]) -> tuple[ConfigPath, ...]:
     """Where `tie_word_embeddings` is looked for: the top of the config and its text parts, present or not."""
-    return ((FLAG,), *((*path, FLAG) for path in text_parts(config)))
+    return tuple((*path, FLAG) for path, _ in text_configs(config))
 
 
 def _has_head(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> bool:
@@ -289,22 +228,21 @@ def _has_head(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> b
 
 
 def _says_tied(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> bool:
-    said = [bool(value) for path in flag_paths(config) if (value := at(config, path)) is not None]
+    flags = [bool(value) for path in flag_paths(config) if (value := at(config, path)) is not None]
     if _stored_head(config, tensors) is None:
-        return any(said) or not said or (FLAG not in config and _default(config))
+        return any(flags) or not flags or (FLAG not in config and _default(config))
     if config.get("scale_decoder_outputs") is False:
         return False  # the T5 family says so in newer configs, and `tie_word_embeddings` is true in all of them
-    return any(said) if said else _default(config)
+    return any(flags) if flags else _default(config)
 
 
 def _default(config: Mapping[str, Any]) -> bool:
     """What the model class does where the config is silent; a model with its own code inherited True for long."""
-    return config.get("model_type") in TIED_BY_DEFAULT or bool(config.get("auto_map"))
+    return of_type(config.get("model_type")).tied or bool(config.get("auto_map"))
 
 
 def _stored_head(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> str | None:
-    own = HEAD_OF_TYPE.get(str(config.get("model_type")))
-    return next((head for head in (own, *HEADS) if head in tensors), None)
+    return next((head for head in (of_type(config.get("model_type")).head, *HEADS) if head in tensors), None)
 
 
 def _pair(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> tuple[str, str] | None:
@@ -314,21 +252,18 @@ def _pair(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> tuple
     found = [
         name
         for name, spec in tensors.items()
-        if EMBEDDING.match(name)
-        and not TOWER.search(name)
-        and (shapes is None or spec.shape in shapes)
-        and name != head
+        if _is_embedding(name) and (shapes is None or spec.shape in shapes) and name != head
     ]
     if not found:
         return None
     embedding = min(found, key=lambda name: ("encoder." in name, len(name), name))
-    return embedding, head or _head_beside(str(config.get("model_type")), embedding)
+    return embedding, head or _head_beside(config.get("model_type"), embedding)
 
 
-def _head_beside(model_type: str, embedding: str) -> str:
+def _head_beside(model_type: object, embedding: str) -> str:
     """Where loaders look for the head of this embedding: `language_model.model.embed_tokens` has its own prefix."""
     outer = re.match(r"^(language_model|text_model|thinker)\.model\.", embedding)
-    return f"{outer[1]}.lm_head.weight" if outer else HEAD_OF_TYPE.get(model_type, "lm_head.weight")
+    return f"{outer[1]}.lm_head.weight" if outer else of_type(model_type).head
 
 
 def _pair_of(skeleton: Skeleton, tensors: Mapping[str, TensorSpec]) -> tuple[str, str] | None:
@@ -357,7 +292,7 @@ def _partners(head: str, tensors: Mapping[str, TensorSpec]) -> tuple[tuple[str, 
 
 
 def _untie_refusal(config: Mapping[str, Any], embedding: str) -> str | None:
-    if config.get("model_type") in SCALED_WHEN_TIED:
+    if of_type(config.get("model_type")).scaled_when_tied:
         return f"models of type {config['model_type']} read {FLAG}=false as another scaling of the decoder's output"
     if embedding.endswith("shared.weight"):
         return f"encoder and decoder share it too, and {FLAG}=false would part them all"

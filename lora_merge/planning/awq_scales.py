@@ -146,7 +146,7 @@ def _demand_llama(layer: str, awq: Mapping[str, TensorSpec], original: Mapping[s
 
 
 def _of_layer(layer: str, linears: Collection[str], awq: Weights, original: Weights) -> dict[str, Scaling]:
-    """RunningSums of one weight after the other, then the factors between them, then whether all of it fits."""
+    """The sums of one weight after the other, then the factors between them, then whether all of it fits."""
     pairs = [(first, second) for second, first in BEHIND_LINEAR.items() if {first, second} & set(linears)]
     needed = dict.fromkeys((*linears, *(linear for pair in pairs for linear in pair)))
     norms = dict.fromkeys(BEHIND_NORM[linear] for linear in needed if linear in BEHIND_NORM)
@@ -191,8 +191,8 @@ def _of_bias(name: str, awq: Weights, original: Weights) -> torch.Tensor | None:
     if name not in awq.specs or name not in original.specs:
         return None
     ours, theirs = awq.vector(name).double(), original.vector(name).double()
-    told = (ours.abs() > LEAST_BIAS) & (theirs.abs() > LEAST_BIAS) & (ours * theirs > 0)
-    return (theirs / ours).masked_fill(~told, float("nan"))
+    known = (ours.abs() > LEAST_BIAS) & (theirs.abs() > LEAST_BIAS) & (ours * theirs > 0)
+    return (theirs / ours).masked_fill(~known, float("nan"))
 
 
 def _between(first: Products, second: Products, bias: torch.Tensor | None) -> torch.Tensor | None:

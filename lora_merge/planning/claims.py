@@ -12,10 +12,8 @@ from lora_merge.adapters.base import Claim, Options, Patch, Reading
 from lora_merge.checkpoint.opening import Checkpoint
 from lora_merge.errors import AdapterError, UnsupportedError, listed, printable
 from lora_merge.models.keys import Resolver
+from lora_merge.models.names import NEW_HEADS
 from lora_merge.spec import Location, TensorSpec
-
-NEW_HEADS = ("score", "classifier", "qa_outputs", "summary", "v_head")
-"""Modules that a fine-tune adds to a base saved without them; the adapter file holds the whole of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +59,9 @@ def read(adapter: Checkpoint, options: Options, allow_unused: str | None) -> Rea
     except AdapterError as error:
         if allow_unused is None:
             raise AdapterError(f"{printable(adapter.path)}: {error}") from None
-    kept = {name: spec for name, spec in adapter.tensors.items() if not re.search(allow_unused, name)}
+    demanded = {name: spec for name, spec in adapter.tensors.items() if not re.search(allow_unused, name)}
     try:
-        return read_adapter(adapter.config, kept, options)
+        return read_adapter(adapter.config, demanded, options)
     except AdapterError as error:
         raise AdapterError(f"{printable(adapter.path)}: {error}") from None
 
@@ -129,7 +127,7 @@ def _unmatched(
     first = unmatched[0].claim
     near = resolver.suggest(first.module)
     shape = f" (factors say {list(first.shape)})" if first.shape else ""
-    hint = f" CheckpointFiles: {listed(seen, 2)}." if seen else ""
+    hint = f" Found: {listed(seen, 2)}." if seen else ""
     hint += f" Nearest in the base to {printable(first.module)}{shape}: {listed(near, 3)}." if near else ""
     return AdapterError(
         f"{', '.join(paths)}: {len(unmatched)} of {total} adapted parameters have no place in the base: "

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from lora_merge.adapters.base import Patch
-from lora_merge.adapters.layers import is_conv1d
 from lora_merge.checkpoint.opening import Checkpoint
 from lora_merge.containers.json_file import read_json
 from lora_merge.errors import printable
@@ -17,7 +16,8 @@ from lora_merge.formats import METHODS, Format, Plain, StoredWeight
 from lora_merge.formats import weights as gathered
 from lora_merge.formats.method import SECTION, ConfigPath
 from lora_merge.models import config_values
-from lora_merge.models.ties import Extra, Tie, Touch, tied, untie
+from lora_merge.models.families import is_conv1d, model_type
+from lora_merge.models.ties import AddedTensor, SideChange, Tie, tied, untie
 from lora_merge.planning.claims import PlacedClaim, PlacedClaims, patches
 from lora_merge.planning.jobs import parameters
 from lora_merge.spec import TensorSpec
@@ -29,7 +29,7 @@ CHUNK = 1 << 22
 
 @dataclass(slots=True)
 class Draft:
-    """Where each output tensor comes from, what the weights are, what changes in the config, what to tell.
+    """What is known of the output so far.
 
     sources: output tensor -> base tensor. config: of the base, with what another file says of its quantization.
     weights: by the name without quantization; parts are output tensors. specs: of all that an adapter can name, every
@@ -68,11 +68,11 @@ class Draft:
 
     def is_conv1d(self, name: str) -> bool:
         """Whether the model class has this weight `[in, out]`."""
-        return name.endswith(".weight") and is_conv1d(name.removesuffix(".weight"), self.config.get("model_type"))
+        return name.endswith(".weight") and is_conv1d(name.removesuffix(".weight"), model_type(self.config))
 
     def seen_as_linears(self, claims: PlacedClaims) -> PlacedClaims:
-        """Tell those who change a Conv1D that it lies `[out, in]` here: codes do, and plain weights that `gather`
-        transposed."""
+        """The claims, marked where a weight is `[out, in]` here although its class may have it `[in, out]` (Conv1D):
+        codes are, and plain weights that `gather` transposed."""
         by_tensor = dict(claims.by_tensor)
         for name, stored in self.weights.items():
             if name in by_tensor and stored.format.as_linear:
@@ -115,40 +115,40 @@ class Draft:
         built = [patches(spec, side) for side in sides]
         action = untie(
             tie,
-            *map(_touch, built),
+            *map(_side_change, built),
             rows=spec.shape[0],
             ties_embeddings=ties_embeddings,
             saved_alike=_saved_alike(built, adapters),
         )
-        if action.spare:
-            by_tensor.pop(action.spare, None)
-            if action.spare == tie.embedding or not sides[0]:
+        if action.repeated:
+            by_tensor.pop(action.repeated, None)
+            if action.repeated == tie.embedding or not sides[0]:
                 by_tensor[tie.embedding] = _moved(sides[1], tie.embedding)
         leading = by_tensor.get(tie.embedding if tie.embedding_on_disk else tie.head, ())
         for name in action.mirror:
             if self._same(name, tie.embedding):
                 by_tensor[name] = _moved(leading, name)
-        for extra in action.write:
-            by_tensor[extra.name] = self._extra(extra, by_tensor)
+        for tensor in action.write:
+            by_tensor[tensor.name] = self._added(tensor, by_tensor)
         self.changes |= action.config
         if action.note:
             self.notes.append(action.note)
         return replace(claims, by_tensor={name: side for name, side in by_tensor.items() if side})
 
-    def _extra(self, extra: Extra, by_tensor: Mapping[str, tuple[PlacedClaim, ...]]) -> tuple[PlacedClaim, ...]:
+    def _added(self, added: AddedTensor, by_tensor: Mapping[str, tuple[PlacedClaim, ...]]) -> tuple[PlacedClaim, ...]:
         """Start a weight that the base does not store from another; the claims that it takes."""
-        stored = self.weights[extra.source]
-        old, new = (name.removesuffix(".weight") for name in (extra.source, extra.name))
+        stored = self.weights[added.source]
+        old, new = (name.removesuffix(".weight") for name in (added.source, added.name))
         parts = {part: new + name.removeprefix(old) for part, name in stored.parts.items()}
         self.sources |= {parts[part]: self.sources[name] for part, name in stored.parts.items()}
-        self.weights[extra.name] = replace(stored, parts=parts)
-        self.specs[extra.name] = spec = stored.weight
+        self.weights[added.name] = replace(stored, parts=parts)
+        self.specs[added.name] = spec = stored.weight
         inherited = [
             placed
-            for placed, patch in patches(spec, by_tensor.get(extra.source, ()))
-            if extra.follow == "everything" or (extra.follow == "copies" and patch.kind == COPIED)
+            for placed, patch in patches(spec, by_tensor.get(added.source, ()))
+            if added.follow == "everything" or (added.follow == "copies" and patch.kind == COPIED)
         ]
-        return (*_moved(inherited, extra.name), *by_tensor.get(extra.name, ()))
+        return (*_moved(inherited, added.name), *by_tensor.get(added.name, ()))
 
     def _one_matrix(self, tie: Tie) -> bool:
         """False where both sides are stored and differ: then loaders keep them apart whatever the flag says."""
@@ -209,10 +209,10 @@ def _share_copies(tie: Tie, by_tensor: dict[str, tuple[PlacedClaim, ...]], spec:
             by_tensor[other] = (*_moved(copies, other), *by_tensor.get(other, ()))
 
 
-def _touch(built: Sequence[tuple[PlacedClaim, Patch]]) -> Touch:
+def _side_change(built: Sequence[tuple[PlacedClaim, Patch]]) -> SideChange:
     sizes = [patch.replaces.shape[0] for _, patch in built if patch.replaces is not None]
     replacing = [patch.kind for _, patch in built if patch.replaces is not None]
-    return Touch(
+    return SideChange(
         rows=any(placed.claim.keeps_tie for placed, _ in built),
         delta=any(patch.replaces is None and not placed.claim.keeps_tie for placed, patch in built),
         saved=any(kind != COPIED for kind in replacing),

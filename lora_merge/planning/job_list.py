@@ -31,13 +31,13 @@ def job_list(
     of those files. Uses up `claims.by_tensor`, whose claims are as many as the jobs."""
     scalings = _scalings(draft, claims, request, original)
     maker = _Maker(draft, claims, request, outputs, *_rounded(draft, request), scalings)
-    places = {name: number for number, name in enumerate(draft.base.tensors)}
-    homes = {name: draft.sources[name] for name in draft.specs if name in draft.sources}
-    homes |= {name: draft.sources[next(iter(stored.parts.values()))] for name, stored in draft.weights.items()}
+    order = {name: number for number, name in enumerate(draft.base.tensors)}
+    first_tensor = {name: draft.sources[name] for name in draft.specs if name in draft.sources}
+    first_tensor |= {name: draft.sources[next(iter(stored.parts.values()))] for name, stored in draft.weights.items()}
     jobs: list[tuple[str, Job]] = []
-    for name in sorted(homes, key=lambda name: places[homes[name]]):
-        home = draft.base.file_of(homes[name]).path.name
-        jobs += [(home, job) for job in maker.jobs(name)]
+    for name in sorted(first_tensor, key=lambda name: order[first_tensor[name]]):
+        file = draft.base.file_of(first_tensor[name]).path.name
+        jobs += [(file, job) for job in maker.jobs(name)]
     if maker.refused:
         raise UnsupportedError(
             f"{printable(draft.base.path)}: the adapter changes {listed(maker.refused)}, but "
@@ -218,7 +218,7 @@ class _Maker:
 
 
 def _stale(draft: Draft, jobs: Sequence[Job]) -> list[str]:
-    """What to say of scales of activations that were measured before the merge."""
+    """A note on scales of activations that were measured before the merge."""
     found = []
     for job in jobs:
         if isinstance(job, Rewrite) and job.effects:
@@ -239,7 +239,7 @@ def _stacked(applied: Sequence[Effect], *formats: Format) -> bool:
 
 
 def _with_siblings(jobs: Sequence[tuple[str, Job]]) -> list[tuple[str, Job]]:
-    """Tell each weight that takes a scale from a whole set of weights which these are."""
+    """The same jobs; each weight that shares a scale with others has these as its siblings."""
     fused = {
         job.name.removesuffix(job.target.weight_suffix): job
         for _, job in jobs
@@ -253,4 +253,4 @@ def _with_siblings(jobs: Sequence[tuple[str, Job]]) -> list[tuple[str, Job]]:
                 replace(one, quantize=replace(one.quantize or QuantizeOptions(), compute_dtype="F32")) for one in family
             ]
         joined[job.name] = replace(next(one for one in family if one.name == job.name), siblings=tuple(family))
-    return [(home, joined.get(job.name, job) if isinstance(job, Rewrite) else job) for home, job in jobs]
+    return [(file, joined.get(job.name, job) if isinstance(job, Rewrite) else job) for file, job in jobs]

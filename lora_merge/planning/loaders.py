@@ -1,8 +1,7 @@
-"""What transformers' loader of a format makes of a model class: which modules it quantizes, and by which names it is
-told to leave one as it is.
+"""Which modules transformers' loader of a format quantizes in a model class, and which names keep it from one.
 
-A loader that takes a module for quantized whose weight is plain, or the other way round, fills it with nothing or with
-raw codes, and says so only in a report of keys. So modules that a loader would not take stay plain.
+A loader fills a module with nothing, or with raw codes, where it takes a plain weight for a quantized one or the other
+way round; only a report of keys shows it. So modules that a loader would not take stay plain.
 """
 
 from __future__ import annotations
@@ -25,11 +24,15 @@ EXPERTS = re.compile(r"(.*\.experts)\..*")
 
 @dataclass(frozen=True, slots=True)
 class LoaderFit:
-    """written: modules to quantize, by stored name. kept: those that config.json must name as plain, by their path in
-    the model. reasons: why modules that were to be written stay plain."""
+    """Modules as one loader can open them.
+
+    written: modules to quantize, by stored name.
+    plain: those that config.json must name as plain, by their path in the model.
+    reasons: by module, why some that were to be written stay plain.
+    """
 
     written: tuple[str, ...]
-    kept: tuple[str, ...]
+    plain: tuple[str, ...]
     reasons: Mapping[str, str]
 
 
@@ -43,16 +46,16 @@ def fitted(
     skeleton: Skeleton | None,
     tensors: Iterable[str],
     written: Sequence[str],
-    kept: Sequence[str],
+    plain: Sequence[str],
 ) -> LoaderFit:
     """Divide modules so that the loader takes exactly those for quantized that are written so.
 
     loader: None for a format that transformers does not load. tensors: every stored name, for a model without a
-    skeleton. written: by stored name; kept: by stored name or path.
+    skeleton. written: by stored name. plain: by stored name or path.
     Raises UnsupportedError where no list of names would do.
     """
     paths = {stored: path for path, stored in of_class(skeleton).items()} if skeleton else {}
-    named = tuple(dict.fromkeys(paths.get(module, module) for module in kept))
+    named = tuple(dict.fromkeys(paths.get(module, module) for module in plain))
     if loader is None:
         return LoaderFit(tuple(written), named, {})
     _refuse_split_experts(loader, skeleton, written)
@@ -84,14 +87,16 @@ def still_plain(
     Raises UnsupportedError where the loader could not tell the two apart.
     """
     every = linears(tensors, skeleton, experts=takes_expert_linears(method.loader))
-    kept = [module for module in (*every.chosen, *every.kept) if module not in written]
-    was = fitted(method.loader, skeleton, tensors, before, [module for module in kept if module not in before])
-    fit = fitted(method.loader, skeleton, tensors, list(written), kept)
+    plain = [module for module in (*every.chosen, *every.plain) if module not in written]
+    quantized = set(before)
+    was = fitted(method.loader, skeleton, tensors, before, [module for module in plain if module not in quantized])
+    fit = fitted(method.loader, skeleton, tensors, list(written), plain)
     if mixed := [module for module in fit.reasons if module not in was.reasons]:
         raise UnsupportedError(
             f"--keep: {listed(mixed)} cannot stay quantized then ({fit.reasons[mixed[0]]}); keep them as well"
         )
-    return [*kept, *(module for module in fit.kept if module not in (*was.kept, *kept))]
+    named = {*was.plain, *plain}
+    return [*plain, *(module for module in fit.plain if module not in named)]
 
 
 def _unfit(loader: Loader, skeleton: Skeleton | None, path: str) -> str | None:
@@ -140,12 +145,12 @@ def _experts(
     if loader.experts == "linears":
         return {}
     stored = _stored_experts(skeleton) if skeleton else {}
-    homes = {one: path for path, names in stored.items() for one in names}
+    modules_of = {one: path for path, names in stored.items() for one in names}
     inside: dict[str, list[str]] = {path: [] for path in modules}
     for one in written:
-        home = homes.get(one) or ((match := EXPERTS.fullmatch(one)) and match[1])
-        if home in inside:
-            inside[home].append(one)
+        module = modules_of.get(one) or ((match := EXPERTS.fullmatch(one)) and match[1])
+        if module in inside:
+            inside[module].append(one)
     merged = {
         path
         for path, names in stored.items()

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora_merge.abilities import FORMATS
-from lora_merge.adapters.layers import is_conv1d
 from lora_merge.dtypes import MODEL_DTYPES, PLAIN_FLOATS
 from lora_merge.errors import UnsupportedError, UsageError, listed, printable
 from lora_merge.formats import (
@@ -24,6 +23,7 @@ from lora_merge.formats import (
 from lora_merge.formats.chatglm import is_chatglm
 from lora_merge.formats.method import SECTION, ConfigPath
 from lora_merge.formats.plain import WRITABLE
+from lora_merge.models.families import is_conv1d, model_type
 from lora_merge.models.linears import Linears, linears
 from lora_merge.models.skeleton import NoSkeleton, Skeleton, build
 from lora_merge.planning.base_formats import Method, common, declared, removal, removed_files, unreadable
@@ -77,7 +77,7 @@ def _plain(name: str, stored: StoredWeight, request: Recipe, config: Mapping[str
         own = MODEL_DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), own)
     if stored.format.coded:
         module = name.removesuffix(".weight")
-        transposed = len(stored.weight.shape) == 2 and is_conv1d(module, config.get("model_type"))
+        transposed = len(stored.weight.shape) == 2 and is_conv1d(module, model_type(config))
     else:
         transposed = stored.format.as_linear
     return Plain(request.target_dtype or own, transposed)
@@ -169,8 +169,8 @@ def _chosen(
         transposed = [module for module, name in modules.items() if conv1d and weights[name].format.as_linear]
         linear = set(found.chosen)
         extra = {module: None for module in transposed if module not in linear and not _matches(keep, module)}
-        return Linears((*found.chosen, *extra), tuple(module for module in found.kept if module not in extra))
-    every, quantized = dict.fromkeys((*found.chosen, *found.kept)), set(taken)
+        return Linears((*found.chosen, *extra), tuple(module for module in found.plain if module not in extra))
+    every, quantized = dict.fromkeys((*found.chosen, *found.plain)), set(taken)
     return Linears(tuple(taken), tuple(module for module in every if module not in quantized))
 
 
@@ -204,12 +204,12 @@ def _quantized(
     format = method.from_options(_options(request, method, common(present), weights, specs), specs)
     reasons = {module: reason for module, spec in specs.items() if (reason := format.refusal(spec))}
     written = {module: format for module in specs if module not in reasons}
-    fit = fitted(method.loader, model, tensors, list(written), [*found.kept, *reasons])
+    fit = fitted(method.loader, model, tensors, list(written), [*found.plain, *reasons])
     written = dict.fromkeys(fit.written, format)
     reasons |= fit.reasons
     if not written:
         raise UnsupportedError(f"no weight can be written as {format}: {listed(set(reasons.values()), 3)}")
-    changes = removal(present, config) | method.config_changes(written, fit.kept, config)
+    changes = removal(present, config) | method.config_changes(written, fit.plain, config)
     notes = [f"{printable(module)} stays plain: {reason}" for module, reason in reasons.items()]
     if missing := unfilled(method.loader, model, format.describe(next(iter(specs.values()))), written):
         notes.append(_unopened(method, missing))

@@ -8,6 +8,7 @@ from lora_merge.adapters.base import Options, Reading
 from lora_merge.checkpoint.opening import Checkpoint, Inputs
 from lora_merge.errors import AdapterError, UnsupportedError, listed
 from lora_merge.models.config_paths import at, vocab_paths
+from lora_merge.models.families import model_type
 from lora_merge.models.keys import Resolver
 from lora_merge.models.replication import replicate
 from lora_merge.models.skeleton import build
@@ -32,7 +33,7 @@ def make(request: Recipe, base: Checkpoint, adapters: Sequence[Checkpoint], orig
     Raises AdapterError where an adapter does not fit, UnsupportedError where a weight cannot be merged or written.
     """
     draft = Draft.of(base)
-    asked = Options(request.alpha, request.base_is_residual, draft.config.get("model_type"))
+    asked = Options(request.alpha, request.base_is_residual, model_type(draft.config))
     readings = [effects.read(adapter, asked, request.allow_unused) for adapter in adapters]
     draft.notes += [note for adapter in adapters for note in adapter.notes]
     draft.notes += [note for reading in readings for note in reading.notes]
@@ -134,8 +135,8 @@ def _follow_vocabulary(draft: Draft, jobs: Sequence[Job]) -> None:
         draft.changes |= dict.fromkeys(paths, new)
     rows = {name: shape[0] for name, shape in after.items() if name in resized or is_vocabulary(name)}
     if resized and len(set(rows.values())) > 1:
-        told = listed(f"{name} {count}" for name, count in rows.items())
+        counts = listed(f"{name} {count}" for name, count in rows.items())
         raise AdapterError(
-            f"the adapter resizes only a part of the vocabulary; rows after the merge: {told}. Save the adapter again "
-            "with save_embedding_layers=True, so that it brings embedding and head alike"
+            f"the adapter resizes only a part of the vocabulary; rows after the merge: {counts}. Save the adapter "
+            "again with save_embedding_layers=True, so that it brings embedding and head alike"
         )

@@ -170,7 +170,7 @@ def _amplify_(rows: torch.Tensor, base: torch.Tensor, right: torch.Tensor | None
 
 def _amplified(right: torch.Tensor | None, sample: Sequence[Sample]) -> tuple[torch.Tensor, float]:
     """The gains less one that keep the change in the mean, and their mean, which directions that the sample does not
-    show get too. CheckpointFiles by secants: what is kept grows with a power of the gain, `steep`."""
+    show get too. Found by secants: what is kept grows with a power of the gain, `steep`."""
     seen = [_coordinates(tile.merged - tile.base, right) for tile in sample]
     energy = torch.stack([change.T @ change for change in seen]).sum(0)
     sizes, axes = torch.linalg.eigh(energy)

@@ -15,6 +15,7 @@ from lora_merge.adapters.experts import Stack
 from lora_merge.adapters.layers import Pair
 from lora_merge.adapters.lora_config import token_indices
 from lora_merge.adapters.peft_keys import parse
+from lora_merge.models.families import USUAL
 from lora_merge.spec import Location, TensorSpec
 
 
@@ -65,7 +66,7 @@ def low_rank(kind: str) -> Case:
     }
     target = targets.get(kind, Location("w"))
     if kind in ("experts", "turned", "expert"):
-        claim = Stack(pair(a, b, r=4), 3, False, False).claim("gate_up_proj")
+        claim = Stack(pair(a, b, r=4), 3, USUAL, False).claim("gate_up_proj")
         patch = claim.build(target, spec(weight))
     else:
         claims = {"conv2d": layers.convolution, "embedding": layers.embedding}

@@ -67,6 +67,8 @@ def test_layout_follows_the_shape() -> None:
         (None, "mixtral", True),
         ("0.21.2", "gpt_oss", True),
         ("0.18.0", "gpt_oss", True),
+        ("0.21.2", "llama4", False),
+        ("0.18.0", "llama4", True),
     ],
 )
 def test_square_experts_follow_version_and_model(version: str | None, model_type: str | None, turned: bool) -> None:
@@ -93,7 +95,16 @@ def test_experts_apart_of_an_old_adapter_are_turned() -> None:
     torch.testing.assert_close(piece, product(tensors)[2].T[4:])
 
 
-@pytest.mark.parametrize(("version", "model_type", "turned"), [("0.18.0", None, True), ("0.18.0", "gpt_oss", False)])
+@pytest.mark.parametrize(
+    ("version", "model_type", "turned"),
+    [
+        ("0.18.0", None, True),
+        ("0.18.0", "gpt_oss", False),
+        ("0.21.2", "gpt_oss", False),
+        ("0.18.0", "llama4", False),
+        ("0.21.2", "llama4", True),
+    ],
+)
 def test_square_experts_apart(version: str, model_type: str | None, turned: bool) -> None:
     tensors = factors(p=6, q=6)
     [claim] = claims(tensors, ["experts.down_proj"], model_type, peft_version=version)
@@ -113,6 +124,13 @@ def test_pieces_of_experts_stored_input_first_are_columns() -> None:
     [claim] = claims(tensors, ["experts.gate_up_proj"], "gpt_oss")
     piece = delta(claim, tensors, Location("w", rows=(4, 8)), E, 5, 4)
     torch.testing.assert_close(piece, product(tensors)[:, 4:].transpose(1, 2))
+
+
+def test_pieces_of_experts_of_llama4_are_columns_too() -> None:
+    tensors = factors(p=8, q=5)  # PEFT takes [E, in, out] for [E, out, in]: the class does not say is_transposed
+    [claim] = claims(tensors, ["experts.gate_up_proj"], "llama4", peft_version="0.21.2")
+    piece = delta(claim, tensors, Location("w", rows=(4, 8)), E, 5, 4)
+    torch.testing.assert_close(piece, product(tensors)[:, :, 4:])
 
 
 def test_nested_factors_go_to_the_parameters_in_declared_order() -> None:

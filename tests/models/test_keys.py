@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 import pytest
 
-from lora_merge.models import keys
 from lora_merge.models.keys import Resolver, fits, spellings
+from lora_merge.models.names import BASE_PREFIXES
 from lora_merge.models.skeleton import NoSkeleton, Skeleton
 from lora_merge.spec import Location, TensorSpec
 
@@ -276,4 +276,4 @@ def test_prefixes_are_those_of_transformers() -> None:
     assert spec and spec.origin
     sources = Path(spec.origin).parent.glob("models/*/modeling_*.py")
     known = {name for file in sources for name in re.findall(r'base_model_prefix = "(\w+)"', file.read_text())}
-    assert known >= keys.BASE_PREFIXES
+    assert known >= BASE_PREFIXES

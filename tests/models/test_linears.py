@@ -26,7 +26,7 @@ def of(model: str, tmp_path: Path, **words: Any) -> Linears:
 
 def test_those_of_the_layers_and_not_the_head(tmp_path: Path) -> None:
     found = of("llama", tmp_path)
-    assert found.kept == ("lm_head",)
+    assert found.plain == ("lm_head",)
     names = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
     names += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
     assert found.chosen == tuple(f"model.layers.{layer}.{name}" for layer in range(2) for name in names)
@@ -36,8 +36,8 @@ def test_what_a_pattern_names_is_kept_in_the_order_of_the_model(tmp_path: Path) 
     found = of("llama", tmp_path, keep=[re.compile(r"1\.mlp"), re.compile("q_proj")])
     mlp = [f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")]
     queries = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(2)]
-    assert found.kept == (*queries, *mlp, "lm_head")
-    assert len(found.chosen) == 9 and not set(found.chosen) & set(found.kept)
+    assert found.plain == (*queries, *mlp, "lm_head")
+    assert len(found.chosen) == 9 and not set(found.chosen) & set(found.plain)
 
 
 @pytest.mark.parametrize(("model", "block"), [("mixtral", "block_sparse_moe"), ("qwen2_moe", "mlp")])
@@ -46,7 +46,7 @@ def test_experts_that_the_class_stacks_count_where_loaders_take_them(tmp_path: P
     assert not any(".experts." in module for module in without.chosen)
     experts = [module for module in found.chosen if f".{block}.experts." in module]
     assert len(experts) == 2 * 4 * 3
-    assert sum(module.endswith(f"{block}.gate") for module in found.kept) == 2  # the routers
+    assert sum(module.endswith(f"{block}.gate") for module in found.plain) == 2  # the routers
 
 
 def test_without_a_class_every_matrix_but_heads_embeddings_norms_and_routers() -> None:
@@ -55,7 +55,7 @@ def test_without_a_class_every_matrix_but_heads_embeddings_norms_and_routers() -
     none = ["wte", "model.embed_tokens", "transformer.wpe"]
     found = linears(specs(*layer, *kept, *none), None)
     assert found.chosen == tuple(layer)
-    assert found.kept == tuple(kept)
+    assert found.plain == tuple(kept)
 
 
 def test_only_matrices_of_floats_count() -> None:

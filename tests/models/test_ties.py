@@ -14,16 +14,18 @@ from safetensors.torch import load_file, save_file
 
 from lora_merge.errors import AdapterError, UnsupportedError
 from lora_merge.models.config_paths import vocab_paths
+from lora_merge.models.families import of_type
+from lora_merge.models.names import HEADED
 from lora_merge.models.skeleton import Skeleton
-from lora_merge.models.ties import HEADED, TIED_BY_DEFAULT, Extra, Tie, TieAction, Touch, tied, untie
+from lora_merge.models.ties import AddedTensor, SideChange, Tie, TieAction, tied, untie
 from lora_merge.spec import Location, TensorSpec
 
 torch.set_num_threads(1)
 
-DELTA = Touch(delta=True)
-SAVED = Touch(saved=True, size=40)
-COPIED = Touch(copied=True, delta=True, size=40)
-ROWS = Touch(rows=True)
+DELTA = SideChange(delta=True)
+SAVED = SideChange(saved=True, size=40)
+COPIED = SideChange(copied=True, delta=True, size=40)
+ROWS = SideChange(rows=True)
 E = "model.embed_tokens.weight"
 H = "lm_head.weight"
 
@@ -128,7 +130,7 @@ def test_tables_agree_with_transformers() -> None:
     wrong = []
     for model_type in sorted(set(CONFIG_MAPPING_NAMES) & {key for table in tables for key in table}):
         default = default_of(CONFIG_MAPPING[model_type])
-        if default is not None and default != (model_type in TIED_BY_DEFAULT):
+        if default is not None and default != of_type(model_type).tied:
             wrong.append((model_type, default))
     assert not wrong
     heads = [
@@ -161,28 +163,30 @@ FLIPPED = {("tie_word_embeddings",): False}
 @pytest.mark.parametrize(
     ("embedding", "head", "write"),
     [
-        (Touch(), DELTA, (Extra(H, E),)),
-        (DELTA, Touch(), (Extra(H, E),)),
-        (DELTA, DELTA, (Extra(H, E),)),
-        (Touch(), SAVED, (Extra(H, E),)),
-        (SAVED, Touch(), (Extra(H, E),)),
-        (SAVED, SAVED, (Extra(H, E),)),
-        (COPIED, Touch(), (Extra(H, E, "copies"),)),
-        (COPIED, DELTA, (Extra(H, E, "copies"),)),
-        (COPIED, SAVED, (Extra(H, E),)),
-        (Touch(), ROWS, (Extra(H, E),)),
+        (SideChange(), DELTA, (AddedTensor(H, E),)),
+        (DELTA, SideChange(), (AddedTensor(H, E),)),
+        (DELTA, DELTA, (AddedTensor(H, E),)),
+        (SideChange(), SAVED, (AddedTensor(H, E),)),
+        (SAVED, SideChange(), (AddedTensor(H, E),)),
+        (SAVED, SAVED, (AddedTensor(H, E),)),
+        (COPIED, SideChange(), (AddedTensor(H, E, "copies"),)),
+        (COPIED, DELTA, (AddedTensor(H, E, "copies"),)),
+        (COPIED, SAVED, (AddedTensor(H, E),)),
+        (SideChange(), ROWS, (AddedTensor(H, E),)),
     ],
 )
-def test_a_touch_on_one_side_parts_them(embedding: Touch, head: Touch, write: tuple[Extra, ...]) -> None:
+def test_a_change_of_one_side_parts_them(
+    embedding: SideChange, head: SideChange, write: tuple[AddedTensor, ...]
+) -> None:
     action = untie(tie(), embedding, head, rows=40)
-    assert (action.write, action.config, action.mirror, action.spare) == (write, FLIPPED, (), None)
+    assert (action.write, action.config, action.mirror, action.repeated) == (write, FLIPPED, (), None)
     assert action.note and "false" in action.note
     stored = untie(tie(head_on_disk=True), embedding, head, rows=40)
     assert (stored.write, stored.config, stored.mirror) == ((), FLIPPED, ())
     if head.rows:
         return  # single tokens of the input embedding are another story
     swapped = untie(tie(head_on_disk=True, embedding_on_disk=False), head, embedding, rows=40)
-    assert swapped.write == tuple(Extra(E, H, extra.follow) for extra in write)
+    assert swapped.write == tuple(AddedTensor(E, H, extra.follow) for extra in write)
 
 
 @pytest.mark.parametrize(
@@ -190,19 +194,19 @@ def test_a_touch_on_one_side_parts_them(embedding: Touch, head: Touch, write: tu
     [
         (DELTA, DELTA, {"ties_embeddings": True}, H),
         (ROWS, ROWS, {"ties_embeddings": True}, H),
-        (ROWS, Touch(), {}, None),
+        (ROWS, SideChange(), {}, None),
         (SAVED, SAVED, {"saved_alike": True}, H),
     ],
 )
 def test_what_concerns_both_alike_leaves_them_one(
-    embedding: Touch, head: Touch, words: dict[str, bool], spare: str | None
+    embedding: SideChange, head: SideChange, words: dict[str, bool], spare: str | None
 ) -> None:
     action = untie(tie(), embedding, head, rows=40, **words)
-    assert (action.write, action.config, action.mirror, action.spare) == ((), {}, (), spare)
+    assert (action.write, action.config, action.mirror, action.repeated) == ((), {}, (), spare)
     both = untie(tie(head_on_disk=True, copies=("c",)), embedding, head, rows=40, **words)
-    assert (both.write, both.config, both.mirror, both.spare) == ((), {}, ("c", H), spare)
+    assert (both.write, both.config, both.mirror, both.repeated) == ((), {}, ("c", H), spare)
     only_head = untie(tie(head_on_disk=True, embedding_on_disk=False), embedding, head, rows=40, **words)
-    assert (only_head.write, only_head.mirror) == ((Extra(E, H),), (H,))
+    assert (only_head.write, only_head.mirror) == ((AddedTensor(E, H),), (H,))
 
 
 def test_nothing_touched_nothing_done() -> None:
@@ -220,14 +224,14 @@ def test_one_token_row_and_a_delta_are_refused() -> None:
 
 
 def test_a_vocabulary_resized_on_one_side_is_refused() -> None:
-    wide = Touch(saved=True, size=48)
+    wide = SideChange(saved=True, size=48)
     with pytest.raises(AdapterError, match=r"48 rows and lm_head.weight 40"):
         untie(tie(), wide, rows=40)
     with pytest.raises(AdapterError, match=r"40 rows and lm_head.weight 48"):
-        untie(tie(), Touch(), wide, rows=40)
+        untie(tie(), SideChange(), wide, rows=40)
     assert untie(tie(), wide, wide, rows=40).config == FLIPPED
-    copied = Touch(copied=True, delta=True, size=48)
-    assert untie(tie(), copied, rows=40).write == (Extra(H, E, "copies"),)
+    copied = SideChange(copied=True, delta=True, size=48)
+    assert untie(tie(), copied, rows=40).write == (AddedTensor(H, E, "copies"),)
     with pytest.raises(AdapterError):
         untie(tie(head_on_disk=True), copied, rows=40)
 
@@ -236,7 +240,7 @@ def test_a_vocabulary_resized_on_one_side_is_refused() -> None:
 def test_the_t5_family_cannot_be_parted(model_type: str) -> None:
     found = tie_of("shared.weight", architectures=["TForConditionalGeneration"], model_type=model_type)
     assert found and not found.untie_allowed
-    for sides in ((DELTA, Touch()), (Touch(), DELTA), (SAVED, SAVED)):
+    for sides in ((DELTA, SideChange()), (SideChange(), DELTA), (SAVED, SAVED)):
         with pytest.raises(UnsupportedError, match="scaling"):
             untie(found, *sides, rows=40)
     assert untie(found, ROWS, rows=40).config == {}
@@ -257,7 +261,7 @@ def test_a_bias_tied_by_the_same_flag_is_stored_when_parted() -> None:
     found = tied(config, specs(words, "cls.predictions.bias"))
     assert found
     assert (
-        Extra("cls.predictions.decoder.bias", "cls.predictions.bias", "everything")
+        AddedTensor("cls.predictions.decoder.bias", "cls.predictions.bias", "everything")
         in untie(found, DELTA, rows=40).write
     )
     both = tied(config, specs(words, "cls.predictions.bias", "cls.predictions.decoder.bias"))
@@ -297,7 +301,7 @@ def test_parted_files_load_as_two_matrices(model_type: str, side: str, tmp_path:
     original = values[found.embedding].clone()
     changes = {found.embedding: torch.randn(40, 16), found.head: torch.randn(40, 16)}
     touched = {found.embedding: side in ("embedding", "both"), found.head: side in ("head", "both")}
-    action = untie(found, Touch(delta=touched[found.embedding]), Touch(delta=touched[found.head]), rows=40)
+    action = untie(found, SideChange(delta=touched[found.embedding]), SideChange(delta=touched[found.head]), rows=40)
     for extra in action.write:
         values[extra.name] = values[extra.source].clone()
     for name, change in changes.items():

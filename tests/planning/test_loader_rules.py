@@ -41,7 +41,7 @@ def test_without_a_loader_every_module_is_written() -> None:
 def test_derived_classes_and_modules_in_float32_stay_plain() -> None:
     skeleton = model("m.q", "m.k", "m.wo", "m.wot", derived={"m.k": "OddLinear"}, float32=("wo",))
     found = fitted(Loader(derived=False), skeleton, (), ["m.q", "m.k", "m.wo", "m.wot"], [])
-    assert found.written == ("m.q", "m.wot") and found.kept == ("m.k", "m.wo")
+    assert found.written == ("m.q", "m.wot") and found.plain == ("m.k", "m.wo")
     assert found.reasons["m.k"].startswith("OddLinear is derived") and "float32" in found.reasons["m.wo"]
     assert fitted(Loader(), skeleton, (), ["m.k"], []).written == ("m.k",)
 
@@ -59,7 +59,7 @@ def test_what_the_loader_takes_for_a_plain_module_becomes_plain() -> None:
     """Entries name by their beginning up to a dot, and by their end; what they take is an entry in its turn."""
     written = ["m.fc", "m.fcs", "head.proj", "x.m.fc", "m.out_head"]
     found = fitted(Loader(by_end=True), None, (), written, ["m.fc", "head"])
-    assert found.written == ("m.fcs",) and found.kept[:2] == ("m.fc", "head")
+    assert found.written == ("m.fcs",) and found.plain[:2] == ("m.fc", "head")
     assert set(found.reasons) == {"m.fc", "head.proj", "x.m.fc", "m.out_head"}
     assert "takes it for head, which stays plain" in found.reasons["head.proj"]
     assert fitted(Loader(), None, (), written, ["head"]).written == tuple(written)
@@ -68,21 +68,21 @@ def test_what_the_loader_takes_for_a_plain_module_becomes_plain() -> None:
 def test_names_of_kept_modules_are_those_of_the_model() -> None:
     skeleton = model(places={"model.head.weight": (Location("head.weight"),)})
     skeleton = Skeleton("Made", "model", skeleton.parameters, ("model.head",), {}, skeleton.places, {})
-    assert fitted(Loader(), skeleton, (), [], ["head"]).kept == ("model.head",)
+    assert fitted(Loader(), skeleton, (), [], ["head"]).plain == ("model.head",)
 
 
 def test_codes_that_would_not_be_found_are_not_written() -> None:
     skeleton = model("m.q", "head", strays=frozenset({"head"}))
     found = fitted(Loader(), skeleton, (), ["m.q", "head"], [])
     assert (
-        found.written == ("m.q",) and found.kept == ("head",) and "stored under another name" in found.reasons["head"]
+        found.written == ("m.q",) and found.plain == ("head",) and "stored under another name" in found.reasons["head"]
     )
 
 
 def test_a_loader_that_renames_its_list_gets_a_pattern_as_well() -> None:
     skeleton = model("a.odd", patterns={"a.odd": "a.od[d]"})
-    assert fitted(Loader(renames=True), skeleton, (), [], ["a.odd"]).kept == ("a.odd", "a.od[d]")
-    assert fitted(Loader(), skeleton, (), [], ["a.odd"]).kept == ("a.odd",)
+    assert fitted(Loader(renames=True), skeleton, (), [], ["a.odd"]).plain == ("a.odd", "a.od[d]")
+    assert fitted(Loader(), skeleton, (), [], ["a.odd"]).plain == ("a.odd",)
 
 
 @pytest.mark.parametrize("written", [[], PROJECTIONS[:3], PROJECTIONS])
@@ -90,14 +90,14 @@ def test_experts_are_merged_all_or_none(written: list[str]) -> None:
     found = fitted(Loader(experts="merged", own_experts=True), experts(), (), ["model.q", *written], ["head"])
     whole = written == PROJECTIONS
     assert found.written == (("model.q", *written) if whole else ("model.q",))
-    assert ("model.experts" in found.kept) != whole
+    assert ("model.experts" in found.plain) != whole
     assert set(found.reasons) == (set() if whole else set(written))
 
 
 def test_experts_that_no_loader_can_stack_stay_plain() -> None:
     stacks = fitted(Loader(), experts(), (), ["model.q", *PROJECTIONS], [])
-    assert stacks.written == ("model.q",) and stacks.kept == (*PROJECTIONS, "model.experts")
-    assert fitted(Loader(), experts(), (), ["model.q"], []).kept == ()
+    assert stacks.written == ("model.q",) and stacks.plain == (*PROJECTIONS, "model.experts")
+    assert fitted(Loader(), experts(), (), ["model.q"], []).plain == ()
     assert fitted(Loader(experts="linears"), experts(), (), PROJECTIONS, []).written == tuple(PROJECTIONS)
 
 
@@ -106,7 +106,7 @@ def test_without_a_skeleton_experts_are_known_by_name() -> None:
     written = ["model.q", "other.experts.0.up"]
     found = fitted(Loader(own_experts=True, experts="merged"), None, tensors, written, [])
     assert found.written == ("model.q",)
-    assert set(found.kept) == {"other.experts.0.up", "model.layers.0.mlp.experts", "other.experts"}
+    assert set(found.plain) == {"other.experts.0.up", "model.layers.0.mlp.experts", "other.experts"}
 
 
 def test_a_stack_that_the_loader_wants_apart_is_refused() -> None:
@@ -115,7 +115,7 @@ def test_a_stack_that_the_loader_wants_apart_is_refused() -> None:
     for name in ("compressed-tensors", "bitsandbytes"):
         with pytest.raises(UnsupportedError, match=r"model\.experts: .* one by one, and they are stored as a stack"):
             fitted(METHODS[name].loader, skeleton, (), ["model.q"], [])
-    assert fitted(METHODS["fp8"].loader, skeleton, (), ["model.q"], []).kept == ("model.experts",)
+    assert fitted(METHODS["fp8"].loader, skeleton, (), ["model.q"], []).plain == ("model.experts",)
 
 
 def test_what_a_loader_cannot_put_together_is_told() -> None:

@@ -10,9 +10,9 @@ import pytest
 
 import lora_merge
 from lora_merge.containers.regular_file import RegularFile
-from lora_merge.formats import QUANTIZED, FormatOptions, Plain, StoredWeight
+from lora_merge.formats import METHODS, FormatOptions, Plain, StoredWeight
 from lora_merge.planning.output_formats import decide
-from lora_merge.request import Request
+from lora_merge.request import Recipe
 from lora_merge.spec import TensorSpec
 
 
@@ -48,9 +48,9 @@ def test_seventy_thousand_linears_take_seconds() -> None:
     """Each module is looked for among all that are quantized, and among all that stay plain."""
     names = [f"model.layers.{n // 700}.mlp.experts.{n % 700}.down_proj.weight" for n in range(70_000)]
     spec = TensorSpec("BF16", (128, 128))
-    coded = QUANTIZED["fp8"].from_options(FormatOptions(8), {})
+    coded = METHODS["fp8"].from_options(FormatOptions(8), {})
     weights = {name: StoredWeight(coded, spec, {"weight": name}) for name in names}
-    request = Request(Path("base"), (), None, bits=4, keep=(r"layers\.[0-4]\.",))
+    request = Recipe(Path("base"), (), bits=4, keep=(r"layers\.[0-4]\.",))
     start = time.process_time()
     outputs = decide(request, weights, {"model_type": "made_up"}, dict.fromkeys(names, spec))
     assert time.process_time() - start < 8
