@@ -84,7 +84,8 @@ class Pair:
         if transposed and not (as_is and (location.as_linear or not self.conv1d)):
             update = LowRank(replace(a, transpose=True), replace(b, transpose=True), self.scale)
             return _started(self, _magnified(self, update, columnwise=True), weight, True, location)
-        update = LowRank(replace(b, rows=location.rows), a, self.scale, first, stacked=True if one_expert else None)
+        left = replace(b, rows=location.rows) if location.rows else b
+        update = LowRank(left, a, self.scale, first, stacked=True if one_expert else None)
         return _started(self, _magnified(self, update, rows=location.rows), weight, False, location)
 
 

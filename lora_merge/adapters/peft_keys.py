@@ -12,6 +12,7 @@ from lora_merge.errors import AdapterError, listed
 PREFIXES = ("base_model.model.", "base_model.")
 STRUCTURAL = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 """Segments of training wrappers; no base knows them."""
+_WRAPPED = re.compile("|".join(STRUCTURAL))
 
 _NAME = r"(?:\.(?P<name>(?!weight$|bias$)[^.]+))?"
 ROLES = (
@@ -82,7 +83,9 @@ def parse(key: str, adapter: str = "default") -> Entry:
 
     adapter: the name that a copy of a saved module may carry, `modules_to_save.default.weight`.
     """
-    path = ".".join(segment for segment in strip_prefix(key).split(".") if segment not in STRUCTURAL)
+    path = strip_prefix(key)
+    if _WRAPPED.search(path):
+        path = ".".join(segment for segment in path.split(".") if segment not in STRUCTURAL)
     split = _SPLIT.search(path)
     if split is None:
         module, _, parameter = path.rpartition(".")

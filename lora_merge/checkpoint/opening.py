@@ -20,6 +20,7 @@ from lora_merge.dtypes import TORCH_NAMES
 from lora_merge.errors import InputError, UnsupportedError, listed, printable
 from lora_merge.request import Recipe
 from lora_merge.spec import TensorSpec
+from lora_merge.system.collecting import collecting_seldom
 
 if TYPE_CHECKING:
     import torch
@@ -157,6 +158,7 @@ def identity(file: TensorFile) -> dict[str, Any]:
     }
 
 
+@collecting_seldom()
 def _open(located: CheckpointFiles) -> Checkpoint:
     config = read_json(located.config) if located.config else None
     files: list[TensorFile] = []

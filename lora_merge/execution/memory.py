@@ -13,7 +13,7 @@ from lora_merge.errors import MemoryLimitError, printable
 from lora_merge.execution.blocks import COPIED
 from lora_merge.execution.executor import Machine, blocks_in_flight
 from lora_merge.execution.tiles import CACHED, TILE, tile_rows
-from lora_merge.planning.jobs import Plan, Rewrite
+from lora_merge.planning.jobs import Plan, Rewrite, described
 from lora_merge.request import RunOptions
 
 BLOCK_TILES = 1
@@ -105,7 +105,7 @@ def _beside_tiles(job: Rewrite) -> int:
 def _packed(job: Rewrite) -> int:
     """The packed parts of a weight, where they cannot be read or written as they come."""
     stored = [(job.target, job.weight)] + ([(job.source.format, job.source.weight)] if job.source else [])
-    coded = [format.describe(weight) for format, weight in stored if format.coded]
+    coded = [described(format, weight) for format, weight in stored if format.coded]
     return sum(spec.nbytes for parts in coded for spec in parts.values())
 
 

@@ -13,7 +13,7 @@ def text_configs(config: Mapping[str, Any], path: ConfigPath = ()) -> Iterator[t
     """The config, with the path `()`, and the sub-configs that describe the language model, outermost first."""
     yield path, config
     for key in TEXT_PARTS:
-        if isinstance(inner := config.get(key), Mapping):
+        if (inner := config.get(key)) and isinstance(inner, Mapping):
             yield from text_configs(inner, (*path, key))
 
 

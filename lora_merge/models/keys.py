@@ -112,7 +112,8 @@ class Resolver:
         return tuple(sorted(BASE_PREFIXES & {name.partition(".")[0] for name in self.tensors}))
 
     def _fits(self, name: str, shape: tuple[int, ...] | None) -> bool:
-        return fits(self.tensors[name].shape, shape, any_rows=bool(VOCABULARY.search(name)))
+        stored = self.tensors[name].shape
+        return stored == shape or fits(stored, shape, any_rows=bool(VOCABULARY.search(name)))
 
     def _misfit(self, names: list[str], shape: tuple[int, ...] | None) -> str:
         found = listed(f"{name} {list(self.tensors[name].shape)}" for name in names)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from lora_merge.models import config_values
 from lora_merge.models.families import is_conv1d, model_type
 from lora_merge.models.ties import AddedTensor, SideChange, Tie, tied, untie
 from lora_merge.planning.claims import PlacedClaim, PlacedClaims, patches
-from lora_merge.planning.jobs import parameters
 from lora_merge.spec import TensorSpec
 
 COPIED = "embeddings"
@@ -177,12 +176,18 @@ class Draft:
         return True
 
 
+def _parameters(format: Format) -> tuple[Hashable, ...]:
+    """The class of a format and all of its fields, also those that its equality leaves out."""
+    kind: Any = type(format)
+    return kind, *(getattr(format, one.name) for one in fields(kind))
+
+
 def _sharing(weights: dict[str, StoredWeight]) -> dict[str, StoredWeight]:
     """The same weights, with one object for all formats and specs that are equal: there may be 100,000 of them."""
     formats: dict[tuple[Hashable, ...], Format] = {}
     specs: dict[TensorSpec, TensorSpec] = {}
     for name, stored in weights.items():
-        format = formats.setdefault(parameters(stored.format), stored.format)
+        format = formats.setdefault(_parameters(stored.format), stored.format)
         weights[name] = StoredWeight(format, specs.setdefault(stored.weight, stored.weight), stored.parts)
     return weights
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Hashable, Iterator, Mapping
-from dataclasses import dataclass, fields
-from functools import cache, cached_property
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from lora_merge import __version__
@@ -104,26 +104,17 @@ Job = Copy | Rewrite
 
 
 def described(format: Format, weight: TensorSpec) -> Mapping[str, TensorSpec]:
-    """`format.describe(weight)`, one mapping for all weights that are alike."""
-    key = (*parameters(format), weight)
+    """`format.describe(weight)`, one mapping for all weights that share the format and are alike."""
+    key = id(format), weight
     if key not in _DESCRIBED:
-        if len(_DESCRIBED) > MOST_DESCRIBED:
+        if len(_DESCRIBED) >= MOST_DESCRIBED:
             _DESCRIBED.clear()
-        _DESCRIBED[key] = format.describe(weight)
-    return _DESCRIBED[key]
+        _DESCRIBED[key] = format, format.describe(weight)
+    return _DESCRIBED[key][1]
 
 
-def parameters(format: Format) -> tuple[Hashable, ...]:
-    """The class of a format and all of its fields, also those that its equality leaves out."""
-    return type(format), *(getattr(format, name) for name in _field_names(type(format)))
-
-
-@cache
-def _field_names(kind: type[Any]) -> tuple[str, ...]:
-    return tuple(field.name for field in fields(kind))
-
-
-_DESCRIBED: dict[tuple[Hashable, ...], Mapping[str, TensorSpec]] = {}
+_DESCRIBED: dict[tuple[int, TensorSpec], tuple[Format, Mapping[str, TensorSpec]]] = {}
+"""By identity, for formats that are equal may describe a weight differently. A format that is held keeps its id."""
 MOST_DESCRIBED = 4096
 
 

@@ -22,11 +22,13 @@ from lora_merge.planning.job_list import job_list
 from lora_merge.planning.jobs import Copy, Job, Plan, Rewrite
 from lora_merge.planning.output_formats import OutputFormats, decide
 from lora_merge.request import Recipe
+from lora_merge.system.collecting import collecting_seldom
 
 CONFIG = "config.json"
 INDEX = "{}.safetensors.index.json"
 
 
+@collecting_seldom()
 def make(request: Recipe, base: Checkpoint, adapters: Sequence[Checkpoint], original: Checkpoint | None = None) -> Plan:
     """The plan of a recipe whose inputs are open. original: what `--adapter-base` names.
 

@@ -50,8 +50,8 @@ def test_seventy_thousand_linears_take_seconds() -> None:
     spec = TensorSpec("BF16", (128, 128))
     coded = METHODS["fp8"].from_options(FormatOptions(8), {})
     weights = {name: StoredWeight(coded, spec, {"weight": name}) for name in names}
-    request = Recipe(Path("base"), (), bits=4, keep=(r"layers\.[0-4]\.",))
+    recipe = Recipe(Path("base"), (), bits=4, keep=(r"layers\.[0-4]\.",))
     start = time.process_time()
-    outputs = decide(request, weights, {"model_type": "made_up"}, dict.fromkeys(names, spec))
+    outputs = decide(recipe, weights, {"model_type": "made_up"}, dict.fromkeys(names, spec))
     assert time.process_time() - start < 8
     assert sum(isinstance(format, Plain) for format in outputs.formats.values()) == 5 * 700
