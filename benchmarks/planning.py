@@ -7,8 +7,8 @@ The checkpoint is headers alone: 61 layers with 256 experts each, float8 codes w
 (90,000 tensors, 13 GB, sparse as well). `bfloat16` is the same checkpoint without codes.
 
 Each plan is a process of its own. Seconds are those of the wall clock and those of the CPU (user and system); memory is
-the highest RssAnon seen by looking every 5 ms. The last column says how much more time a tensor takes than in the
-smallest model: 1.0 is a straight line.
+the highest RssAnon seen by looking every 5 ms. The last column is what a further layer costs between the two largest
+models, over what it costs between the two smallest: 1.0 is a straight line.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ OUTPUTS: dict[str, list[str]] = {
     "awq 4": ["--format", "awq", "--bits", "4"], "fp8 8": ["--format", "fp8", "--bits", "8"],
     "fbgemm_fp8 8": ["--format", "fbgemm_fp8", "--bits", "8"],
     "modelopt 4": ["--format", "modelopt", "--bits", "4"], "modelopt 8": ["--format", "modelopt", "--bits", "8"],
-    "mxfp4": ["--format", "mxfp4"], "chatglm 4": ["--format", "chatglm", "--bits", "4"],
+    "mxfp4 4": ["--format", "mxfp4", "--bits", "4"], "chatglm 4": ["--format", "chatglm", "--bits", "4"],
 }  # fmt: skip
 """What is asked of the plan, by the name of its line."""
 
@@ -64,12 +64,11 @@ Header = dict[str, tuple[str, list[int]]]
 
 @dataclass(frozen=True)
 class Measured:
-    """One plan. wall, cpu: seconds; memory: bytes of RssAnon; weights: rows of the plan, 0 where it is refused."""
+    """One plan. wall, cpu: seconds; memory: bytes of RssAnon; refusal: the error, empty where there is none."""
 
     wall: float
     cpu: float
     memory: int
-    weights: int
     refusal: str
 
 
@@ -104,17 +103,23 @@ def _row(home: Path, base: str, adapter: str, name: str, layers: list[int], runs
         found = min((measured(command) for _ in range(runs)), key=lambda one: one.cpu)
         if found.refusal:
             return f"{text} {found.cpu:6.1f} s CPU, refused: {found.refusal}"
-        each.append(found.cpu / found.weights)
+        each.append(found.cpu)
         text += f"  {found.wall:5.1f} s {found.cpu:5.1f} s {found.memory / 1e6:5.0f} MB"
-    return f"{text}   {each[-1] / each[0]:.2f}"
+    return f"{text}   {bend(layers, each):.2f}"
+
+
+def bend(layers: list[int], seconds: list[float]) -> float:
+    """Seconds of a layer at the end of the curve over those at its beginning; NaN without three points."""
+    slopes = [(seconds[n + 1] - seconds[n]) / (layers[n + 1] - layers[n]) for n in range(len(layers) - 1)]
+    return slopes[-1] / slopes[0] if len(slopes) > 1 else math.nan
 
 
 def measured(words: list[str]) -> Measured:
     """Run `lora-merge ... --dry-run` and look at it."""
-    command = [sys.executable, "-m", "lora_merge", *words, "--dry-run", "--json"]
+    command = [sys.executable, "-m", "lora_merge", *words, "--dry-run"]
     began = time.monotonic()
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(command, stdout=out, stderr=errors)
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
         memory = 0
         while True:
             memory = max(memory, _anonymous(process.pid))
@@ -124,12 +129,10 @@ def measured(words: list[str]) -> Measured:
             time.sleep(0.005)
         wall = time.monotonic() - began
         process.returncode = os.waitstatus_to_exitcode(status)
-        out.seek(0)
         errors.seek(0)
         lines = errors.read().decode().strip().splitlines()
-        plan = json.loads(out.read()) if not process.returncode else {}
     refusal = lines[-1][:160] if process.returncode else ""
-    return Measured(wall, usage.ru_utime + usage.ru_stime, memory, len(plan.get("weights", ())), refusal)
+    return Measured(wall, usage.ru_utime + usage.ru_stime, memory, refusal)
 
 
 def _anonymous(pid: int) -> int:
