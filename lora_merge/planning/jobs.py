@@ -106,11 +106,12 @@ Job = Copy | Rewrite
 def described(format: Format, weight: TensorSpec) -> Mapping[str, TensorSpec]:
     """`format.describe(weight)`, one mapping for all weights that share the format and are alike."""
     key = id(format), weight
-    if key not in _DESCRIBED:
+    found = _DESCRIBED.get(key)
+    if found is None:  # several threads may ask: what one of them clears, another has in hand
         if len(_DESCRIBED) >= MOST_DESCRIBED:
             _DESCRIBED.clear()
-        _DESCRIBED[key] = format, format.describe(weight)
-    return _DESCRIBED[key][1]
+        found = _DESCRIBED[key] = format, format.describe(weight)
+    return found[1]
 
 
 _DESCRIBED: dict[tuple[int, TensorSpec], tuple[Format, Mapping[str, TensorSpec]]] = {}
