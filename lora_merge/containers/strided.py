@@ -71,7 +71,7 @@ def _read_elements(read: Read, itemsize: int, offset: int, dims: Dims, first: in
 
 
 def _boxes(offset: int, dims: Dims, first: int, last: int) -> Iterator[tuple[int, Dims]]:
-    """ByteRange elements `[first, last)` of a view into boxes: (first element, dims) in order."""
+    """Cut elements `[first, last)` of a view into boxes: (first element, dims) in order."""
     if first >= last:
         return
     if not dims:

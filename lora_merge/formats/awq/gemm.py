@@ -38,7 +38,7 @@ LEAST = 1e-5
 
 @dataclass(frozen=True, slots=True)
 class AWQ(AWQFormat):
-    """StoredWeight transposed, `[in, out]`; eight rows of the weight share a word."""
+    """Stored transposed, `[in, out]`; eight rows of the weight share a word."""
 
     version: ClassVar[str] = "gemm"
 
