@@ -9,7 +9,7 @@ SETTINGS := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 PROCESSES := --numprocesses logical --maxprocesses 8 --dist worksteal -q
 # The quick tests: no matrix of merges, no other library's models, no signals, kills and full disks.
 FAST := $(addprefix tests/,adapters checkpoint containers docs formats models output planning quantization verification) \
-	tests/test_architecture.py tests/test_layers.py tests/test_patterns.py tests/test_request.py \
+	$(addprefix tests/test_,abilities.py architecture.py dtypes.py layers.py patterns.py request.py) \
 	$(addprefix --ignore=tests/,containers/test_descriptors.py formats/test_format_matrix.py output/test_location.py \
 	planning/test_loaders.py) -k 'not tiles_make_the_whole and not thousand'
 
