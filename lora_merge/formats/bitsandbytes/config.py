@@ -29,8 +29,12 @@ def section(old: object, bits: int, dtype: str, plain: Sequence[str], keys: Mapp
 def check_plain(plain: Sequence[str], written: Iterable[str]) -> None:
     """Raises UnsupportedError where the loader would take a quantized module for one that is plain: it matches names
     by their beginning up to a dot, and by their end."""
+    names, lengths = set(plain), {len(name) for name in plain}
     taken = [
-        module for module in written if any(module.startswith(f"{name}.") or module.endswith(name) for name in plain)
+        module
+        for module in written
+        if any(module[:dot] in names for dot, sign in enumerate(module) if sign == ".")
+        or any(module[len(module) - length :] in names for length in lengths if length <= len(module))
     ]
     if taken:
         raise UnsupportedError(
