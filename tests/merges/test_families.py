@@ -133,7 +133,7 @@ def test_experts_that_are_fp8_already_stay_so_or_all_become_plain(base: Callable
 
 
 def test_experts_of_another_format_become_fp8_all_of_a_layer(base: Callable[[str], Path], tmp_path: Path) -> None:
-    """StoredWeight one by one as codes, they are what the loader merges into its stacks of FP8."""
+    """Stored one by one as codes, they are what the loader merges into its stacks of FP8."""
     kind, name = MODELS["mixtral"]
     lora_merge.merge(base("mixtral"), [], tmp_path / "int8", bits=8)
     lora_merge.merge(tmp_path / "int8", [], tmp_path / "out", bits=8, format="fp8")

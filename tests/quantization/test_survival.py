@@ -101,7 +101,7 @@ def test_without_factors_the_change_itself_is_the_direction() -> None:
 @pytest.mark.parametrize("noise", [3.0, 12.0, 48.0])
 @pytest.mark.parametrize("shape", [(OUT, COLUMNS, R), (384, 384, 16), (16, 300, 16), (16, 16, 16)])
 def test_noise_that_knows_nothing_of_the_adapter_is_no_loss(shape: tuple[int, int, int], noise: float) -> None:
-    """StoredBytes survival of a small matrix is low by chance alone; a deleted change is seen all the same."""
+    """Raw survival of a small matrix is low by chance alone; a deleted change is seen all the same."""
     out, columns, r = shape
     low = 0
     for seed in range(20):
