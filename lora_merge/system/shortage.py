@@ -34,12 +34,16 @@ SIGNS = (
 
 
 def is_shortage(error: BaseException | None) -> bool:
-    """Whether an error, or one that it came of, says that memory or threads are short."""
+    """Whether an error, or one that it came of, says that memory or threads are short.
+
+    Under a limited address space a SystemError says it too: a function in C failed and set no exception.
+    """
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         text = str(error).lower()
-        if isinstance(error, MemoryError) or any(sign in text for sign in SIGNS):
+        silent = isinstance(error, SystemError) and _address_space() != resource.RLIM_INFINITY
+        if isinstance(error, MemoryError) or silent or any(sign in text for sign in SIGNS):
             return not isinstance(error, LoraMergeError)
         error = error.__cause__ or error.__context__
     return False
@@ -63,7 +67,7 @@ def check_imports(modules: tuple[str, ...], used: str) -> None:
     used: `torch` for a first product, or nothing. Tried in a child, and only where a limit is set, torch is not
     there yet, and no other thread is, which a fork would leave behind.
     """
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    limit = _address_space()
     if limit == resource.RLIM_INFINITY or "torch" in sys.modules or _others():
         return
     try:
@@ -104,8 +108,13 @@ def _try(modules: Sequence[str], used: str, limit: int) -> None:
         os._exit(code)
 
 
+def _address_space() -> int:
+    """The limit of this process's address space, in bytes."""
+    return resource.getrlimit(resource.RLIMIT_AS)[0]
+
+
 def _advice() -> str:
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    limit = _address_space()
     if limit == resource.RLIM_INFINITY:
         return "make room, or take fewer --threads and a --max-memory"
     return (

@@ -106,6 +106,16 @@ def test_words_of_short_memory(error: Exception) -> None:
         raise error
 
 
+def test_a_failure_without_a_word_is_short_memory_where_it_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    silent = SystemError("error return without exception set")
+    monkeypatch.setattr(shortage, "_address_space", lambda: resource.RLIM_INFINITY)
+    assert not shortage.is_shortage(silent)
+    monkeypatch.setattr(shortage, "_address_space", lambda: 800 << 20)
+    assert shortage.is_shortage(silent)
+    with pytest.raises(MemoryLimitError, match=r"memory is short.*ulimit -v"), shortage.telling_shortage():
+        raise silent
+
+
 def test_other_errors_pass() -> None:
     with pytest.raises(ValueError, match="odd"), shortage.telling_shortage():
         raise ValueError("odd")
