@@ -25,12 +25,12 @@ from lora_merge.request import SAME, Recipe
 
 
 def job_list(
-    draft: Draft, claims: PlacedClaims, request: Recipe, outputs: OutputFormats, original: Checkpoint | None = None
+    draft: Draft, claims: PlacedClaims, recipe: Recipe, outputs: OutputFormats, original: Checkpoint | None = None
 ) -> list[tuple[str, Job]]:
     """A job for every weight and other tensor of the output, each with the base file that it comes from, in the order
     of those files. Uses up `claims.by_tensor`, whose claims are as many as the jobs."""
-    scalings = _scalings(draft, claims, request, original)
-    maker = _Maker(draft, claims, request, outputs, *_rounded(draft, request), scalings)
+    scalings = _scalings(draft, claims, recipe, original)
+    maker = _Maker(draft, claims, recipe, outputs, *_rounded(draft, recipe), scalings)
     order = {name: number for number, name in enumerate(draft.base.tensors)}
     first_tensor = {name: draft.sources[name] for name in draft.specs if name in draft.sources}
     first_tensor |= {name: draft.sources[next(iter(stored.parts.values()))] for name, stored in draft.weights.items()}
@@ -60,14 +60,14 @@ def _refuse_clashes(jobs: Sequence[Job]) -> None:
         )
 
 
-def _rounded(draft: Draft, request: Recipe) -> tuple[CodedFormat | None, Collection[str]]:
+def _rounded(draft: Draft, recipe: Recipe) -> tuple[CodedFormat | None, Collection[str]]:
     """The grid that the adapter was trained over, and the weights that lay on it: all linears but the head."""
-    if request.trained_on == "as-is":
+    if recipe.trained_on == "as-is":
         return None, ()
     if any(stored.format.coded for stored in draft.weights.values()):
         raise UsageError("--trained-on is for a 16-bit base; this one is quantized already, and merged as it is")
-    integer = request.trained_on == "int8"
-    wanted = FormatOptions(8) if integer else FormatOptions(4, quant_type=request.trained_on)
+    integer = recipe.trained_on == "int8"
+    wanted = FormatOptions(8) if integer else FormatOptions(4, quant_type=recipe.trained_on)
     found = linears(draft.specs, skeleton(draft.config, draft.specs))
     return METHODS["bitsandbytes"].from_options(wanted, {}), {f"{module}.weight" for module in found.chosen}
 
@@ -77,17 +77,17 @@ def _rescales(format: Format) -> bool:
     return format.coded and METHODS[format.name].rescales_channels
 
 
-def _scalings(draft: Draft, claims: PlacedClaims, request: Recipe, original: Checkpoint | None) -> Scalings | None:
+def _scalings(draft: Draft, claims: PlacedClaims, recipe: Recipe, original: Checkpoint | None) -> Scalings | None:
     """How an adapter of the original is converted for an AWQ base; None where it is not to be.
 
     Raises AdapterError where nobody said on which of the two it was trained.
     """
     rescaling = {name for name, stored in draft.weights.items() if _rescales(stored.format)}
     if not rescaling:
-        if request.adapter_base is not None:
+        if recipe.adapter_base is not None:
             raise UsageError("--adapter-base is for AWQ checkpoints; this base is none, leave it out")
         return None
-    if not claims.by_tensor or request.adapter_base == SAME:
+    if not claims.by_tensor or recipe.adapter_base == SAME:
         return None
     if original is None:
         raise AdapterError(
@@ -111,7 +111,7 @@ class _Maker:
         self,
         draft: Draft,
         claims: PlacedClaims,
-        request: Recipe,
+        recipe: Recipe,
         outputs: OutputFormats,
         trained_on: CodedFormat | None,
         rounded: Collection[str],
@@ -120,7 +120,7 @@ class _Maker:
         self.draft = draft
         self.claims = claims.by_tensor
         self.changed = frozenset(name for name, placed in claims.by_tensor.items() if placed)
-        self.request = request
+        self.recipe = recipe
         self.outputs = outputs.formats
         self.trained_on = trained_on
         self.rounded = rounded
@@ -145,10 +145,10 @@ class _Maker:
 
     def added(self, name: str) -> Job:
         """A tensor that only the adapter has, in the dtype that most of the base has."""
-        applied, weight = effects.build(name, None, self.claims.pop(name), self.request.strengths)
+        applied, weight = effects.build(name, None, self.claims.pop(name), self.recipe.strengths)
         common = Counter(spec.dtype for spec in self.specs.values() if spec.dtype in PLAIN_FLOATS).most_common(1)
         own = common[0][0] if common else weight.dtype
-        target = Plain(self.request.target_dtype or (own if own in WRITABLE else "F32"))
+        target = Plain(self.recipe.target_dtype or (own if own in WRITABLE else "F32"))
         return Rewrite(name, weight, None, applied, target)
 
     def _uncoded(self, name: str, claims: Sequence[PlacedClaim]) -> list[Job]:
@@ -156,7 +156,7 @@ class _Maker:
         spec, source = self.specs[name], self.draft.sources[name]
         if not claims:
             return [Copy(name, spec, source)]
-        applied, weight = effects.build(name, spec, claims, self.request.strengths)
+        applied, weight = effects.build(name, spec, claims, self.recipe.strengths)
         patch = applied[0].patch
         if len(applied) > 1 or applied[0].strength != 1 or patch.replaces != weight:
             self.refused.append(f"{name} ({spec})")
@@ -166,13 +166,13 @@ class _Maker:
     def _converts(self, found: StoredWeight, target: Format) -> bool:
         """Whether the target is another format than that of the base; F64 is left alone where nothing was asked."""
         if not target.coded and not found.format.coded:
-            return target != found.format and self.request.dtype is not None
+            return target != found.format and self.recipe.dtype is not None
         return target != found.format
 
     def _refitted(self, name: str) -> bool:
         """Whether a weight gets fresh scales because it shares one with a weight that does."""
         target = self.outputs[name]
-        if not target.fused or self.request.scales != "fresh":
+        if not target.fused or self.recipe.scales != "fresh":
             return False
         end = target.weight_suffix
         siblings = (one + end for one in fused_names(name.removesuffix(end)))
@@ -186,7 +186,7 @@ class _Maker:
         stored: StoredWeight,
         target: Format,
     ) -> Rewrite:
-        applied, weight = effects.build(name, found.weight, claims, self.request.strengths)
+        applied, weight = effects.build(name, found.weight, claims, self.recipe.strengths)
         if self.scalings is not None and name.split(".")[-2] not in NOT_RESCALED:
             applied = tuple(replace(one, patch=rescaled(name, one.patch, self.scalings)) for one in applied)
         if not target.writable:
@@ -197,9 +197,9 @@ class _Maker:
         if reason := target.refusal(weight):
             raise UnsupportedError(f"{printable(name)} cannot be written as {target}: {reason}")
         converted = not applied and not found.format.coded
-        request = self.request
-        quantize = QuantizeOptions(request.rounding, request.scales, request.seed, weight.dtype if converted else "F32")
-        if target.coded and request.scales == "keep" and not same_grid(found.format, target, weight):
+        recipe = self.recipe
+        quantize = QuantizeOptions(recipe.rounding, recipe.scales, recipe.seed, weight.dtype if converted else "F32")
+        if target.coded and recipe.scales == "keep" and not same_grid(found.format, target, weight):
             raise UsageError(
                 f"--scales keep: {printable(name)} goes from {found.format} to {target}, whose scales are others; "
                 "leave --scales out"

@@ -44,7 +44,7 @@ class OutputFormats:
 
 
 def decide(
-    request: Recipe, weights: Mapping[str, StoredWeight], config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]
+    recipe: Recipe, weights: Mapping[str, StoredWeight], config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]
 ) -> OutputFormats:
     """The format of each weight of the output.
 
@@ -53,41 +53,41 @@ def decide(
     """
     present = {name: stored for name, stored in weights.items() if stored.format.coded}
     name = declared(config)
-    if name and not present and (request.quantizes or request.decodes):
+    if name and not present and (recipe.quantizes or recipe.decodes):
         raise unreadable(name)
-    if present and (request.quantizes or request.decodes or request.dtype):  # a plain base has been looked through
+    if present and (recipe.quantizes or recipe.decodes or recipe.dtype):  # a plain base has been looked through
         unread.refuse_codes(unread.codes(tensors, weights), "the base can only be written as it is stored")
-    plain = {name: _plain(name, stored, request, config) for name, stored in weights.items()}
-    if request.decodes:
-        _check_sixteen_bits(request, weights, plain)
+    plain = {name: _plain(name, stored, recipe, config) for name, stored in weights.items()}
+    if recipe.decodes:
+        _check_sixteen_bits(recipe, weights, plain)
         return _decoded(present, plain, config)
-    method = _method(request, present, config)
-    keep = [re.compile(pattern) for pattern in request.keep]
+    method = _method(recipe, present, config)
+    keep = [re.compile(pattern) for pattern in recipe.keep]
     if method is None:
         return _own(keep, present, plain, config, tensors)
     model = skeleton(config, tensors)
     chosen = _chosen(method, keep, present, weights, config, tensors, model)
-    return _quantized(request, method, chosen, present, plain, weights, config, model, tensors)
+    return _quantized(recipe, method, chosen, present, plain, weights, config, model, tensors)
 
 
-def _plain(name: str, stored: StoredWeight, request: Recipe, config: Mapping[str, Any]) -> Plain:
+def _plain(name: str, stored: StoredWeight, recipe: Recipe, config: Mapping[str, Any]) -> Plain:
     """The plain format of a weight: as asked, else its own, else what it decodes to; transposed as its class has it."""
     own = stored.weight.dtype if stored.weight.dtype in WRITABLE else "F32"
-    if own == "F32" and request.bits == 16 and stored.format.coded:
+    if own == "F32" and recipe.bits == 16 and stored.format.coded:
         own = MODEL_DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), own)
     if stored.format.coded:
         module = name.removesuffix(".weight")
         transposed = len(stored.weight.shape) == 2 and is_conv1d(module, model_type(config))
     else:
         transposed = stored.format.as_linear
-    return Plain(request.target_dtype or own, transposed)
+    return Plain(recipe.target_dtype or own, transposed)
 
 
-def _check_sixteen_bits(request: Recipe, weights: Mapping[str, StoredWeight], plain: Mapping[str, Plain]) -> None:
+def _check_sixteen_bits(recipe: Recipe, weights: Mapping[str, StoredWeight], plain: Mapping[str, Plain]) -> None:
     """UsageError where 16 bits leave open which: a wider base says neither bfloat16 nor float16."""
     wide = [name for name, format in plain.items() if format.dtype == "F32"]
     size = sum(weights[name].weight.numel for name in wide)
-    if request.bits == 16 and size * 2 > sum(stored.weight.numel for stored in weights.values()):
+    if recipe.bits == 16 and size * 2 > sum(stored.weight.numel for stored in weights.values()):
         raise UsageError(
             f"--bits 16 does not say which: {len(wide)} tensors of the base are wider "
             f"({listed(wide, 2, counted=False)}); choose --dtype bfloat16 or --dtype float16"
@@ -122,27 +122,27 @@ def _own(
     return OutputFormats({**plain, **own}, changes, json_files=_json_file(method, changes))
 
 
-def _method(request: Recipe, present: Mapping[str, StoredWeight], config: Mapping[str, Any]) -> Method | None:
+def _method(recipe: Recipe, present: Mapping[str, StoredWeight], config: Mapping[str, Any]) -> Method | None:
     """The method that is asked for. None: every weight stays in the format that it has."""
-    if request.format is not None and request.format not in METHODS:
-        raise UsageError(f"--format: {request.format!r} is not one of {', '.join(FORMATS)}")
+    if recipe.format is not None and recipe.format not in METHODS:
+        raise UsageError(f"--format: {recipe.format!r} is not one of {', '.join(FORMATS)}")
     own = common(present)
-    if not request.quantizes or _is_as_asked(request, present):
+    if not recipe.quantizes or _is_as_asked(recipe, present):
         return None
-    if request.format is not None:
-        return METHODS[request.format]
-    if own is not None and own.writable and (request.bits or own.bits) in METHODS[own.name].abilities().widths:
+    if recipe.format is not None:
+        return METHODS[recipe.format]
+    if own is not None and own.writable and (recipe.bits or own.bits) in METHODS[own.name].abilities().widths:
         return METHODS[own.name]
     return METHODS["chatglm" if is_chatglm(config) and not config.get(SECTION) else "compressed-tensors"]
 
 
-def _is_as_asked(request: Recipe, present: Mapping[str, StoredWeight]) -> bool:
+def _is_as_asked(recipe: Recipe, present: Mapping[str, StoredWeight]) -> bool:
     """Whether the base is already what is asked for, so that its own parameters are kept."""
     formats = [stored.format for stored in present.values()]
-    if not formats or request.quant_type or request.group_size or request.double_quant:
+    if not formats or recipe.quant_type or recipe.group_size or recipe.double_quant:
         return False
-    name = request.format or formats[0].name
-    return all(one.name == name and one.writable and request.bits in (None, one.bits) for one in formats)
+    name = recipe.format or formats[0].name
+    return all(one.name == name and one.writable and recipe.bits in (None, one.bits) for one in formats)
 
 
 def _chosen(
@@ -187,7 +187,7 @@ def skeleton(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> Sk
 
 
 def _quantized(
-    request: Recipe,
+    recipe: Recipe,
     method: Method,
     found: Linears,
     present: Mapping[str, StoredWeight],
@@ -201,7 +201,7 @@ def _quantized(
     end = method.formats[0].weight_suffix
     specs = {module: weights[module + end].weight for module in found.chosen}
     _refuse_nothing(method, specs, [name for name in present if name.removesuffix(end) not in specs], present)
-    format = method.from_options(_options(request, method, common(present), weights, specs), specs)
+    format = method.from_options(_options(recipe, method, common(present), weights, specs), specs)
     reasons = {module: reason for module, spec in specs.items() if (reason := format.refusal(spec))}
     written = {module: format for module in specs if module not in reasons}
     fit = fitted(method.loader, model, tensors, list(written), [*found.plain, *reasons])
@@ -232,16 +232,16 @@ def _refuse_nothing(
 
 
 def _options(
-    request: Recipe,
+    recipe: Recipe,
     method: Method,
     own: Format | None,
     weights: Mapping[str, StoredWeight],
     chosen: Mapping[str, TensorSpec],
 ) -> FormatOptions:
     """What is asked of the new format; the width of the base where none is."""
-    bits = request.bits or (own.bits if own is not None else method.abilities().default_bits)
-    dtype = request.target_dtype or _dtype(weights, chosen)
-    return FormatOptions(bits, dtype, request.quant_type, request.group_size, request.double_quant)
+    bits = recipe.bits or (own.bits if own is not None else method.abilities().default_bits)
+    dtype = recipe.target_dtype or _dtype(weights, chosen)
+    return FormatOptions(bits, dtype, recipe.quant_type, recipe.group_size, recipe.double_quant)
 
 
 def _unopened(method: Method, missing: Sequence[str]) -> str:

@@ -29,26 +29,26 @@ INDEX = "{}.safetensors.index.json"
 
 
 @collecting_seldom()
-def make(request: Recipe, base: Checkpoint, adapters: Sequence[Checkpoint], original: Checkpoint | None = None) -> Plan:
+def make(recipe: Recipe, base: Checkpoint, adapters: Sequence[Checkpoint], original: Checkpoint | None = None) -> Plan:
     """The plan of a recipe whose inputs are open. original: what `--adapter-base` names.
 
     Raises AdapterError where an adapter does not fit, UnsupportedError where a weight cannot be merged or written.
     """
     draft = Draft.of(base)
-    asked = Options(request.alpha, request.base_is_residual, model_type(draft.config))
-    readings = [effects.read(adapter, asked, request.allow_unused) for adapter in adapters]
+    asked = Options(recipe.alpha, recipe.base_is_residual, model_type(draft.config))
+    readings = [effects.read(adapter, asked, recipe.allow_unused) for adapter in adapters]
     draft.notes += [note for adapter in adapters for note in adapter.notes]
     draft.notes += [note for reading in readings for note in reading.notes]
     _replicate(draft, readings)
-    draft.gather(transposed=request.quantizes)
+    draft.gather(transposed=recipe.quantizes)
     check_read(draft.weights, draft.config, draft.specs)
-    claims = _resolve(draft, adapters, readings, request.allow_unused)
+    claims = _resolve(draft, adapters, readings, recipe.allow_unused)
     del readings  # the claims are given up one by one while jobs are made of them
-    outputs = decide(request, draft.weights, draft.config, draft.specs)
+    outputs = decide(recipe, draft.weights, draft.config, draft.specs)
     draft.changes |= outputs.changes
     draft.notes += outputs.notes
-    jobs = job_list(draft, claims, request, outputs, original)
-    return _assembled(draft, jobs, outputs, request, adapters, original)
+    jobs = job_list(draft, claims, recipe, outputs, original)
+    return _assembled(draft, jobs, outputs, recipe, adapters, original)
 
 
 def _replicate(draft: Draft, readings: Sequence[Reading]) -> None:
@@ -88,19 +88,19 @@ def _assembled(
     draft: Draft,
     jobs: list[tuple[str, Job]],
     outputs: OutputFormats,
-    request: Recipe,
+    recipe: Recipe,
     adapters: Sequence[Checkpoint],
     original: Checkpoint | None,
 ) -> Plan:
     """Shards to the byte, index, config."""
     base = draft.base
     _follow_vocabulary(draft, [job for _, job in jobs])
-    if request.dtype:
+    if recipe.dtype:
         keys = [key for key in ("dtype", "torch_dtype") if key in draft.config] or ["torch_dtype"]
-        draft.changes |= {(key,): request.dtype for key in keys if draft.config.get(key) != request.dtype}
+        draft.changes |= {(key,): recipe.dtype for key in keys if draft.config.get(key) != recipe.dtype}
     metadata = {key: value for file in base.files for key, value in file.metadata.items()}
     stem = shards.shard_stem([file.path.name for file in base.files])
-    laid = shards.lay_out(shards.grouped(jobs, request.max_shard_size), stem, {"format": "pt"} | metadata)
+    laid = shards.lay_out(shards.grouped(jobs, recipe.max_shard_size), stem, {"format": "pt"} | metadata)
     files = {}
     if len(laid) > 1:
         files[INDEX.format(stem)] = shards.index(laid)
@@ -112,7 +112,7 @@ def _assembled(
     side = tuple(str(path) for path in base.side_files if str(path) not in dropped)
     inputs = Inputs(base, tuple(adapters), original)
     notes = tuple(dict.fromkeys(draft.notes))
-    return Plan(laid, files, side, changes, notes, inputs, request.choices(), draft.read)
+    return Plan(laid, files, side, changes, notes, inputs, recipe.choices(), draft.read)
 
 
 def _follow_vocabulary(draft: Draft, jobs: Sequence[Job]) -> None:
