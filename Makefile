@@ -9,7 +9,7 @@ SETTINGS := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 PROCESSES := --numprocesses logical --maxprocesses 8 --dist worksteal -q
 # The quick tests: no matrix of merges, no other library's models, no signals, kills and full disks.
 FAST := $(addprefix tests/,adapters checkpoint containers docs formats models output planning quantization verification) \
-	$(addprefix tests/test_,abilities.py architecture.py dtypes.py layers.py patterns.py request.py) \
+	$(addprefix tests/test_,abilities.py architecture.py dtypes.py layers.py request.py) \
 	$(addprefix --ignore=tests/,adapters/test_lora_against_peft.py containers/test_descriptors.py docs/test_commands.py \
 	formats/test_format_matrix.py output/test_location.py output/test_record.py planning/test_loaders.py) \
 	-k 'not tiles_make_the_whole and not thousand'

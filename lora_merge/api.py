@@ -44,7 +44,7 @@ def _merged(request: Request, out: Path, progress: Progress, stop: Stop) -> Merg
     replaces = check_out(out, resume=run.resume, overwrite=run.overwrite)
     check_imports(COMPUTING, "torch")
     with open_inputs(recipe) as inputs:
-        plan = planning.make(recipe, inputs.base, inputs.adapters, inputs.original)
+        plan = planning.make(recipe, inputs)
         if run.resume and (record := finished(out, plan.digest, inputs)) is not None:
             return _result(out, plan, record.weights or (), len(plan.shards), plan.nbytes, began, "none")
         executor = Executor(inputs, fit(run, plan))
@@ -87,7 +87,7 @@ def _planned(request: Request) -> PlanResult:
         replaces = check_out(out, resume=run.resume, overwrite=run.overwrite)
     check_imports(COMPUTING, "torch")
     with open_inputs(recipe) as inputs:
-        plan = planning.make(recipe, inputs.base, inputs.adapters, inputs.original)
+        plan = planning.make(recipe, inputs)
         note = (f"{out}: the earlier output there would be replaced",) if replaces else ()
         return summary(recipe, plan, _disk(plan, inputs), least_memory(plan), note)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lora_merge.json_types import integers, mapping, number, text, texts
+from lora_merge.containers.json_types import integers, mapping, number, text, texts
 
 SURVIVAL = ("survival", "raw_survival", "projection", "noise", "change_norm")
 """Figures of a weight that an adapter changed and that was written as codes."""

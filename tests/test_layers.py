@@ -15,8 +15,8 @@ PACKAGE = ROOT / "lora_merge"
 
 # A wing imports from itself, from those below it, and from none above; modules beside the wings are front or ground.
 FRONT = {"__main__", "cli", "report", "api", "public", "inspection"}
-GROUND = {"abilities", "request", "keywords", "results", "json_types", "progress"}
-GROUND |= {"dtypes", "errors", "spec", "patterns", "lora_merge"}
+GROUND = {"abilities", "request", "keywords", "results", "progress"}
+GROUND |= {"dtypes", "errors", "spec", "lora_merge"}
 WINGS: dict[str, set[str]] = {
     "verification": {"execution", "planning", "output", "checkpoint"},
     "execution": {"planning", "output", "checkpoint", "formats", "adapters", "models", "quantization"},

@@ -111,7 +111,7 @@ class Inputs:
 
     def check_unchanged(self) -> None:
         """InputError where a weight file that the output is made of was changed since it was opened."""
-        for checkpoint in (self.base, *self.adapters):
+        for checkpoint in self.checkpoints:
             checkpoint.check_unchanged()
 
 

@@ -149,7 +149,7 @@ class StoredRows:
         return self.stored.format.slices(self.stored.weight, self.columns, start, stop)
 
     def read(self, start: int, stop: int, buffers: RowBuffers) -> StoredBytes:
-        """The stored bytes of rows `[start, stop)`; they hold until the buffers is used again."""
+        """The stored bytes of rows `[start, stop)`; they hold until the buffers are used again."""
         source = self.stored
         if source is None or len(self.shared) + len(self.transposed) == len(source.parts):
             return StoredBytes(start, {})

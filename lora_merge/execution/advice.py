@@ -69,7 +69,7 @@ def _alternatives(recipe: Recipe) -> Iterator[list[tuple[str, Recipe]]]:
 
 def _least(request: Request, inputs: Inputs, lost: Sequence[MergedWeight]) -> float:
     """The least that another recipe leaves of the change to these weights."""
-    plan = planning.make(request.recipe, inputs.base, inputs.adapters, inputs.original)
+    plan = planning.make(request.recipe, inputs)
     before = {weight.name: weight for weight in lost}
     jobs = tuple(job for job in plan.rewrites if job.name in before)
     measured = Discard()

@@ -22,8 +22,8 @@ from lora_merge.formats.base import ByteRange, CodedFormat, Parts, ReadPart
 from lora_merge.formats.gptq.config import WHERE, GptqOptions, plain_in_blocks, section
 from lora_merge.formats.gptq.format import GPTQ
 from lora_merge.formats.method import SECTION, ConfigPath, QuantMethod
+from lora_merge.formats.patterns import compiled
 from lora_merge.models.config_values import OBJECT, WHOLE, value
-from lora_merge.patterns import compiled
 from lora_merge.spec import TensorSpec
 
 if TYPE_CHECKING:

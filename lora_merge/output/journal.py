@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_merge.checkpoint.sources import Reads
-from lora_merge.json_types import integer, integers, items, mapping, text, texts
+from lora_merge.containers.json_types import integer, integers, items, mapping, text, texts
 from lora_merge.output.files import sync, sync_folder
 from lora_merge.output.location import storing
 from lora_merge.results import MergedWeight

@@ -20,9 +20,9 @@ from typing import Any
 from lora_merge import __version__
 from lora_merge.checkpoint.opening import Checkpoint, Inputs, file_sha256, identity
 from lora_merge.checkpoint.weight_files import MANIFEST as MANIFEST
+from lora_merge.containers.json_types import integer, items, mapping, text, texts
 from lora_merge.containers.regular_file import RegularFile
 from lora_merge.errors import LoraMergeError, StorageError, VerificationError, printable
-from lora_merge.json_types import integer, items, mapping, text, texts
 from lora_merge.results import MergedWeight
 
 MAX_JSON = 1 << 30

@@ -101,13 +101,18 @@ def agreed(claims: PlacedClaims, adapters: Sequence[Checkpoint]) -> PlacedClaims
     by_tensor = dict(claims.by_tensor)
     for name, all_claims in by_tensor.items():
         copies = [placed for placed in all_claims if placed.claim.order == 0]
-        repeated = [other for other in copies[1:] if _same_values(copies[0], other, adapters)]
+        repeated = [other for other in copies[1:] if same_values(adapters, _copy(copies[0]), _copy(other))]
         by_tensor[name] = tuple(placed for placed in all_claims if not any(placed is other for other in repeated))
     return replace(claims, by_tensor=by_tensor)
 
 
-def _same_values(one: PlacedClaim, other: PlacedClaim, adapters: Sequence[Checkpoint]) -> bool:
-    first, second = (adapters[placed.adapter].load(placed.claim.factors[0]) for placed in (one, other))
+def _copy(placed: PlacedClaim) -> tuple[int, str]:
+    return placed.adapter, placed.claim.factors[0]
+
+
+def same_values(adapters: Sequence[Checkpoint], one: tuple[int, str], other: tuple[int, str]) -> bool:
+    """Whether two tensors of adapters are equal in shape, dtype and values. Each: whose it is, and its name."""
+    first, second = (adapters[adapter].load(name) for adapter, name in (one, other))
     return first.shape == second.shape and first.dtype == second.dtype and bool((first == second).all())
 
 

@@ -18,7 +18,7 @@ from lora_merge.formats.method import SECTION, ConfigPath
 from lora_merge.models import config_values
 from lora_merge.models.families import is_conv1d, model_type
 from lora_merge.models.ties import AddedTensor, SideChange, Tie, tied, untie
-from lora_merge.planning.claims import PlacedClaim, PlacedClaims, patches
+from lora_merge.planning.claims import PlacedClaim, PlacedClaims, patches, same_values
 from lora_merge.spec import TensorSpec
 
 COPIED = "embeddings"
@@ -231,10 +231,7 @@ def _saved_alike(sides: Sequence[Sequence[tuple[PlacedClaim, Patch]]], adapters:
     saved = [
         (placed.adapter, patch.factors[0]) for side in sides for placed, patch in side if patch.replaces is not None
     ]
-    if len(saved) != 2 or not all(sides):
-        return False
-    one, other = (adapters[adapter].load(name) for adapter, name in saved)
-    return one.shape == other.shape and one.dtype == other.dtype and bool((one == other).all())
+    return len(saved) == 2 and all(sides) and same_values(adapters, *saved)
 
 
 def _moved(claims: Sequence[PlacedClaim], name: str) -> tuple[PlacedClaim, ...]:

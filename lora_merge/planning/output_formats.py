@@ -12,14 +12,7 @@ from typing import Any
 from lora_merge.abilities import FORMATS
 from lora_merge.dtypes import MODEL_DTYPES, PLAIN_FLOATS
 from lora_merge.errors import UnsupportedError, UsageError, listed, printable
-from lora_merge.formats import (
-    METHODS,
-    Format,
-    FormatOptions,
-    Plain,
-    StoredWeight,
-    unread,
-)
+from lora_merge.formats import METHODS, Format, FormatOptions, Plain, StoredWeight, unread
 from lora_merge.formats.chatglm import is_chatglm
 from lora_merge.formats.method import SECTION, ConfigPath
 from lora_merge.formats.plain import WRITABLE

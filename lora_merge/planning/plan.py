@@ -29,12 +29,12 @@ INDEX = "{}.safetensors.index.json"
 
 
 @collecting_seldom()
-def make(recipe: Recipe, base: Checkpoint, adapters: Sequence[Checkpoint], original: Checkpoint | None = None) -> Plan:
-    """The plan of a recipe whose inputs are open. original: what `--adapter-base` names.
+def make(recipe: Recipe, inputs: Inputs) -> Plan:
+    """The plan of a recipe whose inputs are open.
 
     Raises AdapterError where an adapter does not fit, UnsupportedError where a weight cannot be merged or written.
     """
-    draft = Draft.of(base)
+    draft, adapters = Draft.of(inputs.base), inputs.adapters
     asked = Options(recipe.alpha, recipe.base_is_residual, model_type(draft.config))
     readings = [effects.read(adapter, asked, recipe.allow_unused) for adapter in adapters]
     draft.notes += [note for adapter in adapters for note in adapter.notes]
@@ -47,8 +47,8 @@ def make(recipe: Recipe, base: Checkpoint, adapters: Sequence[Checkpoint], origi
     outputs = decide(recipe, draft.weights, draft.config, draft.specs)
     draft.changes |= outputs.changes
     draft.notes += outputs.notes
-    jobs = job_list(draft, claims, recipe, outputs, original)
-    return _assembled(draft, jobs, outputs, recipe, adapters, original)
+    jobs = job_list(draft, claims, recipe, outputs, inputs.original)
+    return _assembled(draft, jobs, outputs, recipe, inputs)
 
 
 def _replicate(draft: Draft, readings: Sequence[Reading]) -> None:
@@ -85,12 +85,7 @@ def _resolve(
 
 
 def _assembled(
-    draft: Draft,
-    jobs: list[tuple[str, Job]],
-    outputs: OutputFormats,
-    recipe: Recipe,
-    adapters: Sequence[Checkpoint],
-    original: Checkpoint | None,
+    draft: Draft, jobs: list[tuple[str, Job]], outputs: OutputFormats, recipe: Recipe, inputs: Inputs
 ) -> Plan:
     """Shards to the byte, index, config."""
     base = draft.base
@@ -110,7 +105,6 @@ def _assembled(
     files |= {file: shards.as_file(body) for file, body in outputs.json_files.items() if body is not None}
     dropped = {*files, *outputs.json_files}
     side = tuple(str(path) for path in base.side_files if str(path) not in dropped)
-    inputs = Inputs(base, tuple(adapters), original)
     notes = tuple(dict.fromkeys(draft.notes))
     return Plan(laid, files, side, changes, notes, inputs, recipe.choices(), draft.read)
 

@@ -57,7 +57,7 @@ def recorded_recipe(out: Path, base: Path, adapters: Sequence[Path], original: P
 def recompute(out: Path, recipe: Recipe, progress: Progress) -> None:
     """Raise VerificationError that lists every shard of `out` that is not what base and adapters give."""
     with open_inputs(recipe) as inputs:
-        plan = planning.make(recipe, inputs.base, inputs.adapters, inputs.original)
+        plan = planning.make(recipe, inputs)
         missing = [shard.file for shard in plan.shards if not (out / shard.file).is_file()]
         if missing:
             raise VerificationError(f"{out}: {listed(missing)} should be there for these inputs and is not")

@@ -12,8 +12,9 @@ import torch
 from malformed_cases import K, Q, good_adapter, good_base, sharded
 from safetensors.torch import save_file
 
-from lora_merge.checkpoint.opening import file_sha256, identity, open_adapter, open_base
+from lora_merge.checkpoint.opening import file_sha256, identity, open_adapter, open_base, open_inputs
 from lora_merge.errors import InputError, UnsupportedError
+from lora_merge.request import Recipe
 
 torch.set_num_threads(1)
 
@@ -162,6 +163,16 @@ def test_reads_of_pieces_and_changes(tmp_path: Path) -> None:
         os.truncate(base / "model.safetensors", 50)
         with pytest.raises(InputError, match=r"model\.safetensors: the file was changed"):
             opened.check_unchanged()
+
+
+def test_every_input_is_looked_at_before_the_end(tmp_path: Path) -> None:
+    """Of an original, too: an AWQ merge takes the scalings from its values."""
+    base, original = good_base(tmp_path / "one"), good_base(tmp_path / "other")
+    with open_inputs(Recipe(base, (), adapter_base=str(original))) as inputs:
+        inputs.check_unchanged()
+        os.truncate(original / "model.safetensors", 50)
+        with pytest.raises(InputError, match=r"model\.safetensors: the file was changed"):
+            inputs.check_unchanged()
 
 
 def test_a_dtype_that_torch_lacks_is_copied_and_not_loaded(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ threading.Thread(target=watch, daemon=True).start()
 try:
     recipe = keywords.request_of("base", "adapter", None).recipe
     with open_inputs(recipe) as inputs:
-        planning.make(recipe, inputs.base, inputs.adapters)
+        planning.make(recipe, inputs)
 except AdapterError as error:
     print(error, file=sys.stderr)
 print(peak[0] - before)

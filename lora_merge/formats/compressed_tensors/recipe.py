@@ -16,7 +16,7 @@ from typing import Any
 from lora_merge.errors import InputError, UnsupportedError, listed, quoted
 from lora_merge.formats.compressed_tensors.schemes import Scheme
 from lora_merge.formats.method import sections
-from lora_merge.patterns import compiled
+from lora_merge.formats.patterns import compiled
 
 METHOD = "compressed-tensors"
 VERSION = "0.20.0"

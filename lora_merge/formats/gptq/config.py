@@ -16,8 +16,8 @@ from typing import Any
 from lora_merge import __version__
 from lora_merge.errors import InputError, UnsupportedError, listed, quoted
 from lora_merge.formats.method import sections
+from lora_merge.formats.patterns import compiled
 from lora_merge.models.config_values import FLAG, NAME_OR_NAMES, NAMES_OR_LISTS, OBJECT, WHOLE, Kind, value
-from lora_merge.patterns import compiled
 
 METHOD = "gptq"
 WHERE = "config.json: quantization_config"

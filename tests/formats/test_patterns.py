@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from lora_merge.patterns import compiled
+from lora_merge.formats.patterns import compiled
 
 REAL = (
     ".*lm_head", r"model\.layers\.(?:0|1|31)\..*", r".*\.(q|k|v|o)_proj$", r"^(?!.*(experts|mtp)).*(q|o|kv).*proj.*",
