@@ -13,7 +13,7 @@ from lora_merge.adapters.base import Bound
 from lora_merge.adapters.lowrank import BoundLowRank
 from lora_merge.checkpoint.rows import Tile
 from lora_merge.errors import NumericError, printable
-from lora_merge.execution.tiles import rows_bound, tile_rows
+from lora_merge.execution.tiles import rows_bound, rows_together, tile_rows
 from lora_merge.formats import Format
 from lora_merge.formats.base import same_grid
 from lora_merge.planning.jobs import QuantizeOptions, Rewrite
@@ -197,9 +197,7 @@ def directions_of(job: Rewrite, bounds: Sequence[Bound]) -> Directions | None:
 def sample_starts(job: Rewrite) -> Iterator[tuple[int, int]]:
     """Rows `[start, stop)` on which the rounding is chosen: fixed by the weight alone."""
     rows, columns = job.weight.matrix(job.stacked)
-    together = job.target.rows_at_once(job.weight)
-    if job.source is not None:
-        together = math.lcm(together, job.source.format.rows_at_once(job.source.weight))
+    together = rows_together(job)
     height = -(-SAMPLED // max(1, columns * together)) * together
     within = rows_bound(job)
     count = min(SAMPLES, max(1, rows // height))

@@ -52,9 +52,7 @@ class WeightOpener:
         opened = self._patched(job)
         if not job.target.coded:
             return opened
-        target = job.target.for_weight(
-            job.weight, job.quantize.compute_dtype if job.quantize else "F32", self._observe(job, opened)
-        )
+        target = job.target.for_weight(job.weight, _compute_dtype(job), self._observe(job, opened))
         coder = choose_coder(job, target, opened.bounds, list(_samples(opened)))
         return OpenWeight(job, opened.stored, opened.bounds, opened.whole, coder)
 
@@ -106,7 +104,7 @@ class WeightOpener:
             seen = self._observed.get(job.name)
         if seen is None:
             opened = opened or self._patched(job)
-            target = job.target.for_weight(job.weight, job.quantize.compute_dtype if job.quantize else "F32")
+            target = job.target.for_weight(job.weight, _compute_dtype(job))
             found = []
             for tile in opened.stored.tiles():
                 rows = opened.merged(tile).cpu()
@@ -116,6 +114,11 @@ class WeightOpener:
             with self._lock:
                 self._observed[job.name] = seen
         return seen
+
+
+def _compute_dtype(job: Rewrite) -> str:
+    """In which dtype codes are computed; its name in a safetensors header."""
+    return job.quantize.compute_dtype if job.quantize else "F32"
 
 
 def _samples(opened: OpenWeight) -> Iterator[tuple[Tile, torch.Tensor]]:

@@ -83,11 +83,10 @@ def _miscopied(shard: Shard, base: Checkpoint, path: Path, nbytes: int, look: Ca
     file, place = RegularFile(path), shard.place(0)
     try:
         for job in shard.jobs:
-            size = sum(spec.nbytes for spec in job.parts.values())
-            there = min(size, nbytes - place)
+            there = min(job.nbytes, nbytes - place)
             if isinstance(job, Copy) and job.adapter is None and not _same(file, place, base, job.source, there, look):
                 yield job.source
-            place += size
+            place += job.nbytes
     finally:
         file.close()
 

@@ -97,13 +97,13 @@ class _BlockParts:
 
     def by_tensor(self) -> dict[str, PartBytes]:
         """What is to be written, by output tensor. Parts of the whole weight go with its first rows."""
-        found = {}
+        names, found = self.job.names, {}
         for part, data in self.parts.items():
             if part in self.shared and self.first:
                 data = data[:0]
             transposed = self.ranges[0][part].stride and part not in self.shared
             ranges = tuple(ranges[part] for ranges in self.ranges) if transposed else None
-            found[self.job.names[part]] = PartBytes(buffer(data), ranges)
+            found[names[part]] = PartBytes(buffer(data), ranges)
         return found
 
 
@@ -142,13 +142,8 @@ def merged_weight(job: Rewrite, measured: Measured | None, choices: Mapping[str,
         adapters=tuple(sorted({effect.adapter for effect in job.effects})),
         format=str(job.target),
         shape=tuple(job.weight.shape),
-        parts=_checked_parts(job),
+        parts=tuple(job.parts),
         rounding=choices.get("rounding"),
         scales=choices.get("scales"),
         **figures,
     )
-
-
-def _checked_parts(job: Rewrite) -> tuple[str, ...]:
-    """Output tensors of a weight: `verify` looks for NaN in them."""
-    return tuple(job.names[part] for part in job.target.describe(job.weight))

@@ -16,9 +16,7 @@ CACHED = 6
 
 def tile_rows(job: Rewrite) -> int:
     """Rows of a tile: fixed by the weight alone, a multiple of what both formats code together."""
-    together = job.target.rows_at_once(job.weight)
-    if job.source is not None:
-        together = math.lcm(together, job.source.format.rows_at_once(job.source.weight))
+    together = rows_together(job)
     if job.trained_on is not None:
         together = math.lcm(together, job.trained_on.rows_at_once(job.weight))
     columns = job.weight.matrix(job.stacked)[1]
@@ -28,6 +26,12 @@ def tile_rows(job: Rewrite) -> int:
         most = bound // together
         count = max(number for number in range(1, min(count, most) + 1) if most % number == 0)
     return count * together
+
+
+def rows_together(job: Rewrite) -> int:
+    """The smallest number of rows that both the base's format and the target can code alone."""
+    together = job.target.rows_at_once(job.weight)
+    return together if job.source is None else math.lcm(together, job.source.format.rows_at_once(job.source.weight))
 
 
 def rows_bound(job: Rewrite) -> int | None:

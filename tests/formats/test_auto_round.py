@@ -74,20 +74,7 @@ def test_nothing_changed_gives_back_every_byte() -> None:
         assert sp.same(sp.kept(format, weight, data, rows), data), module
         whole = {part: piece.numpy().tobytes() for part, piece in data.items()}
 
-        def encode(
-            tile: torch.Tensor,
-            start: int,
-            stop: int,
-            out: dict[str, torch.Tensor],
-            format: AutoRound = format,
-            weight: TensorSpec = weight,
-            data: dict[str, torch.Tensor] = data,
-        ) -> None:
-            cuts = format.slices(weight, weight.shape[1], start, stop)
-            _, grid = format.unpack({part: sp.gathered(data[part], cut) for part, cut in cuts.items()}, *tile.shape)
-            format.pack(grid.nearest(tile), grid, out)
-
-        assert sp.by_tiles(format, weight, rows, 32, encode) == whole, module
+        assert sp.by_tiles(format, weight, rows, 32, sp.recoding(format, weight, data)) == whole, module
 
 
 @pytest.mark.parametrize("packing_format", ["auto_round:gptqmodel", "auto_round"])

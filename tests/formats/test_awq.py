@@ -134,22 +134,7 @@ def test_nothing_changed_in_tiles_gives_back_every_byte(step: int) -> None:
         whole = {part: value.contiguous().view(-1).view(torch.uint8) for part, value in parts.items()}
         rows = sp.decoded(format, data, weight)
 
-        def encode(
-            tile: torch.Tensor,
-            start: int,
-            stop: int,
-            out: dict[str, torch.Tensor],
-            format: AWQ = format,
-            weight: TensorSpec = weight,
-            whole: dict[str, torch.Tensor] = whole,
-        ) -> None:
-            cuts = format.slices(weight, weight.shape[1], start, stop)
-            found = sp.raw({part: sp.gathered(whole[part], cut) for part, cut in cuts.items()})
-            codes, grid = format.unpack(found, *tile.shape)
-            assert torch.equal(grid.values(codes), tile)
-            format.pack(grid.nearest(tile), grid, out)
-
-        tiled = sp.by_tiles(format, weight, rows, step, encode)
+        tiled = sp.by_tiles(format, weight, rows, step, sp.recoding(format, weight, whole))
         assert tiled == {part: value.numpy().tobytes() for part, value in whole.items()}, module
 
 

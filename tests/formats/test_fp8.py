@@ -190,14 +190,9 @@ def test_tiles_make_the_whole(layout: Layout) -> None:
     fresh = format.for_weight(weight, seen=format.observe(values) if format.needs_observation else None)
     whole = {part: piece.numpy().tobytes() for part, piece in sp.encoded(fresh, weight, values).items()}
 
-    def keep(rows: torch.Tensor, start: int, stop: int, out: dict[str, torch.Tensor]) -> None:
-        cuts = format.slices(weight, shape[1], start, stop)
-        grid = format.unpack({part: sp.gathered(data[part], cut) for part, cut in cuts.items()}, *rows.shape)[1]
-        format.pack(grid.nearest(rows), grid, out)
-
     for steps in (1, 2, 5):
         step = steps * format.rows_at_once(weight)
-        assert sp.by_tiles(format, weight, values, step, keep) == wanted
+        assert sp.by_tiles(format, weight, values, step, sp.recoding(format, weight, data)) == wanted
         assert sp.by_tiles(fresh, weight, values, step, lambda rows, start, stop, out: fresh.encode(rows, out)) == whole
 
 

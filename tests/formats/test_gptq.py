@@ -1,7 +1,7 @@
 """GPTQ against checkpoints that gptqmodel wrote, and its arithmetic spelled out in numpy."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -118,18 +118,7 @@ def test_nothing_changed_gives_back_every_byte(name: str) -> None:
         assert sp.same(sp.kept(format, weight, data, rows), data), module
         whole = {part: piece.numpy().tobytes() for part, piece in data.items()}
         for step in (32, 64):
-            assert sp.by_tiles(format, weight, rows, step, keep_tile(format, weight, data)) == whole, module
-
-
-def keep_tile(format: GPTQ, weight: TensorSpec, data: dict[str, torch.Tensor]) -> Callable[..., Any]:
-    """Encodes rows of a tile with the scales that are stored for them."""
-
-    def encode(rows: torch.Tensor, start: int, stop: int, out: dict[str, torch.Tensor]) -> None:
-        cuts = format.slices(weight, weight.shape[1], start, stop)
-        _, grid = format.unpack({part: sp.gathered(data[part], cut) for part, cut in cuts.items()}, *rows.shape)
-        format.pack(grid.nearest(rows), grid, out)
-
-    return encode
+            assert sp.by_tiles(format, weight, rows, step, sp.recoding(format, weight, data)) == whole, module
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -146,7 +135,7 @@ def test_every_width_decodes_to_the_formula(bits: int, version: int) -> None:
     assert sp.same(sp.kept(format, weight, data, rows), data)
     whole = {part: value.numpy().tobytes() for part, value in parts.items()}
     for step in (32, 64):
-        assert sp.by_tiles(format, weight, rows, step, keep_tile(format, weight, data)) == whole
+        assert sp.by_tiles(format, weight, rows, step, sp.recoding(format, weight, data)) == whole
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

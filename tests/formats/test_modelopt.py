@@ -125,24 +125,11 @@ def test_tiles_make_the_whole(name: str) -> None:
         whole = {part: piece.numpy().tobytes() for part, piece in sp.encoded(fresh, weight, rows).items()}
         values = sp.decoded(format, data, weight)
 
-        def keep(
-            tile: torch.Tensor,
-            start: int,
-            stop: int,
-            out: dict[str, torch.Tensor],
-            format: ModelOpt = format,
-            data: dict[str, torch.Tensor] = data,
-            weight: TensorSpec = weight,
-        ) -> None:
-            cuts = format.slices(weight, weight.shape[1], start, stop)
-            grid = format.unpack({part: sp.gathered(data[part], cut) for part, cut in cuts.items()}, *tile.shape)[1]
-            format.pack(grid.nearest(tile), grid, out)
-
         for steps in (1, 3, 16):
             step = steps * format.rows_at_once(weight)
             assert sp.by_tiles(fresh, weight, rows, step, sp.encoding(fresh)) == whole
             stored = {part: piece.numpy().tobytes() for part, piece in data.items()}
-            assert sp.by_tiles(format, weight, values, step, keep) == stored
+            assert sp.by_tiles(format, weight, values, step, sp.recoding(format, weight, data)) == stored
 
 
 def test_rows_of_a_grid_keep_their_scales() -> None:

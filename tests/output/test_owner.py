@@ -13,11 +13,6 @@ from lora_merge.output import owner
 from lora_merge.output.stage import Stage
 
 
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "out"
-
-
 def test_a_second_run_is_refused_while_the_first_lives(out: Path) -> None:
     with Stage.open(out, "job") as stage:
         put(stage, *next(iter(SHARDS.items())))

@@ -25,11 +25,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shard, "SPAN", 2 * PIECE)
 
 
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "out"
-
-
 def pieces(stage: Stage, last: int = 10) -> Generator[None]:
     """Write the shard from where it stands, a job for each piece; yields after each."""
     writer = stage.shard(NAME, len(DATA))

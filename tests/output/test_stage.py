@@ -18,16 +18,7 @@ from lora_merge.output import files, journal
 from lora_merge.output.record import RecordedFile
 from lora_merge.output.stage import Stage
 
-
-@pytest.fixture(autouse=True)
-def no_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Waiting for the disk proves nothing without cutting the power."""
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "out"
+pytestmark = pytest.mark.usefixtures("no_disk")
 
 
 def test_a_run_leaves_out_and_nothing_else(out: Path) -> None:

@@ -54,6 +54,18 @@ def encoding(format: Format) -> Encode:
     return lambda tile, start, stop, out: format.encode(tile, out)
 
 
+def recoding(format: Format, weight: TensorSpec, data: Mapping[str, torch.Tensor]) -> Encode:
+    """Encodes each tile with the scales that are stored in `data`, whose values the tile must have."""
+
+    def encode(tile: torch.Tensor, start: int, stop: int, out: dict[str, torch.Tensor]) -> None:
+        cuts = format.slices(weight, weight.shape[1], start, stop)
+        codes, grid = format.unpack(raw({part: gathered(data[part], cut) for part, cut in cuts.items()}), *tile.shape)
+        assert torch.equal(grid.values(codes), tile)
+        format.pack(grid.nearest(tile), grid, out)
+
+    return encode
+
+
 def kept(
     format: Format, weight: TensorSpec, data: Mapping[str, torch.Tensor], rows: torch.Tensor
 ) -> dict[str, torch.Tensor]:
