@@ -106,7 +106,17 @@ def _packed(job: Rewrite) -> int:
     """The packed parts of a weight, where they cannot be read or written as they come."""
     stored = [(job.target, job.weight)] + ([(job.source.format, job.source.weight)] if job.source else [])
     coded = [described(format, weight) for format, weight in stored if format.coded]
-    return sum(spec.nbytes for parts in coded for spec in parts.values())
+    return sum(spec.nbytes for parts in coded for spec in parts.values()) + _stack_windows(job)
+
+
+def _stack_windows(job: Rewrite) -> int:
+    """The matrix of an expert in a stack `[experts, in, out]`, whose columns are read as rows."""
+    if job.source is None or job.source.format.copyable:
+        return 0
+    from lora_merge.checkpoint.rows import WINDOWS  # imports torch
+
+    ranges = job.source.format.slices(job.source.weight, job.source.weight.shape[1], 0, 0)
+    return WINDOWS * sum(one.lines * one.stride for one in ranges.values())
 
 
 def anonymous_memory() -> int:

@@ -179,6 +179,8 @@ class Format(Layout, Codec):
     """Whether weights are codes on a grid."""
     writable: ClassVar[bool] = True
     """Whether a merge can write weights of it. Where not, `fit` and `pack` may lack."""
+    copyable: ClassVar[bool] = True
+    """Whether a weight that nobody changes can be copied part by part. Where not, it is a piece of a larger tensor."""
 
     @property
     def as_linear(self) -> bool:

@@ -32,7 +32,7 @@ class Loader:
     by_end: its list of what stays plain goes by the beginnings of names up to a dot, and by their ends.
     renames: it renames that list as if it were names of stored modules.
     experts: what it makes of experts that are stored one by one where the class stacks them: "linears", "merged" into
-        a stack of codes, or "stacks", which must be plain.
+        a stack of codes, "stacks", which must be plain, or "served": it cannot open them, and servers can.
     own_experts: it has a module of its own for experts, unless they are listed.
     split_experts: classes of experts that it takes apart.
     cuts: it opens classes that cut one stored weight into several.
@@ -75,6 +75,11 @@ class QuantMethod(Generic[F]):
     def abilities(cls) -> Abilities:
         """Widths, kinds of codes, group sizes that can be asked for."""
         return ABILITIES[cls.name]
+
+    @classmethod
+    def takes_expert_linears(cls, bits: int) -> bool:
+        """Whether loaders, of servers at least, take experts of this width that are stored one by one, as linears."""
+        return False
 
     @classmethod
     def from_options(cls, options: FormatOptions, weights: Mapping[str, TensorSpec]) -> F:

@@ -27,6 +27,7 @@ class Family:
     conv1d: last names of the modules that are transformers' Conv1D, whose weights are `[in, out]`.
     experts_in_out: stacked experts are `[experts, in, out]`, so that rows of theirs are no rows of a linear.
     experts_transposed: the class says so (`is_transposed`), and PEFT from 0.19 on reads it there.
+    experts_served_stacked: servers know its experts as stacks alone, in which gate and up take turns.
     """
 
     model_types: tuple[str, ...]
@@ -38,13 +39,17 @@ class Family:
     conv1d: tuple[str, ...] = ()
     experts_in_out: bool = False
     experts_transposed: bool = False
+    experts_served_stacked: bool = False
 
 
 GPT2_CONV1D = ("c_attn", "q_attn", "c_proj", "c_fc")
 FAMILIES = (
     Family(("gpt2", "openai-gpt"), tied=True, conv1d=GPT2_CONV1D),
     Family(("imagegpt", "decision_transformer"), conv1d=GPT2_CONV1D),
-    Family(("gpt_oss", "aria", "aria_text", "openai_privacy_filter"), experts_in_out=True, experts_transposed=True),
+    Family(
+        ("gpt_oss", "openai_privacy_filter"), experts_in_out=True, experts_transposed=True, experts_served_stacked=True
+    ),
+    Family(("aria", "aria_text"), experts_in_out=True, experts_transposed=True),
     Family(("llama4", "llama4_text"), experts_in_out=True),
     Family(("gemma2", "gpt_neo"), tied=True, alternating=True),
     Family(

@@ -50,6 +50,11 @@ SPELLINGS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"(\.experts\.\d+)\.gate_proj\.", r"\1.w1."),
         (r"(\.experts\.\d+)\.up_proj\.", r"\1.w3."),
         (r"(\.experts\.\d+)\.down_proj\.", r"\1.w2."),
+        # granite: stacks on disk, experts in the class since transformers 5
+        (r"\.input_linear\.weight$", ".experts.gate_up_proj"),
+        (r"\.output_linear\.weight$", ".experts.down_proj"),
+        (r"\.experts\.gate_up_proj$", ".input_linear.weight"),
+        (r"\.experts\.down_proj$", ".output_linear.weight"),
         # the first BERT writers
         (r"\.LayerNorm\.weight$", ".LayerNorm.gamma"),
         (r"\.LayerNorm\.bias$", ".LayerNorm.beta"),
@@ -65,6 +70,13 @@ EXPERT_PARTS = {
 }
 """Fused expert parameter -> the per-expert linears that hold its rows, in order, by naming family."""
 
+EXPERTS = ".experts"
+"""How the module of a layer's experts ends."""
+STACKED_EXPERTS = re.compile(
+    r"(?:(?P<experts>.+\.experts)|(?P<block>.+(?=\.(?:in|out)put_linear)))"
+    r"\.(?P<part>gate_up_proj|down_proj|(?:in|out)put_linear\.weight)"
+)
+"""Weights that hold all experts of a layer; `part` ends in `weight` where Granite names them."""
 ONE_EXPERT = re.compile(r"^(?P<stack>.*experts)\.(?P<expert>\d+)\.(?P<part>gate_proj|up_proj|down_proj)\.weight$")
 STACK_PARAMETERS = (
     "weight", "w1", "v1", "gate_proj", "up_proj", "gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias",

@@ -165,6 +165,8 @@ class _Maker:
 
     def _converts(self, found: StoredWeight, target: Format) -> bool:
         """Whether the target is another format than that of the base; F64 is left alone where nothing was asked."""
+        if not found.format.copyable:
+            return True
         if not target.coded and not found.format.coded:
             return target != found.format and self.recipe.dtype is not None
         return target != found.format

@@ -15,11 +15,13 @@ from lora_merge.errors import UnsupportedError, listed
 from lora_merge.formats import QuantMethod
 from lora_merge.formats.method import Loader
 from lora_merge.models.linears import linears, of_class
+from lora_merge.models.names import STACKED_EXPERTS
 from lora_merge.models.skeleton import Skeleton
 from lora_merge.spec import Location, TensorSpec
 
 EXPERTS = re.compile(r"(.*\.experts)\..*")
 """A tensor of experts, one's or all's, and the module of all."""
+ONE_OF_EXPERTS = re.compile(r"(.*\.experts)\.\d+\.\w+\.weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +36,6 @@ class LoaderFit:
     written: tuple[str, ...]
     plain: tuple[str, ...]
     reasons: Mapping[str, str]
-
-
-def takes_expert_linears(loader: Loader | None) -> bool:
-    """Whether a loader takes experts that are stored one by one as linears, though the model class stacks them."""
-    return loader is not None and loader.experts == "linears"
 
 
 def fitted(
@@ -81,12 +78,15 @@ def still_plain(
     tensors: Mapping[str, TensorSpec],
     before: Sequence[str],
     written: Collection[str],
+    takes_experts: bool,
 ) -> list[str]:
     """What config.json must name as plain where of a base's modules, `before`, only `written` stay quantized.
 
+    takes_experts: `QuantMethod.takes_expert_linears` of their width.
+
     Raises UnsupportedError where the loader could not tell the two apart.
     """
-    every = linears(tensors, skeleton, experts=takes_expert_linears(method.loader))
+    every = linears(tensors, skeleton, experts=takes_experts)
     plain = [module for module in (*every.chosen, *every.plain) if module not in written]
     quantized = set(before)
     was = fitted(method.loader, skeleton, tensors, before, [module for module in plain if module not in quantized])
@@ -134,6 +134,40 @@ def unfilled(
     return found
 
 
+def unopened_experts(loader: Loader | None, skeleton: Skeleton | None, written: Collection[str]) -> list[str]:
+    """Modules of experts, written one by one as codes, that the loader has as a stack, which it cannot fill from them.
+
+    written: modules, by stored name.
+    """
+    if loader is None or skeleton is None or not any(EXPERTS.fullmatch(module) for module in written):
+        return []
+    stacks = {path for path, name in skeleton.experts.items() if name not in loader.split_experts}
+    known, codes = set(skeleton.places), set(written)
+    of_stack = {path: {name for name in skeleton.parameters if name.startswith(f"{path}.")} for path in stacks}
+    merged = {path for path, names in _stored_experts(skeleton).items() if names & codes}
+    return [
+        path for path in skeleton.experts if path in stacks
+        and (not of_stack[path] <= known or (loader.experts == "served" and path in merged))
+    ]  # fmt: skip
+
+
+def plain_experts(weights: Iterable[str], written: Collection[str]) -> list[str]:
+    """Modules of experts none of which is written as codes, as the file names them.
+
+    weights: every weight by its name without quantization. written: modules.
+    """
+    found: dict[str, bool] = {}
+    for name in weights:
+        if match := STACKED_EXPERTS.fullmatch(name):
+            module = match["experts"] or f"{match['block']}.experts"
+        elif match := ONE_OF_EXPERTS.fullmatch(name):
+            module = match[1]
+        else:
+            continue
+        found[module] = found.get(module, False) or name.removesuffix(".weight") in written
+    return [module for module, coded in found.items() if not coded]
+
+
 def _experts(
     loader: Loader, skeleton: Skeleton | None, modules: Iterable[str], written: Sequence[str]
 ) -> dict[str, list[str]]:
@@ -142,7 +176,7 @@ def _experts(
     Where the class stacks experts, or the loader has a module of its own for them, linears that are stored one by one
     go into the stack: all of them, by a loader that can merge them, or none.
     """
-    if loader.experts == "linears":
+    if loader.experts in ("linears", "served"):
         return {}
     stored = _stored_experts(skeleton) if skeleton else {}
     modules_of = {one: path for path, names in stored.items() for one in names}
@@ -156,6 +190,7 @@ def _experts(
         for path, names in stored.items()
         if loader.experts == "merged" and names and names <= set(inside.get(path, ()))
     }
+    merged |= {path for path, names in stored.items() if loader.experts == "merged" and not names and inside.get(path)}
     return {path: ones for path, ones in inside.items() if path not in merged and (ones or loader.own_experts)}
 
 

@@ -16,13 +16,16 @@ from lora_merge.formats import METHODS, Format, FormatOptions, Plain, StoredWeig
 from lora_merge.formats.chatglm import is_chatglm
 from lora_merge.formats.method import SECTION, ConfigPath
 from lora_merge.formats.plain import WRITABLE
-from lora_merge.models.families import is_conv1d, model_type
+from lora_merge.models.families import is_conv1d, model_type, of_type
 from lora_merge.models.linears import Linears, linears
 from lora_merge.models.skeleton import NoSkeleton, Skeleton, build
 from lora_merge.planning.base_formats import Method, common, declared, removal, removed_files, unreadable
-from lora_merge.planning.loaders import fitted, still_plain, takes_expert_linears, unfilled
+from lora_merge.planning.loaders import fitted, plain_experts, still_plain, unfilled, unopened_experts
 from lora_merge.request import Recipe
 from lora_merge.spec import TensorSpec
+
+USUAL = "compressed-tensors"
+"""Into which codes go that are not asked for by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +57,14 @@ def decide(
     if recipe.decodes:
         _check_sixteen_bits(recipe, weights, plain)
         return _decoded(present, plain, config)
-    method = _method(recipe, present, config)
+    method = asked_method(recipe, present, config)
     keep = [re.compile(pattern) for pattern in recipe.keep]
     if method is None:
         return _own(keep, present, plain, config, tensors)
     model = skeleton(config, tensors)
-    chosen = _chosen(method, keep, present, weights, config, tensors, model)
+    own = common(present)
+    bits = recipe.bits or (own.bits if own is not None else method.abilities().default_bits)
+    chosen = _chosen(method, bits, keep, present, weights, config, tensors, model)
     return _quantized(recipe, method, chosen, present, plain, weights, config, model, tensors)
 
 
@@ -110,12 +115,14 @@ def _own(
     method = METHODS[format.name]
     written = {name.removesuffix(format.weight_suffix): format for name, format in own.items()}
     before = [name.removesuffix(format.weight_suffix) for name in present]
-    still = still_plain(method, skeleton(config, tensors), tensors, before, written)
+    still = still_plain(
+        method, skeleton(config, tensors), tensors, before, written, method.takes_expert_linears(format.bits)
+    )
     changes = method.config_changes(written, still, config)
     return OutputFormats({**plain, **own}, changes, json_files=_json_file(method, changes))
 
 
-def _method(recipe: Recipe, present: Mapping[str, StoredWeight], config: Mapping[str, Any]) -> Method | None:
+def asked_method(recipe: Recipe, present: Mapping[str, StoredWeight], config: Mapping[str, Any]) -> Method | None:
     """The method that is asked for. None: every weight stays in the format that it has."""
     if recipe.format is not None and recipe.format not in METHODS:
         raise UsageError(f"--format: {recipe.format!r} is not one of {', '.join(FORMATS)}")
@@ -126,7 +133,10 @@ def _method(recipe: Recipe, present: Mapping[str, StoredWeight], config: Mapping
         return METHODS[recipe.format]
     if own is not None and own.writable and (recipe.bits or own.bits) in METHODS[own.name].abilities().widths:
         return METHODS[own.name]
-    return METHODS["chatglm" if is_chatglm(config) and not config.get(SECTION) else "compressed-tensors"]
+    if is_chatglm(config) and not config.get(SECTION):
+        return METHODS["chatglm"]
+    stacked = of_type(model_type(config)).experts_served_stacked
+    return METHODS["mxfp4" if stacked and recipe.bits == 4 and recipe.quant_type in (None, "mxfp4") else USUAL]
 
 
 def _is_as_asked(recipe: Recipe, present: Mapping[str, StoredWeight]) -> bool:
@@ -140,6 +150,7 @@ def _is_as_asked(recipe: Recipe, present: Mapping[str, StoredWeight]) -> bool:
 
 def _chosen(
     method: Method,
+    bits: int,
     keep: Sequence[re.Pattern[str]],
     present: Mapping[str, StoredWeight],
     weights: Mapping[str, StoredWeight],
@@ -148,7 +159,8 @@ def _chosen(
     model: Skeleton | None,
 ) -> Linears:
     """The modules to quantize: those that are, or in a plain base those that its class or this format's loader has."""
-    found = linears(tensors, model, keep, takes_expert_linears(method.loader))
+    split = any(not stored.format.copyable for stored in weights.values())
+    found = linears(tensors, model, keep, split or method.takes_expert_linears(bits))
     end = method.formats[0].weight_suffix
     modules = {name.removesuffix(end): name for name in weights if name.endswith(end)}
     if present:
@@ -202,10 +214,16 @@ def _quantized(
     reasons |= fit.reasons
     if not written:
         raise UnsupportedError(f"no weight can be written as {format}: {listed(set(reasons.values()), 3)}")
-    changes = removal(present, config) | method.config_changes(written, fit.plain, config)
+    named = [*fit.plain, *(name for name in plain_experts(weights, written) if name not in fit.plain)]
+    changes = removal(present, config) | method.config_changes(written, named, config)
     notes = [f"{printable(module)} stays plain: {reason}" for module, reason in reasons.items()]
     if missing := unfilled(method.loader, model, format.describe(next(iter(specs.values()))), written):
         notes.append(_unopened(method, missing))
+    if stacks := unopened_experts(method.loader, model, written):
+        notes.append(
+            f"transformers has the experts of a layer in one ({listed(stacks, 2)}) and opens no {method.name} of each "
+            "alone, as servers do (vLLM, SGLang); for transformers keep them plain, with --keep experts"
+        )
     json_files = removed_files(present) | _json_file(method, changes)
     formats = {**plain, **{module + end: format for module in written}}
     return OutputFormats(formats, changes, tuple(notes), json_files)

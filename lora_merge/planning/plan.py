@@ -18,6 +18,7 @@ from lora_merge.planning import shards
 from lora_merge.planning.base_formats import check_read, declared, quantization
 from lora_merge.planning.claims import PlacedClaims
 from lora_merge.planning.draft import Draft
+from lora_merge.planning.expert_stacks import split_stacks
 from lora_merge.planning.job_list import job_list
 from lora_merge.planning.jobs import Copy, Job, Plan, Rewrite
 from lora_merge.planning.output_formats import OutputFormats, decide
@@ -42,6 +43,7 @@ def make(recipe: Recipe, inputs: Inputs) -> Plan:
     _replicate(draft, readings)
     draft.gather(transposed=recipe.quantizes)
     check_read(draft.weights, draft.config, draft.specs)
+    split_stacks(draft, recipe)
     claims = _resolve(draft, adapters, readings, recipe.allow_unused)
     del readings  # the claims are given up one by one while jobs are made of them
     outputs = decide(recipe, draft.weights, draft.config, draft.specs)

@@ -84,15 +84,61 @@ def test_what_stays_plain_is_told_with_the_reason(base: Callable[[str], Path], t
     assert len(told) == 4 and all(".wo stays plain" in note for note in told)
 
 
-def test_experts_are_listed_for_a_loader_that_would_replace_them(base: Callable[[str], Path], tmp_path: Path) -> None:
-    loaders: tuple[tuple[FormatName, bool], ...] = (
-        ("fp8", True), ("fbgemm_fp8", True), ("gptq", False), ("bitsandbytes", False),
+def test_experts_are_codes_where_servers_load_them_so_and_listed_where_not(
+    base: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """24 of a tiny Mixtral's linears are those of its experts. A loader with a module of its own for experts replaces
+    them unless they are listed; transformers' own of GPTQ and AWQ opens no experts one by one."""
+    experts = {"model.layers.1.mlp.experts", "model.layers.1.block_sparse_moe.experts"}
+    loaders: tuple[tuple[FormatName, int, bool, bool], ...] = (
+        ("fp8", 24, False, False), ("gptq", 24, False, True), ("awq", 24, False, True), ("modelopt", 24, False, False),
+        ("compressed-tensors", 24, False, False), ("fbgemm_fp8", 0, True, False), ("bitsandbytes", 0, True, False),
     )  # fmt: skip
-    for format, listed in loaders:
-        plan = lora_merge.plan(base("mixtral"), [], tmp_path / "out", bits=4 if format == "gptq" else 8, format=format)
-        body: Any = plan.config_changes["quantization_config"]
+    for format, count, listed, told in loaders:
+        bits: Any = 8 if format.endswith("fp8") else 4
+        result = lora_merge.merge(base("mixtral"), [], tmp_path / format, bits=bits, format=format)
+        body: Any = json.loads((tmp_path / format / "config.json").read_text())["quantization_config"]
         names = body.get("modules_to_not_convert") or body.get("llm_int8_skip_modules") or []
-        assert ("model.layers.1.mlp.experts" in names) == listed, format
+        assert bool(experts & set(names)) == listed, format
+        assert sum(".experts." in weight.name for weight in result.weights) == count, format
+        assert any("transformers has the experts of a layer in one" in note for note in result.notes) == told, format
+
+
+def restacked(folder: Path, base: Path, plain: Path) -> Path:
+    """A plain checkpoint whose experts lie one by one, in the stacks of its base: Llama 4 has no other plain files."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(plain, folder)
+    tensors, stacks = load_file(plain / "model.safetensors"), load_file(base / "model.safetensors")
+    for name in [name for name in stacks if ".experts." in name]:
+        stem, _, part = name.rpartition(".")
+        pieces = ("gate_proj", "up_proj") if part == "gate_up_proj" else (part,)
+        ones = [[tensors.pop(f"{stem}.{n}.{piece}.weight") for piece in pieces] for n in range(len(stacks[name]))]
+        tensors[name] = torch.stack([torch.cat(one).T for one in ones]).contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("format", ["int4", "int8", "ct-fp8"])
+def test_stacked_experts_of_llama_4_open_one_by_one(
+    base: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
+) -> None:
+    kind, name = "causal", "Llama4ForCausalLM"
+    source = opened.saved(tmp_path / "base", "llama4_text", name)
+    out = tmp_path / "out"
+    result = lora_merge.merge(source, [], out, **opened.OUTPUTS[format])
+    assert sum(".experts." in weight.name for weight in result.weights) == 24
+    load = opened.load
+
+    def loaded(folder: Path, *words: Any) -> Any:
+        folder = restacked(tmp_path / "restacked", source, folder) if folder == tmp_path / "plain" else folder
+        return load(folder, *words)
+
+    monkeypatch.setattr(opened, "load", loaded)
+    found = opened.compare(source, out, tmp_path / "plain", kind, name, format)
+    assert found.right, str(found)
 
 
 def fp8_experts(folder: Path, base: Path) -> Path:

@@ -20,9 +20,13 @@ class AWQMethod(QuantMethod[AWQ]):
 
     name: ClassVar[str] = METHOD
     formats: ClassVar[tuple[type[CodedFormat], ...]] = (AWQ, AWQGemv, AWQGemvFast)
-    loader: ClassVar[Loader | None] = Loader(by_end=True)
+    loader: ClassVar[Loader | None] = Loader(by_end=True, experts="served", served=True)
     json_file: ClassVar[str | None] = "quantize_config.json"
     rescales_channels: ClassVar[bool] = True
+
+    @classmethod
+    def takes_expert_linears(cls, bits: int) -> bool:
+        return True
 
     @classmethod
     def format_for(cls, options: FormatOptions, weights: Mapping[str, TensorSpec]) -> AWQ:

@@ -29,6 +29,10 @@ class CompressedTensorsMethod(QuantMethod[CompressedTensors]):
     )
 
     @classmethod
+    def takes_expert_linears(cls, bits: int) -> bool:
+        return True
+
+    @classmethod
     def format_for(cls, options: FormatOptions, weights: Mapping[str, TensorSpec]) -> CompressedTensors:
         """One scheme for all weights: `int` has the largest group that divides them all, as some loaders need."""
         size = options.group_size or uniform_group_size(weight.shape[-1] for weight in weights.values())

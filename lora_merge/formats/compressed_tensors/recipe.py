@@ -17,6 +17,7 @@ from lora_merge.errors import InputError, UnsupportedError, listed, quoted
 from lora_merge.formats.compressed_tensors.schemes import Scheme
 from lora_merge.formats.method import sections
 from lora_merge.formats.patterns import compiled
+from lora_merge.models.names import EXPERTS
 
 METHOD = "compressed-tensors"
 VERSION = "0.20.0"
@@ -86,7 +87,7 @@ def quantization_config(schemes: Mapping[str, Scheme], ignore: Iterable[str]) ->
         "config_groups": groups,
         "format": next(iter(formats)) if len(formats) == 1 else "mixed-precision",
         "global_compression_ratio": None,
-        "ignore": list(ignore),
+        "ignore": _ignored(ignore),
         "kv_cache_scheme": None,
         "moe_sparsity_config": None,
         "quant_method": METHOD,
@@ -95,6 +96,18 @@ def quantization_config(schemes: Mapping[str, Scheme], ignore: Iterable[str]) ->
         "transform_config": {},
         "version": VERSION,
     }
+
+
+def _ignored(plain: Iterable[str]) -> list[str]:
+    """Names of linears as they are. A module of experts stands for each of its linears, stored or not, by a pattern:
+    servers ask for the first one's projections where the file has a stack."""
+    modules = list(plain)
+    experts = tuple(f"{module}." for module in modules if module.endswith(EXPERTS))
+    return [
+        rf"re:{re.escape(module)}\..*" if module.endswith(EXPERTS) else module
+        for module in modules
+        if not module.startswith(experts)
+    ]
 
 
 def _names(body: Mapping[str, Any], key: str) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from lora_merge.errors import InputError, UnsupportedError, listed, quoted
 from lora_merge.formats.method import sections
 from lora_merge.formats.patterns import compiled
 from lora_merge.models.config_values import FLAG, NAME_OR_NAMES, NAMES_OR_LISTS, OBJECT, WHOLE, Kind, value
+from lora_merge.models.names import EXPERTS
 
 METHOD = "gptq"
 WHERE = "config.json: quantization_config"
@@ -105,6 +106,8 @@ def changed_section(
 
     Raises UnsupportedError for what transformers' loader cannot be told.
     """
+    experts = [module for module in plain if module.endswith(EXPERTS)]
+    plain = [module for module in plain if module not in experts]
     body = section(config)
     if str(body.get("quant_method", METHOD)).lower() != METHOD:
         body = {}
@@ -112,7 +115,8 @@ def changed_section(
         _quantizes(body, name) and GptqOptions.of(body, name).agrees(options) for name, options in written.items()
     ):
         right = not any(_quantizes(body, name) for name in plain_in_blocks(written, plain))
-        return {**body, "quant_method": METHOD, **({} if right else _blocks(list(written), plain))}
+        blocks = {} if right else _blocks(list(written), plain)
+        return {**body, "quant_method": METHOD, **blocks, **_skipped(experts, body)}
     options = _only(written)
     # Zero points of the base are read as their writer meant them only while it is named.
     quantizers = _quantizers(body) if options.gptqmodel else []
@@ -121,6 +125,7 @@ def changed_section(
         "bits": options.bits,
         "checkpoint_format": layout,
         "desc_act": any(one.desc_act for one in written.values()),
+        **_skipped(experts, {}),
         "format": layout,
         "group_size": options.group_size,
         "lm_head": False,
@@ -129,6 +134,20 @@ def changed_section(
         "pack_dtype": "int32",
         "quant_method": METHOD,
         "sym": all(one.sym for one in written.values()),
+    }
+
+
+def _skipped(experts: Sequence[str], body: Mapping[str, Any]) -> dict[str, Any]:
+    """`dynamic` where experts stay plain: vLLM takes all for quantized that it does not skip."""
+    left = [module for module in experts if _override(body, module) is not None]
+    if not left:
+        return {}
+    known = body.get("dynamic")
+    return {
+        "dynamic": {
+            **{f"{SKIP}{re.escape(module)}": {} for module in left},
+            **(known if isinstance(known, Mapping) else {}),
+        }
     }
 
 

@@ -19,8 +19,12 @@ class GPTQMethod(QuantMethod[GPTQ]):
 
     name: ClassVar[str] = METHOD
     formats: ClassVar[tuple[type[CodedFormat], ...]] = (GPTQ,)
-    loader: ClassVar[Loader | None] = Loader(derived=False)
+    loader: ClassVar[Loader | None] = Loader(derived=False, experts="served", served=True)
     json_file: ClassVar[str | None] = "quantize_config.json"
+
+    @classmethod
+    def takes_expert_linears(cls, bits: int) -> bool:
+        return True
 
     @classmethod
     def format_for(cls, options: FormatOptions, weights: Mapping[str, TensorSpec]) -> GPTQ:
