@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 
 from lora_merge.checkpoint.opening import Checkpoint
-from lora_merge.checkpoint.sources import Sources
+from lora_merge.checkpoint.sources import Sources, read_keys
 from lora_merge.dtypes import PLAIN_FLOATS
 from lora_merge.errors import InputError, printable
 from lora_merge.formats import ByteRange, CodedFormat, StoredWeight
@@ -20,6 +20,10 @@ from lora_merge.quantization.grids import Grid
 
 WINDOWS = 2
 """Windows of a transposed part that stay in memory: threads at the end of one expert and the beginning of the next."""
+WHOLE = 1 << 26
+"""Bytes of the largest window that has whole lines; larger ones are read in bands of columns."""
+BAND, BANDS = 1 << 11, 4
+"""Bytes of a line that go into a band, and how many bands stay in memory."""
 
 
 @dataclass(slots=True)
@@ -89,8 +93,9 @@ class StoredRows:
         self._trained_on = trained_on
         self.transposed: list[str] = []
         self.shared: dict[str, torch.Tensor] = {}
-        self._windows: OrderedDict[tuple[str, int, int], torch.Tensor] = OrderedDict()
+        self._windows: OrderedDict[tuple[str, int, int, int], torch.Tensor] = OrderedDict()
         self._lock = threading.Lock()
+        self._keys = dict(zip(stored.parts.values(), read_keys(stored, name), strict=True)) if stored else {}
         if stored is not None and stored.weight.numel:
             ranges = self._ranges(0, min(step, self.height))
             common = stored.format.shared
@@ -101,21 +106,28 @@ class StoredRows:
             self.transposed = [part for part, byte_range in ranges.items() if byte_range.stride and part not in common]
 
     def _load(self, part: str, begin: int, nbytes: int) -> torch.Tensor:
-        assert self.stored is not None
         data = torch.empty(nbytes, dtype=torch.uint8)
-        self._read_into(self.stored.parts[part], begin, buffer(data))
+        self._read_into(self._part_name(part), begin, buffer(data))
         return data
 
-    def _read_into(self, name: str, begin: int, out: memoryview) -> None:
-        self.base.read_into(name, begin, out)
-        if self._sources is not None:
-            self._sources.saw(name, begin, out)
+    def _part_name(self, part: str) -> str:
+        assert self.stored is not None
+        return self.stored.parts[part]
 
-    def sources(self, others: Iterable[StoredWeight] = ()) -> dict[str, list[list[int]]]:
-        """What was read of the base for this weight, and of others that it was seen with (`sources.Reads`)."""
+    def _read_into(self, name: str, begin: int, out: memoryview, lines: int = 1, stride: int = 0) -> None:
+        """Fill `out` with so many lines of a tensor, one behind the other."""
+        width = len(out) // lines
+        for line in range(lines):
+            self.base.read_into(name, begin + line * stride, out[line * width : (line + 1) * width])
+        if self._sources is not None:
+            self._sources.saw(self._keys[name], begin, out, lines, stride)
+
+    def sources(self, others: Iterable[tuple[str, StoredWeight]] = ()) -> dict[str, list[list[int]]]:
+        """What was read of the base for this weight, and of others that it was seen with, by name (`sources.Reads`)."""
         if self._sources is None or self.stored is None:
             return {}
-        return self._sources.of(self.stored.parts.values(), (part for one in others for part in one.parts.values()))
+        seen_with = (key for name, stored in others for key in read_keys(stored, name))
+        return self._sources.of(self._keys.values(), seen_with)
 
     def _check_shared(self) -> None:
         """InputError where a part of the whole weight is not finite: some are copied, or drop out of the rows."""
@@ -129,18 +141,31 @@ class StoredRows:
                     "fetch it again"
                 )
 
-    def _window(self, part: str, byte_range: ByteRange) -> torch.Tensor:
-        """The lines of a byte range, uint8 `[lines, stride]`; those last used stay in memory."""
-        place = (part, byte_range.first, byte_range.lines)
+    def _columns(self, part: str, byte_range: ByteRange) -> torch.Tensor:
+        """The bytes of a range of a transposed part, uint8 `[lines, end - begin]`."""
+        begin, end, stride = byte_range.begin, byte_range.end, byte_range.stride
+        if byte_range.lines * stride <= WHOLE:
+            return self._window(part, byte_range, 0, stride)[:, begin:end]
+        pieces = []
+        for left in range(begin // BAND * BAND, end, BAND):
+            band = self._window(part, byte_range, left, min(BAND, stride - left))
+            pieces.append(band[:, max(0, begin - left) : end - left])
+        return torch.cat(pieces, 1)
+
+    def _window(self, part: str, byte_range: ByteRange, left: int, width: int) -> torch.Tensor:
+        """Bytes `[left, left + width)` of a range's lines, uint8 `[lines, width]`; those last used stay in memory."""
+        place = (part, byte_range.first, byte_range.lines, left)
         with self._lock:
             found = self._windows.pop(place, None)
         if found is None:
-            found = self._load(part, byte_range.first * byte_range.stride, byte_range.lines * byte_range.stride).view(
-                byte_range.lines, byte_range.stride
+            found = torch.empty(byte_range.lines, width, dtype=torch.uint8)
+            lines, name = byte_range.lines if width < byte_range.stride else 1, self._part_name(part)
+            self._read_into(
+                name, byte_range.first * byte_range.stride + left, buffer(found.view(-1)), lines, byte_range.stride
             )
         with self._lock:
             self._windows[place] = found
-            while len(self._windows) > WINDOWS * len(self.transposed):
+            while len(self._windows) > (BANDS if width < byte_range.stride else WINDOWS) * len(self.transposed):
                 self._windows.popitem(last=False)
         return found
 
@@ -174,7 +199,7 @@ class StoredRows:
         parts = dict(self.shared)
         for part, byte_range in self._ranges(start, stop).items():
             if part in self.transposed:
-                parts[part] = self._window(part, byte_range)[:, byte_range.begin : byte_range.end].reshape(-1)
+                parts[part] = self._columns(part, byte_range).reshape(-1)
             elif part not in self.shared:
                 parts[part] = raw.parts[part][byte_range.begin - block[part].begin : byte_range.end - block[part].begin]
         if not source.format.coded:

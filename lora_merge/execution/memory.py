@@ -110,13 +110,14 @@ def _packed(job: Rewrite) -> int:
 
 
 def _stack_windows(job: Rewrite) -> int:
-    """The matrix of an expert in a stack `[experts, in, out]`, whose columns are read as rows."""
+    """The windows into a stack `[experts, in, out]`, whose columns are read as rows."""
     if job.source is None or job.source.format.copyable:
         return 0
-    from lora_merge.checkpoint.rows import WINDOWS  # imports torch
+    from lora_merge.checkpoint.rows import BAND, BANDS, WHOLE, WINDOWS  # imports torch
 
     ranges = job.source.format.slices(job.source.weight, job.source.weight.shape[1], 0, 0)
-    return WINDOWS * sum(one.lines * one.stride for one in ranges.values())
+    whole = sum(one.lines * one.stride for one in ranges.values())
+    return WINDOWS * whole if whole <= WHOLE else BANDS * sum(one.lines * BAND for one in ranges.values())
 
 
 def anonymous_memory() -> int:

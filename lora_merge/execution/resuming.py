@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lora_merge.checkpoint.opening import Checkpoint, Inputs
-from lora_merge.checkpoint.sources import Reads, unlike
+from lora_merge.checkpoint.sources import Reads, read_keys, unlike
 from lora_merge.containers.regular_file import RegularFile
 from lora_merge.errors import OutputExistsError, listed, printable
 from lora_merge.output.stage import Stage
@@ -75,7 +75,8 @@ def _unread(shard: Shard, jobs: int, sources: Reads) -> Iterator[str]:
     """Rewritten tensors of which nobody noted what was read."""
     for job in shard.jobs[:jobs]:
         if isinstance(job, Rewrite) and job.source is not None and job.weight.numel:
-            yield from job.source.parts.values() if sources.keys().isdisjoint(job.source.parts.values()) else ()
+            keys = read_keys(job.source, job.name)
+            yield from job.source.parts.values() if sources.keys().isdisjoint(keys) else ()
 
 
 def _miscopied(shard: Shard, base: Checkpoint, path: Path, nbytes: int, look: Callable[[], None]) -> Iterator[str]:

@@ -65,7 +65,7 @@ class OpenWeight:
         return merged_weight(self.job, measured, self.coder.choices)
 
     def sources(self) -> Reads:
-        return self.stored.sources([one.source for one in self.job.siblings if one.source])
+        return self.stored.sources([(one.name, one.source) for one in self.job.siblings if one.source])
 
 
 class _BlockParts:

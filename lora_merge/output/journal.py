@@ -212,8 +212,8 @@ def _results(value: object) -> list[MergedWeight]:
 def _sources(value: object) -> Reads:
     reads = {name: items(blocks, name) for name, blocks in mapping(value, "sources").items()}
     found = {name: [list(integers(block, name)) for block in blocks] for name, blocks in reads.items()}
-    if any(len(block) != 3 for blocks in found.values() for block in blocks):
-        raise ValueError("a block that was read is begin, bytes and fingerprint")
+    if any(len(block) not in (3, 5) for blocks in found.values() for block in blocks):
+        raise ValueError("a block that was read is begin, bytes and fingerprint, then perhaps lines and stride")
     return found
 
 
