@@ -14,13 +14,13 @@ from lora_merge.dtypes import MODEL_DTYPES, PLAIN_FLOATS
 from lora_merge.errors import UnsupportedError, UsageError, listed, printable
 from lora_merge.formats import METHODS, Format, FormatOptions, Plain, StoredWeight, unread
 from lora_merge.formats.chatglm import is_chatglm
-from lora_merge.formats.method import SECTION, ConfigPath
+from lora_merge.formats.method import SECTION, ConfigPath, Loader
 from lora_merge.formats.plain import WRITABLE
 from lora_merge.models.families import is_conv1d, model_type, of_type
 from lora_merge.models.linears import Linears, linears
 from lora_merge.models.skeleton import NoSkeleton, Skeleton, build
 from lora_merge.planning.base_formats import Method, common, declared, removal, removed_files, unreadable
-from lora_merge.planning.loaders import fitted, plain_experts, still_plain, unfilled, unopened_experts
+from lora_merge.planning.loaders import ONE_OF_EXPERTS, fitted, plain_experts, still_plain, unfilled, unopened_experts
 from lora_merge.request import Recipe
 from lora_merge.spec import TensorSpec
 
@@ -56,7 +56,7 @@ def decide(
     plain = {name: _plain(name, stored, recipe, config) for name, stored in weights.items()}
     if recipe.decodes:
         _check_sixteen_bits(recipe, weights, plain)
-        return _decoded(present, plain, config)
+        return _decoded(present, plain, config, tensors)
     method = asked_method(recipe, present, config)
     keep = [re.compile(pattern) for pattern in recipe.keep]
     if method is None:
@@ -93,9 +93,21 @@ def _check_sixteen_bits(recipe: Recipe, weights: Mapping[str, StoredWeight], pla
 
 
 def _decoded(
-    present: Mapping[str, StoredWeight], plain: Mapping[str, Plain], config: Mapping[str, Any]
+    present: Mapping[str, StoredWeight],
+    plain: Mapping[str, Plain],
+    config: Mapping[str, Any],
+    tensors: Mapping[str, TensorSpec],
 ) -> OutputFormats:
-    return OutputFormats(plain, removal(present, config), json_files=removed_files(present))
+    """Every weight plain. Experts stay as they are stored, one by one or in a stack."""
+    notes = []
+    if any(ONE_OF_EXPERTS.fullmatch(name) for name in present):
+        model = skeleton(config, tensors)
+        if stacks := unopened_experts(Loader(), model, [name.removesuffix(".weight") for name in present]):
+            notes.append(
+                f"transformers has the experts of a layer in one ({listed(stacks, 2)}) and opens none that lie one by "
+                "one, as servers do (vLLM, SGLang)"
+            )
+    return OutputFormats(plain, removal(present, config), tuple(notes), removed_files(present))
 
 
 def _own(

@@ -130,6 +130,8 @@ def test_stacked_experts_of_llama_4_open_one_by_one(
     out = tmp_path / "out"
     result = lora_merge.merge(source, [], out, **opened.OUTPUTS[format])
     assert sum(".experts." in weight.name for weight in result.weights) == 24
+    notes = lora_merge.plan(out, [], bits=16).notes
+    assert any("opens none that lie one by one" in note for note in notes)
     load = opened.load
 
     def loaded(folder: Path, *words: Any) -> Any:
