@@ -9,6 +9,7 @@ A weight is worked on as float32 rows of `TensorSpec.matrix(stacked)`: `[n, colu
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -28,12 +29,32 @@ class Needs(Enum):
     WHOLE = "whole"  # all rows at once: apply is called once with every row (a factorisation of the base)
 
 
-class Bound(Protocol):
+class LowRankUpdate(Protocol):
+    """`left[e] @ right[e]` on rows `[first + e * height, first + (e + 1) * height)` of a weight, times some number.
+
+    left `[experts, height, r]`, right `[experts, r, columns]`, both float32.
+    """
+
+    @property
+    def left(self) -> torch.Tensor: ...
+    @property
+    def right(self) -> torch.Tensor: ...
+    @property
+    def first(self) -> int: ...
+
+
+class Bound(ABC):
     """A patch with its factors read, in float32 on the device of the work."""
 
-    def observe(self, rows: torch.Tensor, start: int) -> None:
+    @property
+    def low_rank(self) -> LowRankUpdate | None:
+        """The low-rank update of the rows that it is, in whose directions rounding spares the change; None: none."""
+        return None
+
+    def observe(self, rows: torch.Tensor, start: int) -> None:  # noqa: B027  most have nothing to see
         """First pass of `Needs.COLUMNS`: see rows `[start, start + n)`, in order, before any `apply`."""
 
+    @abstractmethod
     def apply(self, rows: torch.Tensor, start: int) -> torch.Tensor:
         """The changed rows `[start, start + n)`, float32 `[n, columns]`; `rows` may be changed in place and returned.
 
@@ -64,28 +85,38 @@ class RowReader(Protocol):
         """Indices `[start, stop)` of the first dimension, as stored. Called from several threads at once."""
 
 
-class Patch(Protocol):
-    """One adapter's effect on one base tensor, planned and checked; frozen and cheap.
+class Patch(ABC):
+    """One adapter's effect on one base tensor, planned and checked; frozen and cheap."""
 
-    kind: word for the report (`lora`, `dora`, `modules_to_save`, ...).
-    factors: names of the adapter tensors that it reads, all of them and nothing else.
-    needs: how much of the weight it must see.
-    stacked: its rows are those of the first two dimensions (3-D experts); None: either view will do.
-    replaces: the spec of the tensor after the patch where the patch brings the whole value by itself (saved modules,
-        base_layer copies); such a patch ignores the base's rows. None: an effect on the base's rows.
-    """
+    __slots__ = ()
 
     @property
-    def kind(self) -> str: ...
-    @property
-    def factors(self) -> tuple[str, ...]: ...
-    @property
-    def needs(self) -> Needs: ...
-    @property
-    def stacked(self) -> bool | None: ...
-    @property
-    def replaces(self) -> TensorSpec | None: ...
+    @abstractmethod
+    def kind(self) -> str:
+        """The word for the report (`lora`, `dora`, `modules_to_save`, ...)."""
 
+    @property
+    @abstractmethod
+    def factors(self) -> tuple[str, ...]:
+        """Names of the adapter tensors that it reads, all of them and nothing else."""
+
+    @property
+    def needs(self) -> Needs:
+        """How much of the weight it must see."""
+        return Needs.ROWS
+
+    @property
+    def stacked(self) -> bool | None:
+        """Whether its rows are those of the first two dimensions (3-D experts); None: either view will do."""
+        return None
+
+    @property
+    def replaces(self) -> TensorSpec | None:
+        """The spec of the tensor after the patch, where the patch brings the whole value by itself (saved modules,
+        base_layer copies) and ignores the base's rows. None: an effect on the base's rows."""
+        return None
+
+    @abstractmethod
     def workspace(self, weight: TensorSpec) -> int:
         """Bytes that binding and applying hold beside the rows themselves, factors included; an upper estimate.
 
@@ -93,6 +124,7 @@ class Patch(Protocol):
         it holds the stored tensor.
         """
 
+    @abstractmethod
     def bind(self, read: Callable[[str], torch.Tensor], weight: TensorSpec) -> Bound:
         """Read the factors with `read(name)` (stored dtype, stored shape, on the device of the work)."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lora_merge.adapters.base import Needs
+from lora_merge.adapters.base import Bound, Needs, Patch
 from lora_merge.adapters.lowrank import FLOAT, BoundLowRank, LowRank, Read
 from lora_merge.spec import TensorSpec
 
@@ -22,7 +22,7 @@ PASS = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
-class Dora:
+class Dora(Patch):
     """update: the low-rank update; magnitude: name of the stored vector of `size` outputs.
 
     rows: the piece of the magnitude that belongs to the rows that the update changes; None: all.
@@ -48,10 +48,6 @@ class Dora:
     def stacked(self) -> bool | None:
         return self.update.stacked
 
-    @property
-    def replaces(self) -> TensorSpec | None:
-        return None
-
     def workspace(self, weight: TensorSpec) -> int:
         rows, columns = weight.matrix(bool(self.stacked))
         own = PASS * 2 * FLOAT + columns * 4 * FLOAT if self.columnwise else rows * 2 * FLOAT
@@ -64,15 +60,12 @@ class Dora:
         return BoundColumnDora(update, magnitude) if self.columnwise else BoundRowDora(update, magnitude)
 
 
-class BoundRowDora:
+class BoundRowDora(Bound):
     """magnitude: float32, one for each row that the update changes."""
 
     def __init__(self, update: BoundLowRank, magnitude: torch.Tensor) -> None:
         self.update = update
         self.magnitude = magnitude
-
-    def observe(self, rows: torch.Tensor, start: int) -> None:
-        pass
 
     def apply(self, rows: torch.Tensor, start: int) -> torch.Tensor:
         import torch
@@ -88,7 +81,7 @@ class BoundRowDora:
         return rows
 
 
-class BoundColumnDora:
+class BoundColumnDora(Bound):
     """magnitude: float32 `[columns]`. Squares are summed in float64, so that their order does not show."""
 
     def __init__(self, update: BoundLowRank, magnitude: torch.Tensor) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lora_merge.adapters.base import Needs
+from lora_merge.adapters.base import Bound, LowRankUpdate, Patch
 from lora_merge.spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class Factor:
 
 
 @dataclass(frozen=True, slots=True)
-class LowRank:
+class LowRank(Patch):
     """`rows + scale * left @ right` on the rows of a weight, or on those from `first` on.
 
     fold: rows of the product that make one row of the view (a convolution stored as `[out * k, in * k]`).
@@ -112,14 +112,6 @@ class LowRank:
     def factors(self) -> tuple[str, ...]:
         return (*self.left.names, *self.right.names)
 
-    @property
-    def needs(self) -> Needs:
-        return Needs.ROWS
-
-    @property
-    def replaces(self) -> TensorSpec | None:
-        return None
-
     def workspace(self, weight: TensorSpec) -> int:
         # Both factors in float32, and while one is transposed, itself as stored (in 8 bytes a number at most).
         stored = max(f.shape[0] * f.shape[1] * f.blocks for f in (self.left, self.right))
@@ -129,7 +121,7 @@ class LowRank:
         return BoundLowRank(self.left.stack(read), self.right.stack(read), self.scale, self.first, self.fold)
 
 
-class BoundLowRank:
+class BoundLowRank(Bound):
     """left `[experts, height, r]`, right `[experts, r, columns]`, both float32."""
 
     def __init__(self, left: torch.Tensor, right: torch.Tensor, scale: float, first: int = 0, fold: int = 1) -> None:
@@ -139,8 +131,9 @@ class BoundLowRank:
         self.first = first
         self.fold = fold
 
-    def observe(self, rows: torch.Tensor, start: int) -> None:
-        pass
+    @property
+    def low_rank(self) -> LowRankUpdate | None:
+        return self if self.fold == 1 else None
 
     def apply(self, rows: torch.Tensor, start: int) -> torch.Tensor:
         return self.add(rows, start, 1.0)
@@ -164,7 +157,7 @@ class BoundLowRank:
 
 
 @dataclass(frozen=True, slots=True)
-class Shift:
+class Shift(Patch):
     """`bias + scale * lora_B.bias`: a vector added to a 1-D parameter, seen as `[n, 1]`.
 
     name: the stored vector; rows: the piece of it that the tensor holds; first: where it begins in the tensor.
@@ -182,14 +175,6 @@ class Shift:
     def factors(self) -> tuple[str, ...]:
         return (self.name,)
 
-    @property
-    def needs(self) -> Needs:
-        return Needs.ROWS
-
-    @property
-    def replaces(self) -> TensorSpec | None:
-        return None
-
     def workspace(self, weight: TensorSpec) -> int:
         return 3 * self.length * FLOAT
 
@@ -199,15 +184,12 @@ class Shift:
         return BoundShift(vector.mul(self.scale).unsqueeze(1), self.first)
 
 
-class BoundShift:
+class BoundShift(Bound):
     """delta: float32 `[n, 1]`, scaled."""
 
     def __init__(self, delta: torch.Tensor, first: int) -> None:
         self.delta = delta
         self.first = first
-
-    def observe(self, rows: torch.Tensor, start: int) -> None:
-        pass
 
     def apply(self, rows: torch.Tensor, start: int) -> torch.Tensor:
         return self.add(rows, start, 1.0)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lora_merge.adapters.base import Bound, Needs
+from lora_merge.adapters.base import Bound, Needs, Patch
 from lora_merge.adapters.dora import Dora
 from lora_merge.adapters.lowrank import FLOAT, LowRank, Read
 from lora_merge.dtypes import torch_dtype
@@ -25,7 +25,7 @@ METHODS = ("pissa", "olora", "kasa")
 
 
 @dataclass(frozen=True, slots=True)
-class Residual:
+class Residual(Patch):
     """Take the part of `method` and rank `r` out of the weight, then apply `update`.
 
     rows: the rows of the tensor that are this module's weight; None: all.
@@ -56,10 +56,6 @@ class Residual:
     def stacked(self) -> bool | None:
         return self.update.stacked
 
-    @property
-    def replaces(self) -> TensorSpec | None:
-        return None
-
     def workspace(self, weight: TensorSpec) -> int:
         # gesdd of [m, n] with k = min(m, n): a copy of the weight, U, Vh, a work array of some 4 k² + 7 k, and the
         # product; LAPACK's blocks come on top.
@@ -73,16 +69,13 @@ class Residual:
         return BoundResidual(self, self.update.bind(read, weight), weight.dtype)
 
 
-class BoundResidual:
+class BoundResidual(Bound):
     """dtype: the weight's, by its name in a safetensors header."""
 
     def __init__(self, patch: Residual, update: Bound, dtype: str) -> None:
         self.patch = patch
         self.update = update
         self.dtype = dtype
-
-    def observe(self, rows: torch.Tensor, start: int) -> None:
-        pass
 
     def apply(self, rows: torch.Tensor, start: int) -> torch.Tensor:
         """rows: all rows of the tensor."""

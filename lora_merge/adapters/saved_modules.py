@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lora_merge.adapters.base import Claim, Needs, RowReader
+from lora_merge.adapters.base import Bound, Claim, Patch, RowReader
 from lora_merge.adapters.lowrank import Read
 from lora_merge.adapters.peft_keys import Entry
 from lora_merge.dtypes import PLAIN_FLOATS
@@ -26,7 +26,7 @@ UNTRAINED = {
 
 
 @dataclass(frozen=True, slots=True)
-class Saved:
+class Saved(Patch):
     """The stored tensor `source` in the place of the base's. Floats come as float32, other dtypes as they are stored.
 
     cut: the indices of the saved tensor's first dimension that the base's tensor holds; None: all.
@@ -42,14 +42,6 @@ class Saved:
     def factors(self) -> tuple[str, ...]:
         return (self.source,)
 
-    @property
-    def needs(self) -> Needs:
-        return Needs.ROWS
-
-    @property
-    def stacked(self) -> bool | None:
-        return None
-
     def workspace(self, weight: TensorSpec) -> int:
         return 0
 
@@ -57,16 +49,13 @@ class Saved:
         return BoundSaved(self, read)
 
 
-class BoundSaved:
+class BoundSaved(Bound):
     """Reads the saved rows when they are asked for, if `read` can; else holds the stored tensor."""
 
     def __init__(self, patch: Saved, read: Read) -> None:
         self.patch = patch
         self.reader = read if isinstance(read, RowReader) else None
         self.whole = None if self.reader else read(patch.source)
-
-    def observe(self, rows: torch.Tensor, start: int) -> None:
-        pass
 
     def apply(self, rows: torch.Tensor, start: int) -> torch.Tensor:
         shape = self.patch.stored.shape

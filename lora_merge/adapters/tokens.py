@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.adapters import saved_modules
-from lora_merge.adapters.base import Claim, Needs, Options, Reading
+from lora_merge.adapters.base import Bound, Claim, Options, Patch, Reading
 from lora_merge.adapters.lora_config import token_indices
 from lora_merge.adapters.lowrank import FLOAT, Read
 from lora_merge.adapters.peft_keys import Entry, read_keys
@@ -29,7 +29,7 @@ Indices = tuple[int, ...] | Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
-class TokenRows:
+class TokenRows(Patch):
     """Row `i` of the tensor becomes row `k` of the stored values, for each `(i, k)` of `places`."""
 
     values: str
@@ -41,18 +41,6 @@ class TokenRows:
     def factors(self) -> tuple[str, ...]:
         return (self.values,)
 
-    @property
-    def needs(self) -> Needs:
-        return Needs.ROWS
-
-    @property
-    def stacked(self) -> bool | None:
-        return None
-
-    @property
-    def replaces(self) -> TensorSpec | None:
-        return None
-
     def workspace(self, weight: TensorSpec) -> int:
         return self.shape[0] * self.shape[1] * 3 * FLOAT
 
@@ -60,15 +48,12 @@ class TokenRows:
         return BoundTokenRows(read(self.values).float(), self.places)
 
 
-class BoundTokenRows:
+class BoundTokenRows(Bound):
     """values: float32 `[n, dim]`."""
 
     def __init__(self, values: torch.Tensor, places: tuple[tuple[int, int], ...]) -> None:
         self.values = values
         self.places = places
-
-    def observe(self, rows: torch.Tensor, start: int) -> None:
-        pass
 
     def apply(self, rows: torch.Tensor, start: int) -> torch.Tensor:
         for row, value in self.places:

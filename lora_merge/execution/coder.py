@@ -10,7 +10,6 @@ from typing import TypeAlias
 import torch
 
 from lora_merge.adapters.base import Bound
-from lora_merge.adapters.lowrank import BoundLowRank
 from lora_merge.checkpoint.rows import Tile
 from lora_merge.errors import NumericError, printable
 from lora_merge.execution.tiles import rows_bound, rows_together, tile_rows
@@ -190,7 +189,7 @@ def can_keep_scales(job: Rewrite) -> bool:
 
 def directions_of(job: Rewrite, bounds: Sequence[Bound]) -> Directions | None:
     """In which directions all effects together change the weight; None where one is no low-rank update of its rows."""
-    updates = [bound for bound in bounds if isinstance(bound, BoundLowRank) and bound.fold == 1]
+    updates = [update for bound in bounds if (update := bound.low_rank) is not None]
     return Directions.of(updates) if updates and len(updates) == len(job.effects) else None
 
 

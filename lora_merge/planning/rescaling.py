@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lora_merge.adapters.base import Bound, Needs, Patch
+from lora_merge.adapters.base import Bound, Patch
 from lora_merge.adapters.lowrank import BoundLowRank, BoundShift, LowRank, Shift
 from lora_merge.errors import UnsupportedError, printable
 from lora_merge.planning.awq_scales import IN_LAYER, Scaling, recover
@@ -71,7 +71,7 @@ def _layer(module: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Rescaled:
+class Rescaled(Patch):
     """A low-rank update of a linear, or a shift of its bias, of the original model."""
 
     patch: LowRank | Shift
@@ -87,16 +87,8 @@ class Rescaled:
         return self.patch.factors
 
     @property
-    def needs(self) -> Needs:
-        return self.patch.needs
-
-    @property
     def stacked(self) -> bool | None:
         return self.patch.stacked
-
-    @property
-    def replaces(self) -> TensorSpec | None:
-        return None
 
     def workspace(self, weight: TensorSpec) -> int:
         return 2 * self.patch.workspace(weight)

@@ -35,9 +35,12 @@ SURE = 4.0
 class Update(Protocol):
     """A low-rank change of the rows from `first` on: left `[experts, height, r]`, right `[experts, r, columns]`."""
 
-    left: torch.Tensor
-    right: torch.Tensor
-    first: int
+    @property
+    def left(self) -> torch.Tensor: ...
+    @property
+    def right(self) -> torch.Tensor: ...
+    @property
+    def first(self) -> int: ...
 
 
 @dataclass(frozen=True, eq=False)
