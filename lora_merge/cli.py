@@ -41,7 +41,7 @@ SECTIONS = {
     "Inputs": ("weight", "alpha", "base_is_residual", "trained_on", "adapter_base", "allow_unused"),
     "Output": (
         *("bits", "format", "dtype", "quant_type", "double_quant", "group_size", "keep"),
-        *("max_shard_size", "overwrite", "verify"),
+        *("quantize_towers", "max_shard_size", "overwrite", "verify"),
     ),
     "Rounding": ("rounding", "scales", "seed", "min_survival"),
     "Running": ("dry_run", "device", "max_memory", "threads", "resume", "restart"),
@@ -142,6 +142,7 @@ def chosen(word: str, known: tuple[str, ...], text: str) -> Callable[[Any], Any]
 @click.option("--double-quant", is_flag=True, help="Quantize the scales too (bitsandbytes).")
 @click.option("--group-size", type=int, help="Weights of a row that share a scale; -1: all of them.")
 @click.option("--keep", metavar="REGEX", multiple=True, help="Modules that stay, or become, plain; repeatable.")
+@click.option("--quantize-towers", is_flag=True, help="Quantize encoders of images and sounds, and projectors, too.")
 @click.option("--max-shard-size", type=Size(), help="Cut shards at this size. Default: as the base is cut.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT where it is an earlier output; nothing else ever is.")
 @click.option("--verify/--no-verify", default=False, help="Read OUT again before it is published.")

@@ -30,6 +30,7 @@ def merge(
     double_quant: bool = False,
     group_size: int | None = None,
     keep: str | Iterable[str] = (),
+    quantize_towers: bool = False,
     rounding: Rounding = "auto",
     scales: Scales = "auto",
     seed: int = 0,
@@ -62,6 +63,7 @@ def merge(
     double_quant: quantize the scales too (bitsandbytes).
     group_size: weights of a row that share a scale; -1: all of them.
     keep: regular expressions of modules that stay, or become, plain.
+    quantize_towers: quantize what is no part of the language model, too: encoders of images and sounds, projectors.
     rounding: of merged weights to codes: nearest, stochastic, dither, adapter-aware; auto: the best of them, measured.
     scales: of merged weights: keep those of the base, or fit fresh ones; auto: the better, measured.
     seed: of the roundings that draw.
@@ -87,7 +89,7 @@ def merge(
     request = request_of(
         *(base, adapters, path_of("out", out)),
         bits=bits, format=format, dtype=dtype, quant_type=quant_type, double_quant=double_quant,
-        group_size=group_size, keep=keep, rounding=rounding, scales=scales, seed=seed,
+        group_size=group_size, keep=keep, quantize_towers=quantize_towers, rounding=rounding, scales=scales, seed=seed,
         min_survival=min_survival, trained_on=trained_on, adapter_base=adapter_base, weight=weight, alpha=alpha,
         base_is_residual=base_is_residual, allow_unused=allow_unused, max_shard_size=max_shard_size,
         device=device, max_memory=max_memory, threads=threads, resume=resume, restart=restart,
@@ -109,6 +111,7 @@ def plan(
     double_quant: bool = False,
     group_size: int | None = None,
     keep: str | Iterable[str] = (),
+    quantize_towers: bool = False,
     rounding: Rounding = "auto",
     scales: Scales = "auto",
     seed: int = 0,
@@ -140,6 +143,7 @@ def plan(
     double_quant: quantize the scales too (bitsandbytes).
     group_size: weights of a row that share a scale; -1: all of them.
     keep: regular expressions of modules that stay, or become, plain.
+    quantize_towers: quantize what is no part of the language model, too: encoders of images and sounds, projectors.
     rounding: of merged weights to codes: nearest, stochastic, dither, adapter-aware; auto: the best of them, measured.
     scales: of merged weights: keep those of the base, or fit fresh ones; auto: the better, measured.
     seed: of the roundings that draw.
@@ -164,7 +168,7 @@ def plan(
     request = request_of(
         *(base, adapters, out),
         bits=bits, format=format, dtype=dtype, quant_type=quant_type, double_quant=double_quant,
-        group_size=group_size, keep=keep, rounding=rounding, scales=scales, seed=seed,
+        group_size=group_size, keep=keep, quantize_towers=quantize_towers, rounding=rounding, scales=scales, seed=seed,
         min_survival=min_survival, trained_on=trained_on, adapter_base=adapter_base, weight=weight, alpha=alpha,
         base_is_residual=base_is_residual, allow_unused=allow_unused, max_shard_size=max_shard_size,
         device=device, max_memory=max_memory, threads=threads, resume=resume, restart=restart,

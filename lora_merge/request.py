@@ -62,6 +62,7 @@ class Recipe:
     rounding: Rounding = "auto"
     seed: int = 0
     keep: tuple[str, ...] = ()
+    quantize_towers: bool = False
     trained_on: TrainedOn = "as-is"
     adapter_base: str | None = None
     weight: tuple[float, ...] = ()
@@ -97,7 +98,7 @@ class Recipe:
                     raise UsageError(f"{option(name)}: {pattern!r} is not a regular expression: {error}") from None
 
     def _check_types(self) -> None:
-        _check_flags(self, ("double_quant", "base_is_residual"))
+        _check_flags(self, ("double_quant", "quantize_towers", "base_is_residual"))
         _check_texts(self, ("scales", "rounding", "trained_on"))
         _check_texts(self, ("format", "dtype", "quant_type", "adapter_base", "allow_unused"), optional=True)
         if not isinstance(self.keep, tuple) or not all(isinstance(pattern, str) for pattern in self.keep):

@@ -8,7 +8,7 @@ module path (`weight`, `weight_scale`, `qweight`, ...). `describe` and `measure`
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -75,6 +75,10 @@ class Layout(ABC):
     @abstractmethod
     def refusal(self, weight: TensorSpec) -> str | None:
         """Why this weight cannot be stored so, or None."""
+
+    def joint_refusal(self, weights: Sequence[TensorSpec]) -> str | None:
+        """Why matrices that a server computes as one, in the order of its rows, cannot all be stored so, or None."""
+        return None
 
     @abstractmethod
     def slices(self, weight: TensorSpec, columns: int, start: int, stop: int) -> dict[str, ByteRange]:

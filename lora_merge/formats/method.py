@@ -28,6 +28,8 @@ class Loader:
     """What transformers' loader of a format takes for quantized.
 
     derived: linears whose class is derived from Linear, too.
+    blocks: linears that lie in a list of blocks alone.
+    text: models that take text first alone; other loaders of the format take the rest as well.
     conv1d: transformers' Conv1D as well, whose weights then lie `[out, in]` as those of a linear.
     by_end: its list of what stays plain goes by the beginnings of names up to a dot, and by their ends.
     renames: it renames that list as if it were names of stored modules.
@@ -41,6 +43,8 @@ class Loader:
     """
 
     derived: bool = True
+    blocks: bool = False
+    text: bool = False
     conv1d: bool = False
     by_end: bool = False
     renames: bool = False

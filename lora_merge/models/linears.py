@@ -1,26 +1,36 @@
-"""Which modules of a model are quantized: the linears of its layers, as the model class or else the names tell."""
+"""Which modules of a model are quantized: the linears of its language model's blocks, as the model class or else the
+names tell."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 
 from lora_merge.dtypes import PLAIN_FLOATS
-from lora_merge.models.names import EXPERT, NOT_QUANTIZED, SIBLINGS
+from lora_merge.models.names import BLOCK, EXPERT, HEAD, NOT_QUANTIZED, NOT_REPLACED, SIBLINGS, TOWER_PARTS
 from lora_merge.models.skeleton import Skeleton
 from lora_merge.spec import TensorSpec
+
+KEPT = "--keep"
+SMALL = "embeddings, heads, norms and routers"
+TOWER = "towers and their projectors (--quantize-towers)"
+OUTSIDE = "outside the blocks of layers"
+UNKNOWN = "the model class does not have them"
+PIECES = "the model class has them in one with others"
 
 
 @dataclass(frozen=True, slots=True)
 class Linears:
     """The linears of a model, in its order.
 
-    chosen: those to be quantized, by stored name. plain: the others, by their path in the model.
+    chosen: those to be quantized, by stored name. plain: the others, by their path in the model. reasons: why these
+    are plain, by stored name, in words that many share.
     """
 
     chosen: tuple[str, ...]
     plain: tuple[str, ...]
+    reasons: Mapping[str, str] = field(default_factory=dict)
 
 
 def linears(
@@ -28,34 +38,105 @@ def linears(
     skeleton: Skeleton | None,
     keep: Collection[re.Pattern[str]] = (),
     experts: bool = False,
+    towers: bool = False,
 ) -> Linears:
     """Divide the linears of a model.
 
     weights: by name without quantization. skeleton: of the model class; without one every matrix that is not named
     like an embedding counts as a linear. keep: modules that any of these matches stay as they are. experts: those that
-    are stored one by one count, too, where the class has a stack of them.
+    are stored one by one count, too, where the class has a stack of them. towers: those of images and sounds, and what
+    leads from them into the language model, count as well.
     """
-    matrices = {
-        name.removesuffix(".weight")
+    every = _matrices(weights)
+    named = of_class(skeleton) if skeleton else _of_names(every)
+    taken = set(named.values())
+    if experts:
+        named |= {module: module for module in every if EXPERT.fullmatch(module) and module not in taken}
+    unknown = _unknown(skeleton, every) if skeleton else {}
+    named |= {module: module for module in unknown if module not in taken}
+    stored_whole = {path: stored for path, stored in named.items() if stored in every}
+    reasons = dict.fromkeys(unknown, UNKNOWN) | _reasons(
+        {path: stored for path, stored in stored_whole.items() if path not in unknown}, skeleton, keep, towers
+    )
+    chosen = [stored for path, stored in named.items() if stored in every and path not in reasons]
+    plain = [path for path, stored in named.items() if stored not in every or path in reasons]
+    return Linears(
+        tuple(dict.fromkeys(chosen)), tuple(plain), {named[path]: reason for path, reason in reasons.items()}
+    )
+
+
+def rounded_in_training(weights: Mapping[str, TensorSpec], skeleton: Skeleton | None) -> tuple[str, ...]:
+    """The linears that bitsandbytes quantizes in a model for training, by stored name: all but heads, and what the
+    class keeps in float32."""
+    every = _matrices(weights)
+    if skeleton is None:
+        return tuple(module for module in _of_names(every) if not NOT_QUANTIZED.fullmatch(module))
+    named = of_class(skeleton)
+    return tuple(
+        stored
+        for path, stored in named.items()
+        if stored in every and not HEAD.fullmatch(path) and not skeleton.keeps_float32(path)
+    )
+
+
+def _matrices(weights: Mapping[str, TensorSpec]) -> dict[str, None]:
+    """Modules that have a matrix of floats, in the order of the names."""
+    return {
+        name.removesuffix(".weight"): None
         for name, spec in weights.items()
         if name.endswith(".weight") and len(spec.shape) == 2 and spec.dtype in PLAIN_FLOATS
     }
-    every = [name.removesuffix(".weight") for name in weights if name.removesuffix(".weight") in matrices]
-    named = of_class(skeleton) if skeleton else _of_names(every)
-    known = set(named.values())
-    if experts:
-        named |= {module: module for module in every if EXPERT.fullmatch(module) and module not in known}
-    chosen = {
-        stored
-        for module, stored in named.items()
-        if stored in matrices
-        and not (NOT_QUANTIZED.fullmatch(stored) or NOT_QUANTIZED.fullmatch(module))
-        and not any(pattern.search(stored) or pattern.search(module) for pattern in keep)
-    }
-    return Linears(
-        tuple(stored for stored in named.values() if stored in chosen),
-        tuple(module for module, stored in named.items() if stored not in chosen),
-    )
+
+
+def _reasons(
+    named: Mapping[str, str], skeleton: Skeleton | None, keep: Collection[re.Pattern[str]], towers: bool
+) -> dict[str, str]:
+    """Why some of these linears stay plain, by path. named: stored name by path.
+
+    What all have in their names says nothing of any: a model that is nothing but a tower is the model itself, and where
+    no linear lies in a block, all count.
+    """
+    reasons = {path: reason for path, stored in named.items() if (reason := _unfit(path, stored, skeleton, keep))}
+    left = [path for path in named if path not in reasons]
+    inside = {path for path in left if BLOCK.search(path) or BLOCK.search(named[path])} or set(left)
+    of_towers = _of_towers(named, skeleton, inside)
+    if inside <= of_towers:
+        of_towers = set()
+    for path in left:
+        if path in of_towers:
+            if not towers:
+                reasons[path] = TOWER
+        elif path not in inside:
+            reasons[path] = OUTSIDE
+    return reasons
+
+
+def _unfit(path: str, stored: str, skeleton: Skeleton | None, keep: Collection[re.Pattern[str]]) -> str | None:
+    """Why a linear stays plain, wherever it lies."""
+    if any(pattern.search(stored) or pattern.search(path) for pattern in keep):
+        return KEPT
+    if NOT_QUANTIZED.fullmatch(stored) or NOT_QUANTIZED.fullmatch(path):
+        return SMALL
+    kind = skeleton.derived.get(path) if skeleton else None
+    return f"{kind} computes with its weight in a way of its own" if kind in NOT_REPLACED else None
+
+
+def _of_towers(named: Iterable[str], skeleton: Skeleton | None, inside: Collection[str]) -> set[str]:
+    """Paths that lie in what is no part of the language model."""
+    roots = tuple(f"{tower}." for tower in (skeleton.towers if skeleton else ()))
+    common = _common(inside)
+    return {path for path in named if path.startswith(roots) or TOWER_PARTS.search(path.removeprefix(common))}
+
+
+def _common(paths: Collection[str]) -> str:
+    """The names with which all paths begin, dots and all."""
+    if not paths:
+        return ""
+    first, last = min(paths).split("."), max(paths).split(".")
+    same = 0
+    while same < min(len(first), len(last)) - 1 and first[same] == last[same]:
+        same += 1
+    return "".join(f"{name}." for name in first[:same])
 
 
 def of_class(skeleton: Skeleton) -> dict[str, str]:
@@ -66,6 +147,14 @@ def of_class(skeleton: Skeleton) -> dict[str, str]:
         whole = len(locations) == 1 and locations[0].within is None and locations[0].rows is None
         found[module] = locations[0].tensor.removesuffix(".weight") if whole else module
     return found
+
+
+def _unknown(skeleton: Skeleton, every: Iterable[str]) -> dict[str, None]:
+    """Matrices in blocks of which the class takes nothing, such as those of layers that predict ahead: loaders that
+    have such layers must be told that they are plain."""
+    names = [one.tensor for locations in skeleton.places.values() for one in locations]
+    blocks = {name[: match.end()] for name in names if (match := BLOCK.search(name))}
+    return {module: None for module in every if (match := BLOCK.search(module)) and module[: match.end()] not in blocks}
 
 
 def _of_names(modules: Collection[str]) -> dict[str, str]:

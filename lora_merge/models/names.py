@@ -108,11 +108,51 @@ SIBLINGS = (
 )
 
 
-NOT_QUANTIZED = re.compile(
-    r"(.*\.)?(lm_head|output_layer|embed_out|(\w*_)?embed\w*|wte|wpe|\w*norm\w*|ln_\w+|router|gate|shared_expert_gate"
-    r"|score|classifier|v_head)(\..*)?"
+_QKV_BESIDE = ("b_proj", "f_a_proj", "g_a_proj", "g_proj", "index_q_proj", "index_k_proj", "output_gate_proj")
+"""Gates and indexers that some models compute together with queries, keys and values."""
+FUSED: tuple[tuple[str, ...], ...] = (
+    ("q_proj", "k_proj", "v_proj", *_QKV_BESIDE),
+    ("query", "key", "value"),
+    ("q", "k", "v"),
+    ("to_q", "to_k", "to_v"),
+    ("wq", "wk", "wv"),
+    ("wq_du", "wk_dv", "wv_dv", "wr_du"),
+    ("key_proj", "value_proj"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("fc1", "fc3"),
+    ("c_fc_0", "c_fc_1"),
+    ("q_a_proj", "kv_a_proj_with_mqa", "g_proj"),
+    ("wq_a", "wkv"),
+    ("wkv", "wgate"),
+    ("wk", "weights_proj"),
+    ("in_proj_qkv", "in_proj_z"),
+    ("in_proj_b", "in_proj_a"),
 )
-"""Heads, embeddings, norms and routers: what hardly shrinks and what rounding hurts most."""
+"""Last names of linears of one module that servers compute as one matrix, in the order of its rows: vLLM's
+`packed_modules_mapping` of all its models. They are quantized all or none."""
+
+NOT_QUANTIZED = re.compile(
+    r"(.*\.)?(lm_head|output_layer|embed_out|output_projection|(\w*_)?embed\w*|wte|wpe|ln_\w+|\w*router\w*|gate"
+    r"|shared_expert_gate|altup|score|classifier|v_head|x_proj|dt_proj|in_proj_(ba|a|b))(\..*)?"
+    r"|.+\.\w*norm\w*(\..*)?"
+)
+"""Heads, embeddings, norms, routers and the narrow gates of state space layers: what hardly shrinks and what rounding
+hurts most. A model whose first name says norm (`roberta_prelayernorm`) is none."""
+HEAD = re.compile(
+    r"(.*\.)?(lm_head|output_layer|embed_out|output_projection|score|classifier|v_head|generator_lm_head|proj_out|lm_loss"
+    r"|pred_layer|cls\.predictions\.decoder)(\..*)?|head|output|decoder"
+)
+"""Output embeddings, and heads that a fine-tune adds."""
+BLOCK = re.compile(r"\.\d+\.")
+"""In the path of a module that lies in one of a list of blocks: `model.layers.0.mlp`."""
+TOWER_PARTS = re.compile(
+    rf"{TOWER.pattern}|video|(^|\.)mm_|sam_model|protein|qformer|projector|connector|resampler|perceiver|aligner|merger"
+    "|abstractor"
+)
+"""In the path of a module that is no part of the language model itself: towers, and what leads from them into it."""
+NOT_REPLACED = ("NonDynamicallyQuantizableLinear", "DeepseekV4GroupedLinear", "IdeficsDecoupledLinear")
+"""Classes derived from Linear that compute with their weight in a way of their own."""
 EXPERT = re.compile(r".*\.(experts\.\d+\.\w+|gate|router)")
 """Experts stored one by one, and routers: linears in the file where the class has stacks and modules of its own."""
 

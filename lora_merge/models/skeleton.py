@@ -45,6 +45,8 @@ class Skeleton:
     experts:    paths of the modules that hold the experts of a layer, with the names of their classes.
     patterns:   of linears and experts whose path would be renamed as a stored name: one that matches it, and is not.
     strays:     linears stored under another name, to which only their weight finds its way.
+    towers:     paths of the models inside that take no text.
+    main_input: the class's name for what it takes first: `input_ids` of a model of text.
     tied:       alias -> source, for parameters that share memory as the config stands.
     places:     the stored tensors of each parameter; a parameter that is not in the files is absent.
     refusals:   parameters whose stored form cannot be told as rows of tensors, with the reason.
@@ -62,6 +64,8 @@ class Skeleton:
     experts: Mapping[str, str] = field(default_factory=dict)
     patterns: Mapping[str, str] = field(default_factory=dict)
     strays: frozenset[str] = frozenset()
+    towers: tuple[str, ...] = ()
+    main_input: str = "input_ids"
 
     def linear_modules(self) -> tuple[str, ...]:
         """Paths of the `nn.Linear` modules, in declaration order."""
@@ -182,7 +186,15 @@ def _describe(model: Any, tensors: Mapping[str, TensorSpec]) -> Skeleton:
         experts=experts,
         patterns=hidden(mapping, (*linears, *experts)),
         strays=strays(mapping, places, linears),
+        towers=tuple(name for name, module in modules.items() if name and not _takes_text(module)),
+        main_input=str(getattr(model, "main_input_name", "input_ids")),
     )
+
+
+def _takes_text(module: Any) -> bool:
+    """Whether a module is no model of transformers, or one that takes text as well."""
+    modalities = getattr(type(module), "input_modalities", None) or "text"
+    return "text" in ((modalities,) if isinstance(modalities, str) else modalities)
 
 
 def _places(

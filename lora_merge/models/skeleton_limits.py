@@ -17,7 +17,9 @@ MOST_REPEATS = 4096
 REPEATED = re.compile(r"num_.*(layers|blocks|heads|stages|levels|groups|quantizers)|depth|layers$|n_layer|n_head")
 LARGEST = 2**24
 """Of anything else: positions, tokens, labels, sizes."""
-SIZELESS = re.compile(r"theta|base|freq|seed|pixels|edge|max_length|(^|_)id(s|x)?$")
+SIZELESS = re.compile(
+    r"theta|base|freq|seed|pixels|edge|max_length|time_step_(limit|min|max|floor)|logits_value|clipping|(^|_)id(s|x)?$"
+)
 """Keys whose numbers are no sizes."""
 LABELS = re.compile(r"labels?$")
 MOST_LABELS = 2**20

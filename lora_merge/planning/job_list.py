@@ -12,7 +12,7 @@ from lora_merge.errors import AdapterError, InputError, UnsupportedError, UsageE
 from lora_merge.formats import METHODS, CodedFormat, Format, FormatOptions, Plain, StoredWeight
 from lora_merge.formats.base import same_grid
 from lora_merge.formats.plain import PART, WRITABLE
-from lora_merge.models.linears import fused_names, fused_set, linears
+from lora_merge.models.linears import fused_names, fused_set, rounded_in_training
 from lora_merge.planning import claims as effects
 from lora_merge.planning.awq_scales import NOT_RESCALED
 from lora_merge.planning.base_formats import quantization
@@ -68,8 +68,8 @@ def _rounded(draft: Draft, recipe: Recipe) -> tuple[CodedFormat | None, Collecti
         raise UsageError("--trained-on is for a 16-bit base; this one is quantized already, and merged as it is")
     integer = recipe.trained_on == "int8"
     wanted = FormatOptions(8) if integer else FormatOptions(4, quant_type=recipe.trained_on)
-    found = linears(draft.specs, skeleton(draft.config, draft.specs))
-    return METHODS["bitsandbytes"].from_options(wanted, {}), {f"{module}.weight" for module in found.chosen}
+    found = rounded_in_training(draft.specs, skeleton(draft.config, draft.specs))
+    return METHODS["bitsandbytes"].from_options(wanted, {}), {f"{module}.weight" for module in found}
 
 
 def _rescales(format: Format) -> bool:

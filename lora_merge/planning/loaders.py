@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from lora_merge.errors import UnsupportedError, listed
 from lora_merge.formats import QuantMethod
 from lora_merge.formats.method import Loader
 from lora_merge.models.linears import linears, of_class
-from lora_merge.models.names import STACKED_EXPERTS
+from lora_merge.models.names import BLOCK, STACKED_EXPERTS
 from lora_merge.models.skeleton import Skeleton
 from lora_merge.spec import Location, TensorSpec
 
+F = TypeVar("F")
 EXPERTS = re.compile(r"(.*\.experts)\..*")
 """A tensor of experts, one's or all's, and the module of all."""
 ONE_OF_EXPERTS = re.compile(r"(.*\.experts)\.\d+\.\w+\.weight")
@@ -31,11 +32,17 @@ class LoaderFit:
     written: modules to quantize, by stored name.
     plain: those that config.json must name as plain, by their path in the model.
     reasons: by module, why some that were to be written stay plain.
+    paths: in the model, of modules that are stored under another name.
     """
 
     written: tuple[str, ...]
     plain: tuple[str, ...]
     reasons: Mapping[str, str]
+    paths: Mapping[str, str] = field(default_factory=dict)
+
+    def by_path(self, formats: Mapping[str, F]) -> dict[str, F]:
+        """What is known of modules by stored name, by their path in the model."""
+        return {self.paths.get(module, module): format for module, format in formats.items()}
 
 
 def fitted(
@@ -54,7 +61,7 @@ def fitted(
     paths = {stored: path for path, stored in of_class(skeleton).items()} if skeleton else {}
     named = tuple(dict.fromkeys(paths.get(module, module) for module in plain))
     if loader is None:
-        return LoaderFit(tuple(written), named, {})
+        return LoaderFit(tuple(written), named, {}, paths)
     _refuse_split_experts(loader, skeleton, written)
     reasons = {module: why for module in written if (why := _unfit(loader, skeleton, paths.get(module, module)))}
     modules = skeleton.experts if skeleton else [found[1] for name in tensors if (found := EXPERTS.fullmatch(name))]
@@ -69,7 +76,7 @@ def fitted(
         named = (*named, *(paths.get(module, module) for module in more))
     patterns = skeleton.patterns if skeleton and loader.renames else {}
     named = (*named, *(patterns[name] for name in named if name in patterns))
-    return LoaderFit(tuple(module for module in written if module not in reasons), named, reasons)
+    return LoaderFit(tuple(module for module in written if module not in reasons), named, reasons, paths)
 
 
 def still_plain(
@@ -79,7 +86,7 @@ def still_plain(
     before: Sequence[str],
     written: Collection[str],
     takes_experts: bool,
-) -> list[str]:
+) -> LoaderFit:
     """What config.json must name as plain where of a base's modules, `before`, only `written` stay quantized.
 
     takes_experts: `QuantMethod.takes_expert_linears` of their width.
@@ -96,11 +103,14 @@ def still_plain(
             f"--keep: {listed(mixed)} cannot stay quantized then ({fit.reasons[mixed[0]]}); keep them as well"
         )
     named = {*was.plain, *plain}
-    return [*plain, *(module for module in fit.plain if module not in named)]
+    still = (*plain, *(module for module in fit.plain if module not in named))
+    return LoaderFit(tuple(written), still, {}, fit.paths)
 
 
 def _unfit(loader: Loader, skeleton: Skeleton | None, path: str) -> str | None:
     """Why a loader leaves a linear of the model as it is."""
+    if loader.blocks and not BLOCK.search(path):
+        return "the loader quantizes linears of blocks of layers alone"
     if skeleton is None:
         return None
     if path in skeleton.derived and not loader.derived:

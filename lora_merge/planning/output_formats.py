@@ -11,16 +11,18 @@ from typing import Any
 
 from lora_merge.abilities import FORMATS
 from lora_merge.dtypes import MODEL_DTYPES, PLAIN_FLOATS
-from lora_merge.errors import UnsupportedError, UsageError, listed, printable
+from lora_merge.errors import UnsupportedError, UsageError, listed
 from lora_merge.formats import METHODS, Format, FormatOptions, Plain, StoredWeight, unread
 from lora_merge.formats.chatglm import is_chatglm
 from lora_merge.formats.method import SECTION, ConfigPath, Loader
 from lora_merge.formats.plain import WRITABLE
 from lora_merge.models.families import is_conv1d, model_type, of_type
+from lora_merge.models.fused import FusedSets
 from lora_merge.models.linears import Linears, linears
 from lora_merge.models.skeleton import NoSkeleton, Skeleton, build
+from lora_merge.planning.agreement import agreed, drawn, kept, share_that_stays_plain, starred, told
 from lora_merge.planning.base_formats import Method, common, declared, removal, removed_files, unreadable
-from lora_merge.planning.loaders import ONE_OF_EXPERTS, fitted, plain_experts, still_plain, unfilled, unopened_experts
+from lora_merge.planning.loaders import ONE_OF_EXPERTS, plain_experts, still_plain, unfilled, unopened_experts
 from lora_merge.request import Recipe
 from lora_merge.spec import TensorSpec
 
@@ -64,7 +66,7 @@ def decide(
     model = skeleton(config, tensors)
     own = common(present)
     bits = recipe.bits or (own.bits if own is not None else method.abilities().default_bits)
-    chosen = _chosen(method, bits, keep, present, weights, config, tensors, model)
+    chosen = _chosen(method, bits, keep, recipe.quantize_towers, present, weights, config, tensors, model)
     return _quantized(recipe, method, chosen, present, plain, weights, config, model, tensors)
 
 
@@ -125,13 +127,15 @@ def _own(
         raise UnsupportedError("--keep on a base in several formats; choose one with --format")
     format = next(iter(present.values())).format
     method = METHODS[format.name]
-    written = {name.removesuffix(format.weight_suffix): format for name, format in own.items()}
-    before = [name.removesuffix(format.weight_suffix) for name in present]
-    still = still_plain(
-        method, skeleton(config, tensors), tensors, before, written, method.takes_expert_linears(format.bits)
-    )
-    changes = method.config_changes(written, still, config)
-    return OutputFormats({**plain, **own}, changes, json_files=_json_file(method, changes))
+    end = format.weight_suffix
+    before = [name.removesuffix(end) for name in present]
+    more = drawn(FusedSets.of(before), [one for one in before if one + end not in own], before)
+    written = {one: present[one + end].format for one in before if one + end in own and one not in more}
+    takes_experts = method.takes_expert_linears(format.bits)
+    fit = still_plain(method, skeleton(config, tensors), tensors, before, written, takes_experts)
+    changes = method.config_changes(fit.by_path(written), fit.plain, config)
+    formats = {**plain, **{module + end: format for module, format in written.items()}}
+    return OutputFormats(formats, changes, tuple(told(more)), _json_file(method, changes))
 
 
 def asked_method(recipe: Recipe, present: Mapping[str, StoredWeight], config: Mapping[str, Any]) -> Method | None:
@@ -164,6 +168,7 @@ def _chosen(
     method: Method,
     bits: int,
     keep: Sequence[re.Pattern[str]],
+    towers: bool,
     present: Mapping[str, StoredWeight],
     weights: Mapping[str, StoredWeight],
     config: Mapping[str, Any],
@@ -172,7 +177,7 @@ def _chosen(
 ) -> Linears:
     """The modules to quantize: those that are, or in a plain base those that its class or this format's loader has."""
     split = any(not stored.format.copyable for stored in weights.values())
-    found = linears(tensors, model, keep, split or method.takes_expert_linears(bits))
+    found = linears(tensors, model, keep, split or method.takes_expert_linears(bits), towers)
     end = method.formats[0].weight_suffix
     modules = {name.removesuffix(end): name for name in weights if name.endswith(end)}
     if present:
@@ -186,9 +191,16 @@ def _chosen(
         transposed = [module for module, name in modules.items() if conv1d and weights[name].format.as_linear]
         linear = set(found.chosen)
         extra = {module: None for module in transposed if module not in linear and not _matches(keep, module)}
-        return Linears((*found.chosen, *extra), tuple(module for module in found.plain if module not in extra))
+        plain = tuple(module for module in found.plain if module not in extra)
+        return Linears((*found.chosen, *extra), plain, found.reasons)
     every, quantized = dict.fromkeys((*found.chosen, *found.plain)), set(taken)
-    return Linears(tuple(taken), tuple(module for module in every if module not in quantized))
+    before = kept(keep, (name.removesuffix(end) for name in present))
+    reasons = {**dict.fromkeys(found.chosen, "plain in the base"), **found.reasons, **before}
+    return Linears(
+        tuple(taken),
+        tuple(module for module in every if module not in quantized),
+        {module: reason for module, reason in reasons.items() if module not in quantized},
+    )
 
 
 def _matches(patterns: Sequence[re.Pattern[str]], module: str) -> bool:
@@ -219,16 +231,14 @@ def _quantized(
     specs = {module: weights[module + end].weight for module in found.chosen}
     _refuse_nothing(method, specs, [name for name in present if name.removesuffix(end) not in specs], present)
     format = method.from_options(_options(recipe, method, common(present), weights, specs), specs)
-    reasons = {module: reason for module, spec in specs.items() if (reason := format.refusal(spec))}
-    written = {module: format for module in specs if module not in reasons}
-    fit = fitted(method.loader, model, tensors, list(written), [*found.plain, *reasons])
+    fit = agreed(format, method.loader, model, tensors, found, specs)
     written = dict.fromkeys(fit.written, format)
-    reasons |= fit.reasons
     if not written:
-        raise UnsupportedError(f"no weight can be written as {format}: {listed(set(reasons.values()), 3)}")
+        why = dict.fromkeys(starred(reason) for reason in fit.reasons.values())
+        raise UnsupportedError(f"no weight can be written as {format}: {listed(why, 3)}")
     named = [*fit.plain, *(name for name in plain_experts(weights, written) if name not in fit.plain)]
-    changes = removal(present, config) | method.config_changes(written, named, config)
-    notes = [f"{printable(module)} stays plain: {reason}" for module, reason in reasons.items()]
+    changes = removal(present, config) | method.config_changes(fit.by_path(written), named, config)
+    notes = told(fit.reasons)
     if missing := unfilled(method.loader, model, format.describe(next(iter(specs.values()))), written):
         notes.append(_unopened(method, missing))
     if stacks := unopened_experts(method.loader, model, written):
@@ -236,8 +246,12 @@ def _quantized(
             f"transformers has the experts of a layer in one ({listed(stacks, 2)}) and opens no {method.name} of each "
             "alone, as servers do (vLLM, SGLang); for transformers keep them plain, with --keep experts"
         )
+    if method.loader is not None and method.loader.text and model is not None and model.main_input != "input_ids":
+        notes.append(f"transformers' loader of {method.name} opens models of text alone, and not {model.class_name}")
     json_files = removed_files(present) | _json_file(method, changes)
     formats = {**plain, **{module + end: format for module in written}}
+    if line := share_that_stays_plain(formats, weights, {**found.reasons, **fit.reasons}):
+        notes.append(line)
     return OutputFormats(formats, changes, tuple(notes), json_files)
 
 

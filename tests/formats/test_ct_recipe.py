@@ -11,7 +11,7 @@ from lora_merge.abilities import FormatOptions
 from lora_merge.errors import InputError, LoraMergeError, UnsupportedError
 from lora_merge.formats.compressed_tensors.method import CompressedTensorsMethod
 from lora_merge.formats.compressed_tensors.recipe import Recipe, quantization_config
-from lora_merge.formats.compressed_tensors.schemes import FLOAT, INT, NAIVE, PACK, Scheme, preset, uniform_group_size
+from lora_merge.formats.compressed_tensors.schemes import FLOAT, INT, NAIVE, PACK, Scheme, preset
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 CHECKPOINTS = sorted(path.name for path in FIXTURES.glob("ct_*") if (path / "config.json").exists())
@@ -108,15 +108,6 @@ def test_presets_fall_to_what_the_width_allows() -> None:
         CompressedTensorsMethod.from_options(FormatOptions(4, quant_type="fp8"), {})
     with pytest.raises(UnsupportedError, match="no nf4"):
         CompressedTensorsMethod.from_options(FormatOptions(4, quant_type="nf4"), {})
-
-
-def test_one_group_size_for_all_widths() -> None:
-    assert [uniform_group_size(widths) for widths in ([256, 512], [256, 704], [96, 128], [256, 100])] == [
-        128,
-        64,
-        32,
-        -1,
-    ]
 
 
 def test_a_second_scheme_names_its_modules() -> None:

@@ -331,7 +331,12 @@ def test_what_is_asked_for() -> None:
     format = FP8Method.from_options(FormatOptions(8, "F16"), {})
     assert (format.block, format.scale, format.dtype, format.bits) == (BLOCK, "F32", "F16", 8)
     assert format.refusal(TensorSpec("BF16", (256, 384))) is None
-    assert "blocks of 128 x 128" in present(format.refusal(TensorSpec("BF16", (64, 128))))
+    for shape in ((64, 128), (576, 300), (100, 640)):
+        assert format.refusal(TensorSpec("BF16", shape)) is None, shape
+    assert "for blocks of 65 x 128" in present(format.refusal(TensorSpec("BF16", (130, 640))))
+    assert "for blocks of 96 x 128" in present(format.refusal(TensorSpec("BF16", (192, 128))))
+    assert "for blocks of 128 x 112" in present(format.refusal(TensorSpec("BF16", (128, 448))))
+    assert format.for_weight(TensorSpec("BF16", (192, 128))).refusal(TensorSpec("BF16", (192, 128))) is None
     assert "matrices" in present(format.refusal(TensorSpec("BF16", (2, 128, 128))))
     assert "--dtype" in present(FP8(dtype="F64").refusal(TensorSpec("F64", (4, 4))))
     assert FP8().refusal(TensorSpec("BF16", (64, 130))) is None
@@ -394,7 +399,7 @@ def test_transformers_opens_what_we_write(tmp_path: Path, variant: str) -> None:
     specs = {name: TensorSpec("BF16", tuple(module.weight.shape)) for name, module in linears(original)}
     format = {
         "preset": FP8Method.from_options(FormatOptions(8), specs),
-        "ue8m0": FP8(scale="F8_E8M0", power=True, whole_blocks=True),
+        "ue8m0": FP8(scale="F8_E8M0", power=True, fresh=True),
         "per tensor": FP8(block=WHOLE, rank=0),
     }[variant]
     tensors, decoded, written = dict(original.state_dict()), {}, {}
@@ -410,7 +415,7 @@ def test_transformers_opens_what_we_write(tmp_path: Path, variant: str) -> None:
         marks = aligned(data["weight_scale_inv"]).view(kind).view(shapes["weight_scale_inv"])
         tensors[f"{module}.weight_scale_inv"] = marks
         written[module] = format
-    assert len(written) == (14 if variant == "per tensor" else 10)  # k and v have 64 rows
+    assert len(written) == 14  # k and v have 64 rows, which is one short block
     save_file(
         {name: value.contiguous() for name, value in tensors.items()}, tmp_path / "model.safetensors", {"format": "pt"}
     )

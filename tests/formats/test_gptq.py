@@ -378,7 +378,9 @@ def test_presets() -> None:
     weights = {"a": TensorSpec("BF16", (64, 256)), "b": TensorSpec("BF16", (64, 192))}
     assert GPTQMethod.from_options(FormatOptions(4), {"a": weights["a"]}) == GPTQ(4, 128)
     assert GPTQMethod.from_options(FormatOptions(3), weights) == GPTQ(3, 64)
-    assert GPTQMethod.from_options(FormatOptions(8), weights | {"c": TensorSpec("BF16", (64, 40))}) == GPTQ(8, -1)
+    assert GPTQMethod.from_options(FormatOptions(8), weights | {"c": TensorSpec("BF16", (64, 40))}) == GPTQ(8, 64)
+    assert GPTQMethod.from_options(FormatOptions(8), weights | {"c": TensorSpec("BF16", (640, 40))}) == GPTQ(8, 64)
+    assert GPTQMethod.from_options(FormatOptions(8), weights | {"c": TensorSpec("BF16", (720, 40))}) == GPTQ(8, -1)
     assert GPTQMethod.from_options(FormatOptions(2, group_size=16), weights) == GPTQ(2, 16)
     for wanted in (
         FormatOptions(5),
@@ -413,17 +415,41 @@ def test_plain_linears_of_a_block_are_told_by_the_list_of_the_others() -> None:
     assert changed(written, kept)["modules_in_block_to_quantize"] == [BLOCK[:3]]
 
 
-def test_what_the_loader_cannot_be_told_is_refused() -> None:
+def test_modules_are_named_in_full_where_their_ends_would_name_plain_ones_too() -> None:
     every = dict.fromkeys(modules(), GPTQ(4))
     first = {name: format for name, format in every.items() if name != "model.layers.1.mlp.up_proj"}
-    with pytest.raises(UnsupportedError, match=r"every block or in none.*layers\.1\.mlp\.up_proj"):
-        changed(first, ["model.layers.1.mlp.up_proj"])
-    with pytest.raises(UnsupportedError, match=r"every block or in none.*extra\.mlp\.up_proj"):
-        changed(every, ["model.layers.0.extra.mlp.up_proj"])
+    for written, plain in (
+        (first, ["model.layers.1.mlp.up_proj"]), (every, ["model.layers.0.extra.mlp.up_proj"]),
+        (every, ["model.layers.0.router", "visual.blocks.0.mlp.up_proj"]),
+    ):  # fmt: skip
+        body = changed(written, plain)
+        assert body["modules_in_block_to_quantize"] == [list(written)] and "block_name_to_quantize" not in body
+
+
+def test_several_stacks_of_blocks_are_named_by_what_their_names_begin_with() -> None:
+    linears = ("self_attn.q_proj", "fc1")
+    written = {
+        f"model.{half}.layers.{n}.{name}": GPTQ(4)
+        for half in ("encoder", "decoder")
+        for n in (0, 1)
+        for name in linears
+    }
+    assert changed(written, ["lm_head"])["block_name_to_quantize"] == "model"
+    body = changed(written, ["model.decoder.layers.0.fc2"])
+    assert body["modules_in_block_to_quantize"] == [list(linears)]
+    t5 = {f"{half}.block.0.layer.0.q": GPTQ(4) for half in ("encoder", "decoder")}
+    body = changed(t5, ["lm_head"])
+    assert body["block_name_to_quantize"] == "" and body["modules_in_block_to_quantize"] == [["layer.0.q"]]
+
+
+def test_what_the_loader_cannot_be_told_is_refused() -> None:
+    every = dict.fromkeys(modules(), GPTQ(4))
+    with pytest.raises(
+        UnsupportedError, match=r"other\.model\.layers\.0\.mlp\.up_proj for modules whose names are the ends"
+    ):
+        changed(every, ["model.layers.9.other.model.layers.0.mlp.up_proj"])
     with pytest.raises(UnsupportedError, match="not lm_head"):
         changed(every | {"lm_head": GPTQ(4)})
-    with pytest.raises(UnsupportedError, match="one stack"):
-        changed(every | {"vision.blocks.0.mlp.up_proj": GPTQ(4)})
     with pytest.raises(UnsupportedError, match="one width"):
         changed(every | {"model.layers.1.mlp.up_proj": GPTQ(8)})
 

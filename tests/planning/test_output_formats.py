@@ -65,7 +65,7 @@ def test_chatglm_stays_chatglm_where_it_has_the_width(chatglm: Path, plain_chatg
     assert targets(chatglm, format="chatglm") == {}
     with pytest.raises(UnsupportedError, match="chatglm has weights of 4 and 8 bits, not 3"):
         targets(plain_chatglm, bits=3)
-    assert targets(plain_chatglm, bits=3, format="compressed-tensors") == {"pack-quantized int3 channel": 4}
+    assert targets(plain_chatglm, bits=3, format="compressed-tensors") == {"pack-quantized int3 group 32": 3}
 
 
 def test_a_quantized_base_keeps_its_scheme_at_its_own_width() -> None:

@@ -11,6 +11,7 @@ from lora_merge.formats.awq.format import COMMON, METHOD, WIDTH, section
 from lora_merge.formats.awq.gemm import AWQ
 from lora_merge.formats.awq.gemv import AWQGemv, AWQGemvFast
 from lora_merge.formats.base import CodedFormat
+from lora_merge.formats.group_size import common_group_size
 from lora_merge.formats.method import SECTION, ConfigPath, Loader, QuantMethod
 from lora_merge.spec import TensorSpec
 
@@ -30,11 +31,8 @@ class AWQMethod(QuantMethod[AWQ]):
 
     @classmethod
     def format_for(cls, options: FormatOptions, weights: Mapping[str, TensorSpec]) -> AWQ:
-        """The largest group of 128, 64 and 32 columns that divides the most weights, since loaders know but one."""
-        size = options.group_size
-        if size is None:
-            columns = [weight.shape[-1] for weight in weights.values()]
-            size = max(COMMON, key=lambda size: sum(width % size == 0 for width in columns))
+        """One group size for all weights, since loaders know but one."""
+        size = options.group_size or common_group_size(weights, options.bits, COMMON, whole_rows=False)
         return AWQ(size, options.dtype if options.dtype == "BF16" else "F16")
 
     @classmethod

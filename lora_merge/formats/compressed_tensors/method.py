@@ -10,7 +10,8 @@ from lora_merge.formats.base import CodedFormat
 from lora_merge.formats.compressed_tensors import scales as scales
 from lora_merge.formats.compressed_tensors.format import CompressedTensors
 from lora_merge.formats.compressed_tensors.recipe import METHOD, quantization_config, section
-from lora_merge.formats.compressed_tensors.schemes import preset, uniform_group_size
+from lora_merge.formats.compressed_tensors.schemes import GROUPS, preset
+from lora_merge.formats.group_size import common_group_size
 from lora_merge.formats.method import SECTION, ConfigPath, Loader, QuantMethod
 from lora_merge.spec import TensorSpec
 
@@ -34,8 +35,8 @@ class CompressedTensorsMethod(QuantMethod[CompressedTensors]):
 
     @classmethod
     def format_for(cls, options: FormatOptions, weights: Mapping[str, TensorSpec]) -> CompressedTensors:
-        """One scheme for all weights: `int` has the largest group that divides them all, as some loaders need."""
-        size = options.group_size or uniform_group_size(weight.shape[-1] for weight in weights.values())
+        """One scheme for all weights: loaders that stack experts or dequantize while loading know but one."""
+        size = options.group_size or common_group_size(weights, options.bits, GROUPS)
         scheme = preset(options.quant_type or "int", options.bits, 0, size)
         return CompressedTensors(scheme, options.dtype if scheme.format not in scales.FIXED else "BF16")
 

@@ -5,7 +5,7 @@ https://github.com/vllm-project/compressed-tensors/blob/main/src/compressed_tens
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,15 +148,6 @@ def preset(quant_type: str, bits: int, columns: int, group_size: int | None = No
         "mxfp8": Scheme(MXFP8, 8, "float", group_size=32),
     }
     return presets[quant_type]
-
-
-def uniform_group_size(widths: Iterable[int]) -> int:
-    """The largest group size that divides all these numbers of columns; -1 where none does.
-
-    Loaders that stack experts or dequantize while loading know only one scheme a model.
-    """
-    columns = set(widths)
-    return next((size for size in GROUPS if all(width % size == 0 for width in columns)), -1)
 
 
 def _whole(value: Any, key: str) -> int:

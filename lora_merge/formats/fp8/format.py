@@ -10,14 +10,15 @@
 w = code * weight_scale_inv in float32, and rounded to no narrower dtype: kernels multiply the two so, and loaders give
 that product bit for bit to a float32 model. Despite its name the scale multiplies. Its other
 names: `weight_scale` (AutoFP8, vLLM), `scale` (DeepSeek-V4), `qscale_weight` (Mistral). Scales are powers of two where
-config.json says `scale_fmt: ue8m0`, stored as floats or as exponents. Loaders without a GPU take the block from
-the shapes and go wrong where the last one is short, so such weights are read and merged, not made.
+config.json says `scale_fmt: ue8m0`, stored as floats or as exponents. Where the last block is short, as that of the 576
+rows of DeepSeek-V3's kv_a_proj, loaders that dequantize (transformers without a GPU) take the block from the shapes:
+most such weights they refuse, and those that they would misread are read and merged, not made.
 https://github.com/huggingface/transformers/blob/main/src/transformers/integrations/finegrained_fp8.py
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -56,7 +57,7 @@ class FP8(CodedFormat):
     dtype:   of the model, in which loaders hold the weight without its codes.
     compute_dtype:  dtype of the weight that is being converted; only the bytes of ModelOpt depend on it.
     peak:    largest magnitude of the weight, where it has but one scale.
-    whole_blocks: whether weights that leave short blocks at their edges are refused.
+    fresh:   whether weights are made anew: those are refused whose block a loader would take for another.
     """
 
     codes: str = "F8_E4M3"
@@ -68,7 +69,7 @@ class FP8(CodedFormat):
     dtype: str = "BF16"
     compute_dtype: str = "F32"
     peak: float | None = None
-    whole_blocks: bool = False
+    fresh: bool = False
 
     name: ClassVar[str] = "fp8"
     codes_part: ClassVar[str] = "weight"
@@ -153,7 +154,7 @@ class FP8(CodedFormat):
 
     def for_weight(self, weight: TensorSpec, compute_dtype: str = "F32", seen: torch.Tensor | None = None) -> Self:
         peak = None if seen is None else seen.max().item()
-        return replace(self, compute_dtype=compute_dtype, peak=peak, whole_blocks=False)
+        return replace(self, compute_dtype=compute_dtype, peak=peak, fresh=False)
 
     def describe(self, weight: TensorSpec) -> dict[str, TensorSpec]:
         return {
@@ -169,10 +170,28 @@ class FP8(CodedFormat):
             return f"{self.name} holds matrices, this weight is {list(weight.shape)}"
         if self.dtype not in LIMITS:
             return f"{self.dtype} is read but not written; choose a --dtype"
-        sides = zip(weight.shape, self.block, strict=True)
-        if self.whole_blocks and any(side % step for side, step in sides if step):
-            return f"{list(weight.shape)} does not divide into blocks of {self.block[0]} x {self.block[1]}"
+        if self.fresh and (taken := self._misread(weight.shape)):
+            return f"a loader that dequantizes would take it for blocks of {taken[0]} x {taken[1]}"
         return None
+
+    def joint_refusal(self, weights: Sequence[TensorSpec]) -> str | None:
+        if self.fresh and self.block[0] and any(weight.shape[0] % self.block[0] for weight in weights[:-1]):
+            return "a server computes it as one with others, and only the last of them may end in a short block"
+        return None
+
+    def short_blocks(self, weight: TensorSpec) -> bool:
+        return any(side > step and side % step for side, step in zip(weight.shape, self.block, strict=True) if step)
+
+    def _misread(self, shape: tuple[int, ...]) -> tuple[int, int] | None:
+        """The block that a loader has which takes it from the shapes; None where that is right, or told as an error."""
+        if not all(self.block):
+            return None
+        rows, columns = (-(-side // step) for side, step in zip(shape, self.block, strict=True))
+        if shape[0] % rows or shape[1] % columns:
+            return None
+        taken = shape[0] // rows, shape[1] // columns
+        right = all(side <= step or one == step for side, step, one in zip(shape, self.block, taken, strict=True))
+        return None if right else taken
 
     def rows_at_once(self, weight: TensorSpec) -> int:
         return self._tall

@@ -18,7 +18,7 @@ SKIPPED = ("modules_to_not_convert", "ignored_layers")
 
 
 class FP8Method(QuantMethod[FP8]):
-    """Loaders without a GPU take the block from the shapes, so new weights have whole blocks."""
+    """Blocks, rows or whole weights with a scale each, and a list of plain linears."""
 
     name: ClassVar[str] = "fp8"
     aliases: ClassVar[tuple[str, ...]] = FP8.quant_methods[1:]
@@ -33,7 +33,7 @@ class FP8Method(QuantMethod[FP8]):
 
     @classmethod
     def format_for(cls, options: FormatOptions, weights: Mapping[str, TensorSpec]) -> FP8:
-        return FP8(dtype=options.dtype, whole_blocks=True)
+        return FP8(dtype=options.dtype, fresh=True)
 
     @classmethod
     def config_changes(

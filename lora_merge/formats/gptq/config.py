@@ -1,8 +1,10 @@
 """`quantization_config` of GPTQ: what it says of a module; and the one that an output needs.
 
 The file is the same for transformers, gptqmodel and vLLM. Overrides of single modules (`dynamic`) are gptqmodel's and
-vLLM's; transformers knows one width and group size a model, and leaves linears of a block plain only where
-`modules_in_block_to_quantize` lists the others: a linear whose name ends like an entry is quantized in every block.
+vLLM's; transformers knows one width and group size a model. It quantizes the linears whose path begins with
+`block_name_to_quantize`, of several stacks of blocks what their names begin with; where some of them are plain,
+`modules_in_block_to_quantize` lists the others, by the end of their path or by all of it. vLLM looks for these entries
+anywhere in a path, and without a list it takes what the files hold.
 https://github.com/huggingface/optimum/blob/main/optimum/gptq/quantizer.py
 """
 
@@ -11,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from lora_merge import __version__
@@ -28,11 +31,11 @@ CARRIES = "gptqmodel"
 """The writer that lowers version 1's zero points a word at a time, and keeps 5 to 7 bits in planes."""
 SKIP, OVERRIDE = "-:", "+:"
 IN_BLOCK = re.compile(r"(.+?)\.\d+\.(.+)")
+NUMBER = re.compile(r"(?:(?<=\.)|^)\d+(?=\.)")
 BLOCKS = (
     "transformer.h", "model.decoder.layers", "gpt_neox.layers", "model.layers", "model.language_model.layers",
-    "h", "decoder.layers", "layers",
 )  # fmt: skip
-"""Where optimum looks for the blocks of a model by itself."""
+"""Where optimum looks for the blocks of a model by itself, and finds no other module by the same beginning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,28 +170,42 @@ def _only(written: Mapping[str, GptqOptions]) -> GptqOptions:
 
 def _blocks(written: Sequence[str], plain: Sequence[str]) -> dict[str, Any]:
     """The keys that tell optimum which linears are quantized: all of the blocks' where there are none."""
-    outside = [module for module in written if not IN_BLOCK.fullmatch(module)]
-    if outside:
+    if outside := [module for module in written if not IN_BLOCK.fullmatch(module)]:
         raise UnsupportedError(
             f"transformers' GPTQ loader quantizes linears of the model's blocks alone, not {listed(outside)}; "
             "leave these plain, or choose another --format"
         )
     stacks = _stacks(written)
-    if len(stacks) > 1:
+    names = takewhile(lambda some: len(set(some)) == 1, zip(*(stack.split(".") for stack in stacks), strict=False))
+    begin = ".".join(some[0] for some in names)
+    keys: dict[str, Any] = {}
+    if any(module.startswith(begin) for module in plain):
+        keys["modules_in_block_to_quantize"] = [_entries(written, plain)]
+    return keys if begin in BLOCKS else {"block_name_to_quantize": begin, **keys}
+
+
+def _entries(written: Sequence[str], plain: Sequence[str]) -> list[str]:
+    """Names that are in the paths of the written modules and of no plain one: ends where these suffice, else all.
+
+    Raises UnsupportedError where these are in those of plain ones, too.
+    """
+    ends = list(dict.fromkeys(IN_BLOCK.sub(r"\2", module) for module in written))
+    if not _overlap(ends, plain):
+        return ends
+    names = set(written)
+    ambiguous = [module for module in plain if any(module[start:] in names for start in range(len(module)))]
+    if ambiguous:
         raise UnsupportedError(
-            f"transformers' GPTQ loader knows one stack of blocks, and quantized linears are in {listed(stacks)}; "
-            "leave the others plain, or choose another --format"
+            f"GPTQ's loaders would take {listed(ambiguous)} for modules whose names are the ends of theirs; choose "
+            "another --format"
         )
-    names = tuple(dict.fromkeys(IN_BLOCK.sub(r"\2", module) for module in written))
-    beside = plain_in_blocks(written, plain)
-    mixed = [module for module in beside if module.endswith(names)]
-    if mixed:
-        raise UnsupportedError(
-            "transformers' GPTQ loader quantizes a linear in every block or in none, and these would stay plain while "
-            f"others that end like them are quantized: {listed(mixed)}; treat them alike, or choose another --format"
-        )
-    keys: dict[str, Any] = {"modules_in_block_to_quantize": [list(names)]} if beside else {}
-    return keys if stacks[0] in BLOCKS else {"block_name_to_quantize": stacks[0], **keys}
+    return list(written)
+
+
+def _overlap(entries: Iterable[str], plain: Iterable[str]) -> bool:
+    """Whether an entry may be part of a plain module's path; numbers are taken for equal."""
+    shapes = {NUMBER.sub("*", module) for module in plain}
+    return any(entry in shape for entry in {NUMBER.sub("*", entry) for entry in entries} for shape in shapes)
 
 
 def _stacks(modules: Iterable[str]) -> list[str]:

@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 
 from lora_merge.abilities import FormatOptions
 from lora_merge.formats.base import CodedFormat
-from lora_merge.formats.compressed_tensors.schemes import uniform_group_size
+from lora_merge.formats.compressed_tensors.schemes import GROUPS
 from lora_merge.formats.gptq.config import METHOD, changed_section
 from lora_merge.formats.gptq.format import GPTQ
+from lora_merge.formats.group_size import common_group_size
 from lora_merge.formats.method import SECTION, ConfigPath, Loader, QuantMethod
 from lora_merge.spec import TensorSpec
 
@@ -19,7 +20,7 @@ class GPTQMethod(QuantMethod[GPTQ]):
 
     name: ClassVar[str] = METHOD
     formats: ClassVar[tuple[type[CodedFormat], ...]] = (GPTQ,)
-    loader: ClassVar[Loader | None] = Loader(derived=False, experts="served", served=True)
+    loader: ClassVar[Loader | None] = Loader(derived=False, blocks=True, text=True, experts="served", served=True)
     json_file: ClassVar[str | None] = "quantize_config.json"
 
     @classmethod
@@ -28,9 +29,7 @@ class GPTQMethod(QuantMethod[GPTQ]):
 
     @classmethod
     def format_for(cls, options: FormatOptions, weights: Mapping[str, TensorSpec]) -> GPTQ:
-        """The largest group of 128, 64 and 32 columns that divides all weights, else one scale a row."""
-        size = options.group_size or uniform_group_size(weight.shape[-1] for weight in weights.values())
-        return GPTQ(options.bits, size)
+        return GPTQ(options.bits, options.group_size or common_group_size(weights, options.bits, GROUPS))
 
     @classmethod
     def config_changes(
