@@ -147,7 +147,7 @@ class GPTQ(CodedFormat):
         if any(side % together for side in weight.shape):
             sides = list(weight.shape)
             return f"GPTQ's {self.bits} bits need rows and columns in multiples of {together}, this weight is {sides}"
-        if weight.shape[1] % self._group(weight.shape[1]):
+        if self.group_size != -1 and weight.shape[1] % self.group_size:
             return f"groups of {self.group_size} do not divide its {weight.shape[1]} columns; choose a --group-size"
         return None
 
