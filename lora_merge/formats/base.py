@@ -146,6 +146,10 @@ class Codec(ABC):
 
         return type(grid) is Affine
 
+    def caveat(self, weights: Mapping[str, TensorSpec]) -> str | None:
+        """What to say of some of these weights, by module, that not every loader of the format opens; or None."""
+        return None
+
     @property
     def fused(self) -> bool:
         """Whether weights that a server computes as one matrix must share what `observe` sees."""

@@ -37,6 +37,7 @@ class Loader:
         a stack of codes, "stacks", which must be plain, or "served": it cannot open them, and servers can.
     own_experts: it has a module of its own for experts, unless they are listed.
     split_experts: classes of experts that it takes apart.
+    scaled_activations: model types for which it wants scales of activations, which only calibration can give.
     cuts: it opens classes that cut one stored weight into several.
     loses_plain: parts that weights have for which it drops plain ones where the class puts one together from several.
     served: servers open the format with loaders of their own, also where this one cannot.
@@ -51,6 +52,7 @@ class Loader:
     experts: str = "stacks"
     own_experts: bool = False
     split_experts: tuple[str, ...] = ()
+    scaled_activations: tuple[str, ...] = ()
     cuts: bool = True
     loses_plain: tuple[str, ...] = ()
     served: bool = False
@@ -72,6 +74,8 @@ class QuantMethod(Generic[F]):
     """None where transformers loads no checkpoints of this format, or quantizes what the tensors say."""
     json_file: ClassVar[str | None] = None
     """A JSON file beside config.json in which this format's loaders look for `quantization_config`, too."""
+    quantizes_towers: ClassVar[bool] = True
+    """Whether servers take towers of images and sounds for quantized where config.json says so."""
     rescales_channels: ClassVar[bool] = False
     """Channels were multiplied by something before they were rounded, so that adapters of the original do not fit."""
 

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from lora_merge.dtypes import PLAIN_FLOATS
-from lora_merge.models.names import BLOCK, EXPERT, HEAD, NOT_QUANTIZED, NOT_REPLACED, SIBLINGS, TOWER_PARTS
+from lora_merge.models.names import BLOCK, EXPERT, HEAD, NOT_QUANTIZED, NOT_REPLACED, ROUTER, SIBLINGS, TOWER_PARTS
 from lora_merge.models.skeleton import Skeleton
 from lora_merge.spec import TensorSpec
 
@@ -50,6 +50,7 @@ def linears(
     every = _matrices(weights)
     named = of_class(skeleton) if skeleton else _of_names(every)
     taken = set(named.values())
+    named |= {module: module for module in every if ROUTER.fullmatch(module) and module not in taken}
     if experts:
         named |= {module: module for module in every if EXPERT.fullmatch(module) and module not in taken}
     unknown = _unknown(skeleton, every) if skeleton else {}

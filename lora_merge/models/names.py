@@ -147,14 +147,16 @@ HEAD = re.compile(
 BLOCK = re.compile(r"\.\d+\.")
 """In the path of a module that lies in one of a list of blocks: `model.layers.0.mlp`."""
 TOWER_PARTS = re.compile(
-    rf"{TOWER.pattern}|video|(^|\.)mm_|sam_model|protein|qformer|projector|connector|resampler|perceiver|aligner|merger"
+    rf"{TOWER.pattern}|video|tokenizer|(^|\.)mm_|sam_model|protein|qformer|projector|connector|resampler|perceiver|aligner|merger"
     "|abstractor"
 )
 """In the path of a module that is no part of the language model itself: towers, and what leads from them into it."""
 NOT_REPLACED = ("NonDynamicallyQuantizableLinear", "DeepseekV4GroupedLinear", "IdeficsDecoupledLinear")
 """Classes derived from Linear that compute with their weight in a way of their own."""
-EXPERT = re.compile(r".*\.(experts\.\d+\.\w+|gate|router)")
-"""Experts stored one by one, and routers: linears in the file where the class has stacks and modules of its own."""
+EXPERT = re.compile(r".*\.experts\.\d+\.\w+")
+"""Experts stored one by one: linears in the file where the class has stacks."""
+ROUTER = re.compile(r".*\.(gate|router)(\.\w+)?")
+"""Routers: linears in the file, which many classes have as modules of their own."""
 
 HEADED = re.compile(
     r"(ForCausalLM|LMHeadModel|WithLMHead\w*|ForConditionalGeneration|ForMaskedLM|ForPreTraining|LMHead)$"

@@ -4,25 +4,24 @@ then says."""
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from lora_merge.abilities import FORMATS
-from lora_merge.dtypes import MODEL_DTYPES, PLAIN_FLOATS
 from lora_merge.errors import UnsupportedError, UsageError, listed
 from lora_merge.formats import METHODS, Format, FormatOptions, Plain, StoredWeight, unread
 from lora_merge.formats.chatglm import is_chatglm
 from lora_merge.formats.method import SECTION, ConfigPath, Loader
-from lora_merge.formats.plain import WRITABLE
-from lora_merge.models.families import is_conv1d, model_type, of_type
+from lora_merge.models.families import model_type, of_type
 from lora_merge.models.fused import FusedSets
 from lora_merge.models.linears import Linears, linears
 from lora_merge.models.skeleton import NoSkeleton, Skeleton, build
 from lora_merge.planning.agreement import agreed, drawn, kept, share_that_stays_plain, starred, told
 from lora_merge.planning.base_formats import Method, common, declared, removal, removed_files, unreadable
-from lora_merge.planning.loaders import ONE_OF_EXPERTS, plain_experts, still_plain, unfilled, unopened_experts
+from lora_merge.planning.loaders import ONE_OF_EXPERTS, plain_experts, still_plain, unopened_experts
+from lora_merge.planning.plain_formats import check_sixteen_bits, plain_format, scale_dtype
+from lora_merge.planning.remarks import on_loaders
 from lora_merge.request import Recipe
 from lora_merge.spec import TensorSpec
 
@@ -55,43 +54,21 @@ def decide(
         raise unreadable(name)
     if present and (recipe.quantizes or recipe.decodes or recipe.dtype):  # a plain base has been looked through
         unread.refuse_codes(unread.codes(tensors, weights), "the base can only be written as it is stored")
-    plain = {name: _plain(name, stored, recipe, config) for name, stored in weights.items()}
+    plain = {name: plain_format(name, stored, recipe, config) for name, stored in weights.items()}
     if recipe.decodes:
-        _check_sixteen_bits(recipe, weights, plain)
+        check_sixteen_bits(recipe, weights, plain)
         return _decoded(present, plain, config, tensors)
     method = asked_method(recipe, present, config)
     keep = [re.compile(pattern) for pattern in recipe.keep]
     if method is None:
         return _own(keep, present, plain, config, tensors)
+    if recipe.quantize_towers and not method.quantizes_towers:
+        raise UnsupportedError(f"--quantize-towers: servers take towers of {method.name} for plain; leave it out")
     model = skeleton(config, tensors)
     own = common(present)
     bits = recipe.bits or (own.bits if own is not None else method.abilities().default_bits)
     chosen = _chosen(method, bits, keep, recipe.quantize_towers, present, weights, config, tensors, model)
     return _quantized(recipe, method, chosen, present, plain, weights, config, model, tensors)
-
-
-def _plain(name: str, stored: StoredWeight, recipe: Recipe, config: Mapping[str, Any]) -> Plain:
-    """The plain format of a weight: as asked, else its own, else what it decodes to; transposed as its class has it."""
-    own = stored.weight.dtype if stored.weight.dtype in WRITABLE else "F32"
-    if own == "F32" and recipe.bits == 16 and stored.format.coded:
-        own = MODEL_DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), own)
-    if stored.format.coded:
-        module = name.removesuffix(".weight")
-        transposed = len(stored.weight.shape) == 2 and is_conv1d(module, model_type(config))
-    else:
-        transposed = stored.format.as_linear
-    return Plain(recipe.target_dtype or own, transposed)
-
-
-def _check_sixteen_bits(recipe: Recipe, weights: Mapping[str, StoredWeight], plain: Mapping[str, Plain]) -> None:
-    """UsageError where 16 bits leave open which: a wider base says neither bfloat16 nor float16."""
-    wide = [name for name, format in plain.items() if format.dtype == "F32"]
-    size = sum(weights[name].weight.numel for name in wide)
-    if recipe.bits == 16 and size * 2 > sum(stored.weight.numel for stored in weights.values()):
-        raise UsageError(
-            f"--bits 16 does not say which: {len(wide)} tensors of the base are wider "
-            f"({listed(wide, 2, counted=False)}); choose --dtype bfloat16 or --dtype float16"
-        )
 
 
 def _decoded(
@@ -236,18 +213,10 @@ def _quantized(
     if not written:
         why = dict.fromkeys(starred(reason) for reason in fit.reasons.values())
         raise UnsupportedError(f"no weight can be written as {format}: {listed(why, 3)}")
-    named = [*fit.plain, *(name for name in plain_experts(weights, written) if name not in fit.plain)]
+    named = list(dict.fromkeys((*fit.plain, *plain_experts(weights, written))))
     changes = removal(present, config) | method.config_changes(fit.by_path(written), named, config)
     notes = told(fit.reasons)
-    if missing := unfilled(method.loader, model, format.describe(next(iter(specs.values()))), written):
-        notes.append(_unopened(method, missing))
-    if stacks := unopened_experts(method.loader, model, written):
-        notes.append(
-            f"transformers has the experts of a layer in one ({listed(stacks, 2)}) and opens no {method.name} of each "
-            "alone, as servers do (vLLM, SGLang); for transformers keep them plain, with --keep experts"
-        )
-    if method.loader is not None and method.loader.text and model is not None and model.main_input != "input_ids":
-        notes.append(f"transformers' loader of {method.name} opens models of text alone, and not {model.class_name}")
+    notes += on_loaders(method, format, model, {module: specs[module] for module in written}, config)
     json_files = removed_files(present) | _json_file(method, changes)
     formats = {**plain, **{module + end: format for module in written}}
     if line := share_that_stays_plain(formats, weights, {**found.reasons, **fit.reasons}):
@@ -277,29 +246,11 @@ def _options(
 ) -> FormatOptions:
     """What is asked of the new format; the width of the base where none is."""
     bits = recipe.bits or (own.bits if own is not None else method.abilities().default_bits)
-    dtype = recipe.target_dtype or _dtype(weights, chosen)
+    dtype = recipe.target_dtype or scale_dtype(weights, chosen)
     return FormatOptions(bits, dtype, recipe.quant_type, recipe.group_size, recipe.double_quant)
-
-
-def _unopened(method: Method, missing: Sequence[str]) -> str:
-    """What to say of an output that transformers cannot open. UnsupportedError where nothing else could either."""
-    message = (
-        f"transformers' loader of {method.name} cannot open this output: it does not fill {listed(missing, 2)}, "
-        "which the class makes of weights that are stored otherwise. Choose another --format"
-    )
-    if method.loader is not None and method.loader.served:
-        return f"{message} for transformers"
-    raise UnsupportedError(message)
 
 
 def _json_file(method: Method, changes: Mapping[ConfigPath, Any]) -> dict[str, Mapping[str, Any] | None]:
     """The file in which some loaders of the format look for what config.json says."""
     body = changes.get((SECTION,))
     return {method.json_file: method.to_json_file(body)} if method.json_file and body else {}
-
-
-def _dtype(weights: Mapping[str, StoredWeight], chosen: Mapping[str, TensorSpec]) -> str:
-    """In which dtype scales are stored: that of the plain weights, or of what the quantized ones decode to."""
-    found = Counter(spec.dtype for spec in chosen.values() if spec.dtype in WRITABLE)
-    found = found or Counter(s.weight.dtype for s in weights.values() if s.weight.dtype in PLAIN_FLOATS)
-    return found.most_common(1)[0][0] if found else "BF16"

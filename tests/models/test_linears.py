@@ -8,7 +8,7 @@ import pytest
 import zoo
 
 from lora_merge.checkpoint.opening import open_base
-from lora_merge.models.linears import Linears, fused_set, linears
+from lora_merge.models.linears import OUTSIDE, TOWER, Linears, fused_set, linears, rounded_in_training
 from lora_merge.planning.output_formats import skeleton
 from lora_merge.spec import TensorSpec
 
@@ -56,6 +56,56 @@ def test_without_a_class_every_matrix_but_heads_embeddings_norms_and_routers() -
     found = linears(specs(*layer, *kept, *none), None)
     assert found.chosen == tuple(layer)
     assert found.plain == tuple(kept)
+
+
+VISION = [f"model.vision_tower.layers.{n}.{name}" for n in (0, 1) for name in ("self_attn.q_proj", "mlp.fc1")]
+TEXT = [f"model.language_model.layers.{n}.{name}" for n in (0, 1) for name in ("self_attn.q_proj", "mlp.up_proj")]
+PROJECTOR = ["model.multi_modal_projector.linear_1", "model.mm_projector.0.proj"]
+
+
+def test_towers_and_their_projectors_are_plain_unless_they_are_asked_for() -> None:
+    tensors = specs(*VISION, *TEXT, *PROJECTOR, "model.language_model.projection")
+    found = linears(tensors, None)
+    assert found.chosen == tuple(TEXT)
+    assert {found.reasons[one] for one in (*VISION, *PROJECTOR)} == {TOWER}
+    assert found.reasons["model.language_model.projection"] == OUTSIDE
+    assert linears(tensors, None, towers=True).chosen == (*VISION, *TEXT, *PROJECTOR)
+
+
+def test_a_model_that_is_nothing_but_a_tower_is_the_model_itself() -> None:
+    assert linears(specs(*VISION, "model.vision_tower.pooler"), None).chosen == tuple(VISION)
+    both = [*VISION, "audio_tower.layers.0.fc1"]
+    assert linears(specs(*both), None).chosen == tuple(both)
+    assert linears(specs("clip.text_model.layers.0.fc1", "clip.vision_model.layers.0.fc1"), None).chosen == (
+        "clip.text_model.layers.0.fc1",
+    )
+
+
+def test_layers_that_the_class_does_not_have_are_plain_and_named(tmp_path: Path) -> None:
+    """As those that predict ahead, which servers have."""
+    zoo.save(zoo.build("qwen2_moe"), tmp_path / "model")
+    with open_base(tmp_path / "model") as base:
+        names = ["self_attn.q_proj", "mlp.experts.0.up_proj", "eh_proj"]
+        more = specs(*(f"model.layers.7.{name}" for name in names))
+        assert base.config is not None
+        tensors = {**base.tensors, **more}
+        found = linears(tensors, skeleton(base.config, tensors), experts=True)
+    assert not any(".7." in one for one in found.chosen)
+    assert {one for one in found.plain if ".7." in one} == {f"model.layers.7.{name}" for name in names}
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.gate", "model.layers.0.moe.router.layer", "layers.0.ffn.router"])
+def test_routers_that_are_no_linears_of_the_class_are_named_as_plain(name: str) -> None:
+    assert name in linears(specs(name, "model.layers.0.mlp.up_proj"), None).plain
+
+
+def test_a_qlora_was_trained_over_all_linears_but_the_head(tmp_path: Path) -> None:
+    zoo.save(zoo.build("llama"), tmp_path / "llama")
+    with open_base(tmp_path / "llama") as base:
+        assert base.config is not None
+        trained = rounded_in_training(base.tensors, skeleton(base.config, base.tensors))
+    assert trained == of("llama", tmp_path / "again").chosen
+    assert rounded_in_training(specs("a.0.up_proj", "a.0.gate", "lm_head"), None) == ("a.0.up_proj",)
 
 
 def test_only_matrices_of_floats_count() -> None:

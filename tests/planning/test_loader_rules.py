@@ -10,7 +10,7 @@ from lora_merge.errors import UnsupportedError
 from lora_merge.formats import METHODS
 from lora_merge.formats.method import Loader
 from lora_merge.models.skeleton import Skeleton
-from lora_merge.planning import output_formats
+from lora_merge.planning import remarks
 from lora_merge.planning.loaders import LoaderFit, fitted, unfilled
 from lora_merge.spec import Location
 
@@ -135,7 +135,7 @@ def test_what_a_loader_cannot_put_together_is_told() -> None:
 
 def test_what_no_loader_opens_is_not_written(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Servers have loaders of their own for compressed-tensors: there it is a note."""
-    monkeypatch.setattr(output_formats, "unfilled", lambda *_: ["model.o.weight"])
+    monkeypatch.setattr(remarks, "unfilled", lambda *_: ["model.o.weight"])
     found = lora_merge.plan(tiny_llama / "base", [], tmp_path / "out", bits=8, format="compressed-tensors")
     assert any("cannot open this output: it does not fill model.o.weight" in note for note in found.notes)
     with pytest.raises(UnsupportedError, match="cannot open this output"):

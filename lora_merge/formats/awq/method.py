@@ -15,13 +15,18 @@ from lora_merge.formats.group_size import common_group_size
 from lora_merge.formats.method import SECTION, ConfigPath, Loader, QuantMethod
 from lora_merge.spec import TensorSpec
 
+SCALED_ACTIVATIONS = ("bloom", "falcon", "gpt_bigcode", "gpt_neox", "gptj", "mpt", "RefinedWebModel", "starcoder2")
+"""Model types whose activations AWQ's own calibration rescales, `AWQ_SCALES_MAPPINGS` of transformers."""
+
 
 class AWQMethod(QuantMethod[AWQ]):
     """One group size a model. transformers loads gemm anywhere, the other two on a GPU only."""
 
     name: ClassVar[str] = METHOD
     formats: ClassVar[tuple[type[CodedFormat], ...]] = (AWQ, AWQGemv, AWQGemvFast)
-    loader: ClassVar[Loader | None] = Loader(by_end=True, experts="served", served=True)
+    loader: ClassVar[Loader | None] = Loader(
+        by_end=True, experts="served", served=True, scaled_activations=SCALED_ACTIVATIONS
+    )
     json_file: ClassVar[str | None] = "quantize_config.json"
     rescales_channels: ClassVar[bool] = True
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from lora_merge.dtypes import BITS, torch_dtype
-from lora_merge.errors import InputError, UnsupportedError
+from lora_merge.errors import InputError, UnsupportedError, listed
 from lora_merge.formats.base import ByteRange, CodedFormat, Parts, ReadPart, shown
 from lora_merge.formats.compressed_tensors.scales import largest
 from lora_merge.formats.fp8 import scales as scales
@@ -179,8 +179,17 @@ class FP8(CodedFormat):
             return "a server computes it as one with others, and only the last of them may end in a short block"
         return None
 
-    def short_blocks(self, weight: TensorSpec) -> bool:
-        return any(side > step and side % step for side, step in zip(weight.shape, self.block, strict=True) if step)
+    def caveat(self, weights: Mapping[str, TensorSpec]) -> str | None:
+        short = [module for module, weight in weights.items() if self._ends_short(weight.shape)]
+        if not self.fresh or not short:
+            return None
+        return (
+            f"{len(short)} weights end in short blocks ({listed(short, 2, counted=False)}), as DeepSeek's own do: "
+            "servers open them, and transformers on a GPU, but not where it dequantizes, as it does without one"
+        )
+
+    def _ends_short(self, shape: tuple[int, ...]) -> bool:
+        return any(side > step and side % step for side, step in zip(shape, self.block, strict=True) if step)
 
     def _misread(self, shape: tuple[int, ...]) -> tuple[int, int] | None:
         """The block that a loader has which takes it from the shapes; None where that is right, or told as an error."""
