@@ -108,7 +108,7 @@ SIBLINGS = (
 )
 
 
-_QKV_BESIDE = ("b_proj", "f_a_proj", "g_a_proj", "g_proj", "index_q_proj", "index_k_proj", "output_gate_proj")
+_QKV_BESIDE = ("b_proj", "f_a_proj", "g_a_proj", "g_proj", "index_q_proj", "index_k_proj", "gate_proj")
 """Gates and indexers that some models compute together with queries, keys and values."""
 FUSED: tuple[tuple[str, ...], ...] = (
     ("q_proj", "k_proj", "v_proj", *_QKV_BESIDE),

@@ -41,8 +41,19 @@ class LoaderFit:
     paths: Mapping[str, str] = field(default_factory=dict)
 
     def by_path(self, formats: Mapping[str, F]) -> dict[str, F]:
-        """What is known of modules by stored name, by their path in the model."""
-        return {self.paths.get(module, module): format for module, format in formats.items()}
+        """What is known of modules by stored name, by their path in the model, and by what servers call them."""
+        paths = {self.paths.get(module, module): format for module, format in formats.items()}
+        return paths | {module: formats[module] for module in self.served_names(formats)}
+
+    def served_names(self, modules: Iterable[str]) -> list[str]:
+        """The stored names of modules that the class calls otherwise in their block: servers know the stored ones."""
+        return [module for module in modules if _differs_in_block(self.paths.get(module, module), module)]
+
+
+def _differs_in_block(path: str, stored: str) -> bool:
+    """Whether these are other names of one module in the same block."""
+    block = BLOCK.search(path)
+    return path != stored and block is not None and stored.startswith(path[: block.end()])
 
 
 def fitted(

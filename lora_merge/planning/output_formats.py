@@ -206,14 +206,15 @@ def _quantized(
     """Every chosen weight in one format; those that it cannot hold stay plain, and config.json says so."""
     end = method.formats[0].weight_suffix
     specs = {module: weights[module + end].weight for module in found.chosen}
-    _refuse_nothing(method, specs, [name for name in present if name.removesuffix(end) not in specs], present)
+    _refuse_nothing(method, specs, [name for name in present if name.removesuffix(end) not in specs], weights)
     format = method.from_options(_options(recipe, method, common(present), weights, specs), specs)
     fit = agreed(format, method.loader, model, tensors, found, specs)
     written = dict.fromkeys(fit.written, format)
     if not written:
         why = dict.fromkeys(starred(reason) for reason in fit.reasons.values())
         raise UnsupportedError(f"no weight can be written as {format}: {listed(why, 3)}")
-    named = list(dict.fromkeys((*fit.plain, *plain_experts(weights, written))))
+    stored = fit.served_names({**found.reasons, **fit.reasons})
+    named = list(dict.fromkeys((*fit.plain, *stored, *plain_experts(weights, written))))
     changes = removal(present, config) | method.config_changes(fit.by_path(written), named, config)
     notes = told(fit.reasons)
     notes += on_loaders(method, format, model, {module: specs[module] for module in written}, config)
@@ -225,16 +226,18 @@ def _quantized(
 
 
 def _refuse_nothing(
-    method: Method, chosen: Collection[str], left: Sequence[str], present: Mapping[str, StoredWeight]
+    method: Method, chosen: Collection[str], left: Sequence[str], weights: Mapping[str, StoredWeight]
 ) -> None:
     """UnsupportedError where nothing would be quantized, or stacks of codes would be left."""
-    stacks = [name for name in left if present[name].format.stacked]
-    if stacks or not chosen:
+    stacks = [name for name in left if weights[name].format.stacked]
+    if chosen and not stacks:
+        return
+    why = "no weight is a linear of its layers that --keep leaves"
+    if stacks:
         why = f"stacks of experts ({listed(stacks, 2)}) stay in their own format, or become plain with --bits 16"
-        raise UnsupportedError(
-            f"the base cannot be written as {method.name}: "
-            f"{why if stacks else 'no weight is a linear of its layers that --keep leaves'}"
-        )
+    elif transposed := [name for name, one in weights.items() if not one.format.coded and one.format.as_linear]:
+        why = f"{listed(transposed, 2)} are of Conv1D, which its loader does not take; choose --format bitsandbytes"
+    raise UnsupportedError(f"the base cannot be written as {method.name}: {why}")
 
 
 def _options(

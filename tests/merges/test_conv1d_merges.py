@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import lora_merge
+from lora_merge.errors import UnsupportedError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning", "ignore::UserWarning")
 CONV1D = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
@@ -45,6 +46,12 @@ def pefts_merge(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     return {name: value for name, value in merged.state_dict().items() if name != "lm_head.weight"}
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "fp8", "gptq", "awq"])
+def test_formats_whose_loaders_have_no_conv1d_are_refused_with_the_reason(home: Path, format: Any) -> None:
+    with pytest.raises(UnsupportedError, match=r"c_attn.*are of Conv1D.*--format bitsandbytes"):
+        lora_merge.plan(home / "plain", [], format=format)
 
 
 def test_every_conv1d_is_coded_and_lies_as_a_linear(home: Path) -> None:

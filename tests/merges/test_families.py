@@ -78,6 +78,33 @@ def test_linears_of_another_class_are_not_written_for_loaders_that_pass_them_ove
         lora_merge.plan(base("falcon"), [], tmp_path / "out", bits=4 if format == "gptq" else 8, format=format)
 
 
+def test_awq_says_which_models_transformers_does_not_open(base: Callable[[str], Path]) -> None:
+    plan = lora_merge.plan(base("falcon"), [], bits=4, format="awq")
+    assert any("wants scales of the activations of falcon models" in note for note in plan.notes)
+    assert not any("scales of the activations" in note for note in lora_merge.plan(base("falcon"), [], bits=4).notes)
+
+
+def test_towers_are_plain_in_modelopt_whatever_is_asked_for(base: Callable[[str], Path]) -> None:
+    with pytest.raises(UnsupportedError, match="--quantize-towers: servers take towers of modelopt for plain"):
+        lora_merge.plan(base("qwen2_vl"), [], bits=8, format="modelopt", quantize_towers=True)
+    lora_merge.plan(base("qwen2_vl"), [], bits=8, format="modelopt")
+
+
+@pytest.mark.parametrize("format", ["int4", "fp8"])
+def test_towers_are_quantized_where_it_is_asked_for(base: Callable[[str], Path], tmp_path: Path, format: str) -> None:
+    pytest.importorskip("compressed_tensors")
+    kind, name = MODELS["qwen2_vl"]
+    counts = []
+    for towers in (False, True):
+        out = tmp_path / f"out{towers}"
+        words = {**opened.OUTPUTS[format], "quantize_towers": towers}
+        lora_merge.merge(base("qwen2_vl"), [], out, min_survival=-9, **words)
+        found = opened.compare(base("qwen2_vl"), out, tmp_path / f"plain{towers}", kind, name, format)
+        assert found.right, str(found)
+        counts.append(found.quantized)
+    assert counts[1] > counts[0] > 0
+
+
 def test_what_stays_plain_is_told_with_the_reason(base: Callable[[str], Path], tmp_path: Path) -> None:
     plan = lora_merge.plan(base("t5"), [], tmp_path / "out", bits=8, format="fp8")
     told = [note for note in plan.notes if "keeps it in float32" in note]

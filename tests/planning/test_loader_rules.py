@@ -65,6 +65,20 @@ def test_what_the_loader_takes_for_a_plain_module_becomes_plain() -> None:
     assert fitted(Loader(), None, (), written, ["head"]).written == tuple(written)
 
 
+def test_servers_are_told_the_stored_names_where_the_class_has_others_in_a_block() -> None:
+    stored = {"model.layers.0.mlp.a": "model.layers.0.moe.a", "model.vision.0.q": "vision.0.q", "head": "lm_head"}
+    places = {f"{path}.weight": (Location(f"{name}.weight"),) for path, name in stored.items()}
+    skeleton = Skeleton("Made", "", dict.fromkeys(places, (8, 8)), tuple(stored), {}, places, {})
+    found = fitted(Loader(), skeleton, (), list(stored.values()), [])
+    assert found.served_names(stored.values()) == ["model.layers.0.moe.a"]
+    assert list(found.by_path({name: name for name in found.written})) == [*stored, "model.layers.0.moe.a"]
+
+
+def test_a_loader_of_blocks_leaves_what_lies_outside() -> None:
+    found = fitted(Loader(blocks=True), model("m.layers.0.q", "m.head"), (), ["m.layers.0.q", "m.head"], [])
+    assert found.written == ("m.layers.0.q",) and "blocks of layers alone" in found.reasons["m.head"]
+
+
 def test_names_of_kept_modules_are_those_of_the_model() -> None:
     skeleton = model(places={"model.head.weight": (Location("head.weight"),)})
     skeleton = Skeleton("Made", "model", skeleton.parameters, ("model.head",), {}, skeleton.places, {})
