@@ -13,12 +13,14 @@ from lora_merge.execution.advice import check_survival
 from lora_merge.execution.executor import Executor
 from lora_merge.execution.memory import fit, least_memory
 from lora_merge.inspection import inspect_path
+from lora_merge.model_card import model_card
 from lora_merge.output.location import check_free_space, check_places, in_existing_folder
 from lora_merge.output.record import MANIFEST, Record
 from lora_merge.output.stage import Stage, check_out
 from lora_merge.output.staging_folder import left_something
 from lora_merge.planning import plan as planning
 from lora_merge.planning.jobs import Copy, Plan
+from lora_merge.planning.side_files import CARD
 from lora_merge.planning.summary import summary
 from lora_merge.progress import Progress, no_progress
 from lora_merge.request import Request
@@ -51,16 +53,18 @@ def _merged(request: Request, out: Path, progress: Progress, stop: Stop) -> Merg
         with _stage(request, out, plan, inputs, stop) as stage:
             resuming.check_left(plan, inputs, stage, stop.check)
             left = stage.leftovers
-            check_free_space(out, _disk(plan, inputs) - left.nbytes)
+            check_free_space(out, _disk(plan) - left.nbytes)
             shards = [shard for shard in plan.shards if shard.file not in left.finished]
             total = sum(shard.nbytes for shard in plan.shards) - left.nbytes
             executor.run(shards, stage, lambda name, nbytes: progress(name, nbytes, total), stop)
-            for name in plan.side_files:
-                stage.copy(inputs.base.path / name, name)
+            for name, source in plan.side_files.items():
+                stage.copy(source, name)
             for name, data in plan.files.items():
                 stage.write(name, data)
             weights = [weight for shard in plan.shards for weight in stage.shards[shard.file].results]
             check_survival(request, inputs, weights)
+            if recipe.card == "new":
+                stage.write(CARD, model_card(recipe, plan, weights))
             known = plan.digest, inputs, plan.adapter_digests, recipe.choices(), plan.notes
             stage.write(MANIFEST, Record.of(*known, stage.files, weights).sealed())
             inputs.check_unchanged()
@@ -89,7 +93,7 @@ def _planned(request: Request) -> PlanResult:
     with open_inputs(recipe) as inputs:
         plan = planning.make(recipe, inputs)
         note = (f"{out}: the earlier output there would be replaced",) if replaces else ()
-        return summary(recipe, plan, _disk(plan, inputs), least_memory(plan), note)
+        return summary(recipe, plan, _disk(plan), least_memory(plan), note)
 
 
 def verify_path(
@@ -120,9 +124,9 @@ def _stage(request: Request, out: Path, plan: Plan, inputs: Inputs, stop: Stop) 
     return Stage.open(out, plan.digest, stamp, **choice, stop=stop)
 
 
-def _disk(plan: Plan, inputs: Inputs) -> int:
-    """Bytes of the whole output but its record."""
-    return plan.nbytes + sum((inputs.base.path / name).stat().st_size for name in plan.side_files)
+def _disk(plan: Plan) -> int:
+    """Bytes of the whole output but its record and its model card."""
+    return plan.nbytes + sum(path.stat().st_size for path in plan.side_files.values())
 
 
 def _result(

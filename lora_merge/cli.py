@@ -24,9 +24,11 @@ from lora_merge.report import (
     show_verification,
 )
 from lora_merge.request import (
+    CARDS,
     DEFAULTS,
     ROUNDINGS,
     SCALES,
+    TOKENIZERS,
     TRAINED_ON,
     Request,
     parse_size,
@@ -41,7 +43,7 @@ SECTIONS = {
     "Inputs": ("weight", "alpha", "base_is_residual", "trained_on", "adapter_base", "allow_unused"),
     "Output": (
         *("bits", "format", "dtype", "quant_type", "double_quant", "group_size", "keep"),
-        *("quantize_towers", "max_shard_size", "overwrite", "verify"),
+        *("quantize_towers", "tokenizer", "card", "max_shard_size", "overwrite", "verify"),
     ),
     "Rounding": ("rounding", "scales", "seed", "min_survival"),
     "Running": ("dry_run", "device", "max_memory", "threads", "resume", "restart"),
@@ -143,6 +145,8 @@ def chosen(word: str, known: tuple[str, ...], text: str) -> Callable[[Any], Any]
 @click.option("--group-size", type=int, help="Weights of a row that share a scale; -1: all of them.")
 @click.option("--keep", metavar="REGEX", multiple=True, help="Modules that stay, or become, plain; repeatable.")
 @click.option("--quantize-towers", is_flag=True, help="Quantize encoders of images and sounds, and projectors, too.")
+@chosen("--tokenizer", TOKENIZERS, "Whose tokenizer, template and generation config; auto: the adapter's if it fits.")
+@chosen("--card", CARDS, "README.md: a new model card with the base's beside it, or the base's as it is.")
 @click.option("--max-shard-size", type=Size(), help="Cut shards at this size. Default: as the base is cut.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT where it is an earlier output; nothing else ever is.")
 @click.option("--verify/--no-verify", default=False, help="Read OUT again before it is published.")

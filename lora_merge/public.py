@@ -9,7 +9,7 @@ from lora_merge import api
 from lora_merge.errors import UsageError
 from lora_merge.keywords import PathLike, checked_call, path_of, paths_of, request_of
 from lora_merge.progress import Progress, no_progress
-from lora_merge.request import Bits, DtypeName, FormatName, QuantType, Rounding, Scales, TrainedOn
+from lora_merge.request import Bits, Card, DtypeName, FormatName, QuantType, Rounding, Scales, TokenizerFrom, TrainedOn
 from lora_merge.results import Inspection, MergeResult, PlanResult
 from lora_merge.verification.integrity import Verification
 
@@ -41,6 +41,8 @@ def merge(
     alpha: float | None = None,
     base_is_residual: bool = False,
     allow_unused: str | None = None,
+    tokenizer: TokenizerFrom = "auto",
+    card: Card = "new",
     max_shard_size: int | str | None = None,
     device: str = "auto",
     max_memory: int | str | None = None,
@@ -74,6 +76,9 @@ def merge(
     alpha: lora_alpha of an adapter file that has no config.
     base_is_residual: the base is the residual saved with a PiSSA, OLoRA, ... adapter.
     allow_unused: regular expression of adapter tensors that may have no place in the base.
+    tokenizer: where tokenizer, chat template, generation config and processor come from: base, adapter; auto: the
+        adapter where it brings them and the merged embedding has a row for each of its tokens.
+    card: new: write a model card as README.md, with the base's beside it; base: the base's README.md as it is.
     max_shard_size: bytes, or a text like `2GB`; None: shards as the base has them.
     device: auto, cpu, cuda or cuda:N.
     max_memory: limit of the process's own memory; bytes, or a text like `2GB`.
@@ -91,9 +96,9 @@ def merge(
         bits=bits, format=format, dtype=dtype, quant_type=quant_type, double_quant=double_quant,
         group_size=group_size, keep=keep, quantize_towers=quantize_towers, rounding=rounding, scales=scales, seed=seed,
         min_survival=min_survival, trained_on=trained_on, adapter_base=adapter_base, weight=weight, alpha=alpha,
-        base_is_residual=base_is_residual, allow_unused=allow_unused, max_shard_size=max_shard_size,
-        device=device, max_memory=max_memory, threads=threads, resume=resume, restart=restart,
-        overwrite=overwrite, verify=verify,
+        base_is_residual=base_is_residual, allow_unused=allow_unused, tokenizer=tokenizer, card=card,
+        max_shard_size=max_shard_size, device=device, max_memory=max_memory, threads=threads, resume=resume,
+        restart=restart, overwrite=overwrite, verify=verify,
     )  # fmt: skip
     return api.merge_request(request, progress=progress or no_progress)
 
@@ -122,6 +127,8 @@ def plan(
     alpha: float | None = None,
     base_is_residual: bool = False,
     allow_unused: str | None = None,
+    tokenizer: TokenizerFrom = "auto",
+    card: Card = "new",
     max_shard_size: int | str | None = None,
     device: str = "auto",
     max_memory: int | str | None = None,
@@ -154,6 +161,9 @@ def plan(
     alpha: lora_alpha of an adapter file that has no config.
     base_is_residual: the base is the residual saved with a PiSSA, OLoRA, ... adapter.
     allow_unused: regular expression of adapter tensors that may have no place in the base.
+    tokenizer: where tokenizer, chat template, generation config and processor come from: base, adapter; auto: the
+        adapter where it brings them and the merged embedding has a row for each of its tokens.
+    card: new: write a model card as README.md, with the base's beside it; base: the base's README.md as it is.
     max_shard_size: bytes, or a text like `2GB`; None: shards as the base has them.
     device: auto, cpu, cuda or cuda:N.
     max_memory: limit of the process's own memory; bytes, or a text like `2GB`.
@@ -170,9 +180,9 @@ def plan(
         bits=bits, format=format, dtype=dtype, quant_type=quant_type, double_quant=double_quant,
         group_size=group_size, keep=keep, quantize_towers=quantize_towers, rounding=rounding, scales=scales, seed=seed,
         min_survival=min_survival, trained_on=trained_on, adapter_base=adapter_base, weight=weight, alpha=alpha,
-        base_is_residual=base_is_residual, allow_unused=allow_unused, max_shard_size=max_shard_size,
-        device=device, max_memory=max_memory, threads=threads, resume=resume, restart=restart,
-        overwrite=overwrite, verify=verify,
+        base_is_residual=base_is_residual, allow_unused=allow_unused, tokenizer=tokenizer, card=card,
+        max_shard_size=max_shard_size, device=device, max_memory=max_memory, threads=threads, resume=resume,
+        restart=restart, overwrite=overwrite, verify=verify,
     )  # fmt: skip
     return api.plan_request(request)
 

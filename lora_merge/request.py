@@ -23,10 +23,14 @@ QuantType: TypeAlias = Literal["int", "fp8", "nvfp4", "mxfp4", "mxfp8", "nf4", "
 Rounding: TypeAlias = Literal["auto", "nearest", "stochastic", "dither", "adapter-aware"]
 Scales: TypeAlias = Literal["auto", "keep", "fresh"]
 TrainedOn: TypeAlias = Literal["as-is", "nf4", "fp4", "int8"]
+TokenizerFrom: TypeAlias = Literal["auto", "base", "adapter"]
+Card: TypeAlias = Literal["new", "base"]
 
 ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
 SCALES: tuple[Scales, ...] = get_args(Scales)
 TRAINED_ON: tuple[TrainedOn, ...] = get_args(TrainedOn)
+TOKENIZERS: tuple[TokenizerFrom, ...] = get_args(TokenizerFrom)
+CARDS: tuple[Card, ...] = get_args(Card)
 SAME = "same"
 """What `--adapter-base` says of an adapter that was trained on BASE itself."""
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -69,6 +73,8 @@ class Recipe:
     alpha: float | None = None
     base_is_residual: bool = False
     allow_unused: str | None = None
+    tokenizer: TokenizerFrom = "auto"
+    card: Card = "new"
     max_shard_size: int | None = None
 
     def __post_init__(self) -> None:
@@ -78,6 +84,7 @@ class Recipe:
         for name, known in (
             ("bits", WIDTHS), ("format", FORMATS), ("dtype", tuple(MODEL_DTYPES)), ("quant_type", QUANT_TYPES),
             ("rounding", ROUNDINGS), ("scales", SCALES), ("trained_on", TRAINED_ON),
+            ("tokenizer", TOKENIZERS), ("card", CARDS),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value not in known:
@@ -99,7 +106,7 @@ class Recipe:
 
     def _check_types(self) -> None:
         _check_flags(self, ("double_quant", "quantize_towers", "base_is_residual"))
-        _check_texts(self, ("scales", "rounding", "trained_on"))
+        _check_texts(self, ("scales", "rounding", "trained_on", "tokenizer", "card"))
         _check_texts(self, ("format", "dtype", "quant_type", "adapter_base", "allow_unused"), optional=True)
         if not isinstance(self.keep, tuple) or not all(isinstance(pattern, str) for pattern in self.keep):
             raise UsageError(f"--keep: {quoted(self.keep)} is not a regular expression, nor several of them")

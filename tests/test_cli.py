@@ -76,12 +76,13 @@ def test_every_word_reaches_the_request(job: Path, monkeypatch: pytest.MonkeyPat
     words = """--bits 8 --format compressed-tensors --dtype bfloat16 --quant-type fp8 --double-quant --group-size -1
         --scales keep --rounding dither --seed 7 --keep lm_head --keep q_proj --quantize-towers --trained-on nf4
         --adapter-base same --min-survival 0.5 --weight 2 --alpha 16 --base-is-residual --allow-unused x
+        --tokenizer adapter --card base
         --max-shard-size 1GB --device cpu --max-memory 2GB --threads 3 --resume --overwrite --verify"""
     with pytest.raises(Asked) as found:
         cli.run(["base", "adapter", "out", *words.split(), "--dry-run"])
     recipe = Recipe(
         *(Path("base"), (Path("adapter"),), 8, "compressed-tensors", "bfloat16", "fp8", True, -1, "keep", "dither", 7),
-        *(("lm_head", "q_proj"), True, "nf4", "same", (2.0,), 16.0, True, "x", 10**9),
+        *(("lm_head", "q_proj"), True, "nf4", "same", (2.0,), 16.0, True, "x", "adapter", "base", 10**9),
     )
     run = RunOptions(0.5, "cpu", 2 * 10**9, 3, True, False, True, True)
     assert found.value.args[0] == Request(recipe, Path("out"), run)

@@ -25,7 +25,8 @@ WORDS = {
     "bits": (request.Bits, abilities.WIDTHS), "dtype": (request.DtypeName, tuple(MODEL_DTYPES)),
     "format": (request.FormatName, abilities.FORMATS), "quant_type": (request.QuantType, abilities.QUANT_TYPES),
     "rounding": (request.Rounding, request.ROUNDINGS), "scales": (request.Scales, request.SCALES),
-    "trained_on": (request.TrainedOn, request.TRAINED_ON),
+    "trained_on": (request.TrainedOn, request.TRAINED_ON), "tokenizer": (request.TokenizerFrom, request.TOKENIZERS),
+    "card": (request.Card, request.CARDS),
 }  # fmt: skip
 CONSUMER = """
 import lora_merge
@@ -37,7 +38,7 @@ def tell(tensor: str, count: int, of: int) -> None: ...
 
 done = lora_merge.merge("base", ["adapter", Path("other")], "out", bits=4, format="gptq", dtype=torch.bfloat16,
     quant_type="int", keep=["lm_head"], rounding="dither", scales="fresh", weight=[0.5, 1], max_memory="2GB",
-    trained_on="nf4", min_survival=0, progress=tell)
+    trained_on="nf4", min_survival=0, tokenizer="adapter", card="base", progress=tell)
 assert_type(done, lora_merge.MergeResult)
 assert_type(done.weights[0].survival, float | None)
 assert_type(lora_merge.plan("base", "adapter", max_shard_size=10**9).weights, tuple[lora_merge.PlannedWeight, ...])
@@ -47,6 +48,7 @@ assert_type(lora_merge.verify("out").tensors, str)  # WRONG
 lora_merge.merge("base", [], "out", bits=9)  # WRONG
 lora_merge.merge("base", [], "out", format="gguf")  # WRONG
 lora_merge.merge("base", [], "out", rounding="up")  # WRONG
+lora_merge.merge("base", [], "out", tokenizer="mine")  # WRONG
 lora_merge.merge("base", [], "out", colour="red")  # WRONG
 lora_merge.merge("base", [])  # WRONG
 lora_merge.plan("base", [], threads="2")  # WRONG

@@ -77,7 +77,8 @@ WRONG_WORDS: dict[str, tuple[object, ...]] = {
     "dtype": (torch.int8, 7, "bf16", Ellipsis), "keep": (3, [3], [None], b"x", {"a": 1}.items(), "("),
     "weight": ("1", ["1"], [None], [[1]], {1: 2}.values), "format": (3, "gguf", torch), "double_quant": ("yes", 1),
     "resume": (0, "no"), "device": (0,), "adapter_base": (3, b"x", "a\0b"), "allow_unused": (3, "(", b"x"),
-    "rounding": ([], "up"), "trained_on": ({},), "verify": (1,), "nonsense": (1,),
+    "rounding": ([], "up"), "trained_on": ({},), "tokenizer": (1, "mine"), "card": (False, "none"),
+    "verify": (1,), "nonsense": (1,),
 }  # fmt: skip
 
 

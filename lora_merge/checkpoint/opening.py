@@ -33,7 +33,9 @@ class Checkpoint:
     path: the folder of the weight files.
     config: config.json of a base, adapter_config.json of an adapter; None where there is none (a loralib adapter).
     files: in order of their names; tensors: of all files, in the order of the bytes.
-    side_files: what else belongs to a base, relative to `path`, links and sub-folders followed.
+    side_files: what else belongs to a base, relative to `side_folder`, links and sub-folders followed; of an adapter
+    only what decides what text and images become.
+    side_folder: where they lie; `path`, or the folder above a named adapter.
     aliases: names of a .bin that are another name of the same bytes -> the first such name (tied weights).
     notes: what the person who merges should know, one sentence each.
     """
@@ -43,6 +45,7 @@ class Checkpoint:
     files: tuple[TensorFile, ...]
     tensors: Mapping[str, TensorSpec]
     side_files: tuple[Path, ...]
+    side_folder: Path
     aliases: Mapping[str, str]
     notes: tuple[str, ...]
     _homes: Mapping[str, TensorFile]
@@ -179,6 +182,7 @@ def _open(located: CheckpointFiles) -> Checkpoint:
         if homes
         else files[0].tensors,
         side_files=located.side_files,
+        side_folder=located.side_folder or located.folder,
         aliases=MappingProxyType({name: first for file in bins for name, first in file.aliases.items()}),
         notes=(*located.notes, *_remarks(located, files, bins)),
         _homes=MappingProxyType(homes),

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from lora_merge.checkpoint.listing import listing
+from lora_merge.checkpoint.side_files import MANIFEST as MANIFEST
+from lora_merge.checkpoint.side_files import beside_base, beside_one_file, has_vocabulary, small_files
 from lora_merge.containers.json_file import MAX_INDEX, read_json
 from lora_merge.errors import InputError, listed, printable
 
-MANIFEST = "lora_merge.json"
-"""The record that lies in every output; `output.record` says what is in it."""
 BASE_WEIGHTS = (
     "model.safetensors",
     "diffusion_pytorch_model.safetensors",
@@ -24,17 +25,6 @@ BASE_WEIGHTS = (
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors", "adapter_model.bin")
 ADAPTER_CONFIG = "adapter_config.json"
 
-_OTHER_WEIGHTS = (
-    "*.safetensors", "*.safetensors.index.json", "*.bin.index.json", "pytorch_model*.bin", "adapter_model*.bin",
-    "diffusion_pytorch_model*.bin",
-)  # fmt: skip
-"""Weights at the top of a folder. In sub-folders they are parts of their own (`2_Dense/model.safetensors`)."""
-_FOREIGN_WEIGHTS = (
-    "*.gguf", "*.ggml", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.onnx.data", "*.ckpt", "*.ot", "*.tflite",
-    "*.mlmodel", "consolidated*.pth", "consolidated*.safetensors", "openvino_model*.bin",
-)  # fmt: skip
-"""The same weights again for other programs, wherever they lie; they would be stale beside merged ones."""
-_FOREIGN_FOLDERS = ("original", "checkpoint-*", "global_step*")
 _TRAINER_STATE = ("optimizer*", "scheduler*", "rng_state*", "training_args*", "scaler*", "trainer_state*")
 
 _ADAPTER_MARKS = (
@@ -58,7 +48,10 @@ class Index:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointFiles:
-    """The files of a base or an adapter. weights: in order of their names; side_files: relative to `folder`."""
+    """The files of a base or an adapter. weights: in order of their names.
+
+    side_files: what else belongs to it, relative to `side_folder`, which is `folder` where it is None.
+    """
 
     folder: Path
     weights: tuple[Path, ...]
@@ -66,14 +59,16 @@ class CheckpointFiles:
     config: Path | None = None
     side_files: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
+    side_folder: Path | None = None
 
 
 def find_base(path: Path) -> CheckpointFiles:
     """The files of a base. InputError where there are none, or it is not clear which."""
     if os.path.isfile(path):
         config = _config(path.parent, "config.json") if path.name in BASE_WEIGHTS else None
-        return CheckpointFiles(path.parent, (path,), config=config, side_files=(Path("config.json"),) if config else ())
-    names = _listing(path)
+        side: tuple[Path, ...] = beside_one_file(path.parent) if config else ()
+        return CheckpointFiles(path.parent, (path,), config=config, side_files=side)
+    names = listing(path)
     found = _standard(path, names, BASE_WEIGHTS)
     if found is None and ADAPTER_CONFIG in names:
         raise InputError(f"{printable(path)}: is an adapter ({ADAPTER_CONFIG}), expected a base; the base comes first")
@@ -84,24 +79,29 @@ def find_base(path: Path) -> CheckpointFiles:
             f"an index; found {listed(names) or 'nothing'}"
         )
     used = {weight.name for weight in found.weights}
-    side, left_out = _side_files(path, used)
+    belongs, left_out = beside_base(path, used)
     notes = list(found.notes)
     if left_out:
         notes.append(
             f"not copied, because they hold the weights again or are not part of the model: {listed(left_out)}"
         )
-    return replace(found, config=_config(path, "config.json"), side_files=tuple(side), notes=tuple(notes))
+    return replace(found, config=_config(path, "config.json"), side_files=tuple(belongs), notes=tuple(notes))
 
 
 def find_adapter(path: Path) -> CheckpointFiles:
-    """The files of an adapter. InputError where there are none, or it is not clear which."""
+    """The files of an adapter, and the small ones beside it. InputError where there are none, or it is not clear which.
+
+    The tokenizer of a named adapter, whose weights lie in a sub-folder, may lie in the folder above.
+    """
     if os.path.isfile(path):
-        named = path.name in ADAPTER_WEIGHTS
-        return CheckpointFiles(path.parent, (path,), config=_config(path.parent, ADAPTER_CONFIG) if named else None)
-    names = _listing(path)
+        if path.name not in ADAPTER_WEIGHTS:
+            return CheckpointFiles(path.parent, (path,))
+        side = small_files(path.parent, listing(path.parent))
+        return CheckpointFiles(path.parent, (path,), config=_config(path.parent, ADAPTER_CONFIG), side_files=side)
+    names = listing(path)
     found = _standard(path, names, ADAPTER_WEIGHTS)
     if found is not None:
-        return replace(found, config=_config(path, ADAPTER_CONFIG))
+        return replace(found, config=_config(path, ADAPTER_CONFIG), side_files=small_files(path, names))
     if ADAPTER_CONFIG in names:
         raise InputError(
             f"{printable(path)}: holds {ADAPTER_CONFIG} and no weights; "
@@ -114,6 +114,8 @@ def find_adapter(path: Path) -> CheckpointFiles:
         )
     if inner:
         found = find_adapter(path / inner[0])
+        if not has_vocabulary(map(str, found.side_files)) and has_vocabulary(names):
+            found = replace(found, side_files=small_files(path, names), side_folder=path)
         return replace(found, notes=(f"the adapter is read from the sub-folder {inner[0]}", *found.notes))
     weights = [n for n in names if not any(fnmatchcase(n, state) for state in _TRAINER_STATE)]
     found = _single(path, weights, "*.safetensors", "*.bin", "*.pt", "*.pth")
@@ -135,7 +137,7 @@ def model_in(folder: Path) -> str | None:
 
     The sub-folders are looked into as well: named adapters and the states of a training lie there.
     """
-    names = _listing(folder)
+    names = listing(folder)
     inner = [f"{name}/{mark}" for name in names for mark in (ADAPTER_CONFIG, "config.json")]
     names += [path for path in inner if os.path.isfile(folder / path)]
     for what, patterns in (("an adapter", _ADAPTER_MARKS), ("a checkpoint", _CHECKPOINT_MARKS)):
@@ -143,18 +145,6 @@ def model_in(folder: Path) -> str | None:
         if hits:
             return f"{what} ({listed(hits)})"
     return None
-
-
-def _listing(path: Path) -> list[str]:
-    """Names in a folder, sorted."""
-    try:
-        return sorted(os.listdir(path))
-    except FileNotFoundError:
-        hint = "the link leads nowhere" if path.is_symlink() else "no such file or folder"
-        raise InputError(f"{printable(path)}: {hint}; give the path of a folder on this machine") from None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise InputError(f"{printable(path)}: cannot be opened as a folder or a regular file: {reason}") from error
 
 
 def _config(folder: Path, name: str) -> Path | None:
@@ -219,41 +209,3 @@ def _is_basename(shard: Any, index: Path) -> bool:
     return (
         isinstance(shard, str) and shard.endswith(suffix) and re.fullmatch(r"[^/\\:\x00-\x1f\x7f]+", shard) is not None
     )
-
-
-def _side_files(folder: Path, used: set[str]) -> tuple[list[Path], list[str]]:
-    """What belongs to a base beside its weights, and what is left out."""
-    side: list[Path] = []
-    left_out: list[str] = []
-    dangling: list[Path] = []
-    for path in _walk(folder, folder, left_out):
-        name, top = path.name, len(path.parts) == 1
-        if top and (name in used or name == MANIFEST or name.endswith((".safetensors.index.json", ".bin.index.json"))):
-            continue
-        patterns = (*_FOREIGN_WEIGHTS, *_OTHER_WEIGHTS) if top else _FOREIGN_WEIGHTS
-        if any(fnmatchcase(name, pattern) for pattern in patterns):
-            left_out.append(str(path))
-        elif os.path.isfile(folder / path):
-            side.append(path)
-        elif os.path.islink(folder / path) and not os.path.exists(folder / path):
-            dangling.append(path)
-        else:
-            left_out.append(str(path))
-    if dangling:
-        raise InputError(
-            f"{printable(folder)}: {listed(dangling)} are links to files that do not exist; the download is probably "
-            "incomplete, fetch it again or remove the links"
-        )
-    return side, left_out
-
-
-def _walk(folder: Path, root: Path, left_out: list[str]) -> Iterator[Path]:
-    """Everything below a folder that is no folder, in order of names; caches and training leftovers are not entered."""
-    for name in _listing(folder):
-        path = (folder / name).relative_to(root)
-        if os.path.islink(folder / name) or not os.path.isdir(folder / name):
-            yield path
-        elif any(fnmatchcase(name, pattern) for pattern in _FOREIGN_FOLDERS):
-            left_out.append(f"{path}/")
-        elif not name.startswith(".") and name != "__pycache__":
-            yield from _walk(folder / name, root, left_out)

@@ -26,12 +26,32 @@ def read_json(path: Path, limit: int = MAX_CONFIG) -> dict[str, Any]:
     InputError where it is no object, holds a key twice, NaN or infinity, a number that no float64 holds, text that is
     not UTF-8, or more lists and objects than any config has.
     """
-    text = _text(path, limit)
-    where = printable(path)
+    return parsed(read_bytes(path, limit), path)
+
+
+def read_bytes(path: Path, limit: int) -> bytearray:
+    """A whole file; InputError where it is larger than `limit`."""
+    file = RegularFile(path)
     try:
+        if file.size > limit:
+            raise InputError(f"{file}: has {file.size} bytes, {limit} are the limit for such a file; not a config")
+        return file.read(0, file.size, "text")
+    finally:
+        file.close()
+
+
+def parsed(data: bytes | bytearray, path: Path, containers: int = MAX_CONTAINERS) -> dict[str, Any]:
+    """The object in the bytes of the file `path`, with at most so many lists and objects; raises as `read_json`."""
+    where = printable(path)
+    if data.count(b"[") + data.count(b"{") > containers:
+        raise InputError(f"{where}: holds more than {containers} lists and objects; this is not a config")
+    try:
+        text = data.decode("utf-8")
         value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode("utf-8")  # lone surrogates
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: is not UTF-8 at byte {error.start}; fetch the file again") from error
     except RecursionError:
         raise InputError(
             f"{where}: lists and objects are nested too deeply; this is not a config, fetch it again"
@@ -43,21 +63,6 @@ def read_json(path: Path, limit: int = MAX_CONFIG) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{where}: holds a {type(value).__name__}, expected an object in braces; fetch the file again")
     return value
-
-
-def _text(path: Path, limit: int) -> str:
-    file = RegularFile(path)
-    try:
-        if file.size > limit:
-            raise InputError(f"{file}: has {file.size} bytes, {limit} are the limit for such a file; not a config")
-        data = file.read(0, file.size, "text")
-        if data.count(b"[") + data.count(b"{") > MAX_CONTAINERS:
-            raise InputError(f"{file}: holds more than {MAX_CONTAINERS} lists and objects; this is not a config")
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file}: is not UTF-8 at byte {error.start}; fetch the file again") from error
-    finally:
-        file.close()
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

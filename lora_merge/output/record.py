@@ -49,10 +49,10 @@ class RecordedInput:
 
     @classmethod
     def of(cls, role: str, checkpoint: Checkpoint, digests: Mapping[str, str]) -> RecordedInput:
-        """digests: SHA-256 of its weight files by name, as far as they are known."""
+        """digests: SHA-256 of its files by name, as far as they are known: weights, and small ones that were taken."""
         files = {file.path.name: identity(file) for file in checkpoint.files}
         for name, sha256 in digests.items():
-            files[name]["sha256"] = sha256
+            files.setdefault(name, {})["sha256"] = sha256
         configs = [checkpoint.path / name for name in ("adapter_config.json", "config.json")]
         small = {path.name: {"sha256": file_sha256(path)} for path in configs if path.is_file()}
         return cls(role, checkpoint.path.resolve().name, files | small)
@@ -87,7 +87,7 @@ class Record:
         files: Mapping[str, RecordedFile],
         weights: Sequence[MergedWeight],
     ) -> Record:
-        """The record of a finished job; the same for every run of it. digests: of each adapter's weight files."""
+        """The record of a finished job; the same for every run of it. digests: of each adapter's files."""
         import torch
 
         named = [RecordedInput.of("base", inputs.base, {})]

@@ -7,10 +7,11 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from lora_merge import __version__
-from lora_merge.checkpoint.opening import Inputs, file_sha256, identity
+from lora_merge.checkpoint.opening import Checkpoint, Inputs, file_sha256, identity
 from lora_merge.formats import CodedFormat, Format, StoredWeight
 from lora_merge.formats.method import ConfigPath
 from lora_merge.formats.plain import PART
@@ -138,14 +139,14 @@ class Plan:
     """Everything that a run will do.
 
     files: small files written beside the shards (index, changed config), by relative path.
-    side_files: relative paths copied from the base as bytes.
+    side_files: where files come from that are copied as bytes, by relative path in the output.
     choices: the words of the recipe that are no defaults. read: digests of the small tensors that say how others are
     to be read, by name.
     """
 
     shards: tuple[Shard, ...]
     files: Mapping[str, bytes]
-    side_files: tuple[str, ...]
+    side_files: Mapping[str, Path]
     config_changes: Mapping[ConfigPath, Any]
     notes: tuple[str, ...]
     inputs: Inputs
@@ -167,9 +168,14 @@ class Plan:
 
     @cached_property
     def adapter_digests(self) -> tuple[Mapping[str, str], ...]:
-        """SHA-256 of each adapter's weight files, by file name. Reads all of them, once."""
-        adapters = self.inputs.adapters
-        return tuple({file.path.name: file_sha256(file.path) for file in adapter.files} for adapter in adapters)
+        """SHA-256 of each adapter's weight files, and of its small files that are taken, by file name. Reads all of
+        them, once."""
+        return tuple(self._digests(adapter) for adapter in self.inputs.adapters)
+
+    def _digests(self, adapter: Checkpoint) -> dict[str, str]:
+        paths = {file.path.name: file.path for file in adapter.files}
+        paths |= {name: path for name, path in self.side_files.items() if path == adapter.side_folder / name}
+        return {name: file_sha256(path) for name, path in paths.items()}
 
     @cached_property
     def digest(self) -> str:

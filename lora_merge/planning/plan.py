@@ -7,21 +7,20 @@ from collections.abc import Sequence
 from lora_merge.adapters.base import Options, Reading
 from lora_merge.checkpoint.opening import Checkpoint, Inputs
 from lora_merge.errors import AdapterError, UnsupportedError, listed
-from lora_merge.models.config_paths import at, vocab_paths
 from lora_merge.models.families import model_type
 from lora_merge.models.keys import Resolver
 from lora_merge.models.replication import replicate
 from lora_merge.models.skeleton import build
-from lora_merge.models.ties import is_vocabulary
 from lora_merge.planning import claims as effects
-from lora_merge.planning import shards
+from lora_merge.planning import shards, side_files
 from lora_merge.planning.base_formats import check_read, declared, quantization
 from lora_merge.planning.claims import PlacedClaims
 from lora_merge.planning.draft import Draft
 from lora_merge.planning.expert_stacks import split_stacks
 from lora_merge.planning.job_list import job_list
-from lora_merge.planning.jobs import Copy, Job, Plan, Rewrite
+from lora_merge.planning.jobs import Job, Plan
 from lora_merge.planning.output_formats import OutputFormats, decide
+from lora_merge.planning.vocabulary import follow_vocabulary
 from lora_merge.request import Recipe
 from lora_merge.system.collecting import collecting_seldom
 
@@ -89,9 +88,9 @@ def _resolve(
 def _assembled(
     draft: Draft, jobs: list[tuple[str, Job]], outputs: OutputFormats, recipe: Recipe, inputs: Inputs
 ) -> Plan:
-    """Shards to the byte, index, config."""
+    """Shards to the byte, index, config, and where the other small files come from."""
     base = draft.base
-    _follow_vocabulary(draft, [job for _, job in jobs])
+    vocabulary = follow_vocabulary(draft, [job for _, job in jobs])
     if recipe.dtype:
         keys = [key for key in ("dtype", "torch_dtype") if key in draft.config] or ["torch_dtype"]
         draft.changes |= {(key,): recipe.dtype for key in keys if draft.config.get(key) != recipe.dtype}
@@ -105,36 +104,9 @@ def _assembled(
     if changes:
         files[CONFIG] = shards.changed_config(base.config or {}, changes)
     files |= {file: shards.as_file(body) for file, body in outputs.json_files.items() if body is not None}
+    side = side_files.choose(recipe.tokenizer, inputs, vocabulary)
+    beside = side_files.with_card(side.files) if recipe.card == "new" else side.files
     dropped = {*files, *outputs.json_files}
-    side = tuple(str(path) for path in base.side_files if str(path) not in dropped)
-    notes = tuple(dict.fromkeys(draft.notes))
-    return Plan(laid, files, side, changes, notes, inputs, recipe.choices(), draft.read)
-
-
-def _follow_vocabulary(draft: Draft, jobs: Sequence[Job]) -> None:
-    """Where embeddings got another number of rows, the config says it.
-
-    Raises AdapterError where only one of embedding and head did: no model has two vocabularies.
-    """
-    specs = draft.specs
-    after = {name: spec.shape for name, spec in specs.items()}
-    after |= {job.name: job.weight.shape for job in jobs if isinstance(job, Rewrite)}
-    after |= {job.name: job.spec.shape for job in jobs if isinstance(job, Copy) and job.adapter is not None}
-    paths = vocab_paths(draft.config)
-    tokens = {at(draft.config, path) for path in paths}
-    resized = []
-    for name in [name for name, shape in after.items() if name in specs and shape != specs[name].shape]:
-        old, new = specs[name].shape[0], after[name][0]
-        if not (is_vocabulary(name) or old in tokens):  # a classifier with other labels
-            draft.notes.append(f"{name} has {new} rows instead of {old}; config.json must name as many labels")
-            continue
-        resized.append(name)
-        draft.notes.append(f"{name} has {new} rows instead of {old}; take the tokenizer of the adapter")
-        draft.changes |= dict.fromkeys(paths, new)
-    rows = {name: shape[0] for name, shape in after.items() if name in resized or is_vocabulary(name)}
-    if resized and len(set(rows.values())) > 1:
-        counts = listed(f"{name} {count}" for name, count in rows.items())
-        raise AdapterError(
-            f"the adapter resizes only a part of the vocabulary; rows after the merge: {counts}. Save the adapter "
-            "again with save_embedding_layers=True, so that it brings embedding and head alike"
-        )
+    notes = tuple(dict.fromkeys([*draft.notes, *side.notes]))
+    copied = {name: path for name, path in beside.items() if name not in dropped}
+    return Plan(laid, files, copied, changes, notes, inputs, recipe.choices(), draft.read)

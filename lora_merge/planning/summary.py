@@ -15,7 +15,7 @@ def summary(recipe: Recipe, plan: Plan, disk: int, memory: int, notes: tuple[str
         job=None if plan.inputs.adapters else plan.digest,
         weights=tuple(map(_planned, plan.jobs)),
         shards={shard.file: shard.nbytes for shard in plan.shards},
-        side_files=plan.side_files,
+        side_files=tuple(plan.side_files),
         config_changes={".".join(path): value for path, value in plan.config_changes.items()},
         disk=disk,
         memory=memory,

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lora_merge.checkpoint.opening import open_inputs
+from lora_merge.checkpoint.opening import file_sha256, open_inputs
 from lora_merge.checkpoint.sources import Reads
 from lora_merge.errors import UsageError, VerificationError, listed, printable
 from lora_merge.execution.executor import Executor
 from lora_merge.execution.memory import fit
 from lora_merge.keywords import request_of
-from lora_merge.output.record import MANIFEST, read_record
+from lora_merge.output.record import MANIFEST, RecordedFile, read_record
 from lora_merge.output.shard import StartedShard
 from lora_merge.planning import plan as planning
 from lora_merge.planning.jobs import Plan, Shard
@@ -55,7 +56,10 @@ def recorded_recipe(out: Path, base: Path, adapters: Sequence[Path], original: P
 
 
 def recompute(out: Path, recipe: Recipe, progress: Progress) -> None:
-    """Raise VerificationError that lists every shard of `out` that is not what base and adapters give."""
+    """Raise VerificationError that lists every file of `out` that is not what base and adapters give.
+
+    The model card, which has figures of the run, is proved by the record alone.
+    """
     with open_inputs(recipe) as inputs:
         plan = planning.make(recipe, inputs)
         missing = [shard.file for shard in plan.shards if not (out / shard.file).is_file()]
@@ -65,9 +69,17 @@ def recompute(out: Path, recipe: Recipe, progress: Progress) -> None:
         total = sum(shard.nbytes for shard in plan.shards)
         executor = Executor(inputs, fit(RunOptions(), plan))
         executor.run(plan.shards, comparison, lambda name, nbytes: progress(name, nbytes, total))
-    wrong = [f"{one.shard.file} (from byte {one.differs})" for one in comparison.compared if one.differs is not None]
+        wrong = _other_small_files(plan, read_record(out).files)
+    wrong += [f"{one.shard.file} (from byte {one.differs})" for one in comparison.compared if one.differs is not None]
     if wrong:
         raise VerificationError(f"{out}: not what this base and these adapters give: {listed(wrong)}")
+
+
+def _other_small_files(plan: Plan, recorded: Mapping[str, RecordedFile]) -> list[str]:
+    """Small files that the inputs would give with other bytes than the record has, or that it does not have."""
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in plan.files.items()}
+    digests |= {name: file_sha256(path) for name, path in plan.side_files.items()}
+    return [name for name, sha256 in digests.items() if name not in recorded or recorded[name].sha256 != sha256]
 
 
 class Comparison:

@@ -96,10 +96,13 @@ def test_other_names_of_weights(tmp_path: Path, stem: str) -> None:
 
 def test_a_base_may_be_one_file(tmp_path: Path) -> None:
     base = good_base(tmp_path)
-    files(base, "tokenizer.json")
+    files(base, "tokenizer.json", "modeling_x.py", "README.md", "additional_chat_templates/rag.jinja")
+    files(base, "notes.txt", "train.py", "other.safetensors", "lora/adapter_model.safetensors", "lora/tokenizer.json")
     with open_base(base / "model.safetensors") as opened:
         assert opened.config == {"model_type": "llama"} and opened.path == base
-        assert [str(path) for path in opened.side_files] == ["config.json"]
+        assert sorted(map(str, opened.side_files)) == [
+            "README.md", "additional_chat_templates/rag.jinja", "config.json", "modeling_x.py", "tokenizer.json",
+        ]  # fmt: skip
     os.rename(base / "model.safetensors", base / "mine.safetensors")
     with open_base(base / "mine.safetensors") as opened:
         assert opened.config is None and not opened.side_files
@@ -135,6 +138,10 @@ def test_adapters(tmp_path: Path) -> None:
     files(tmp_path / "named", "README.md", "tokenizer.json")
     with open_adapter(tmp_path / "named") as opened:
         assert opened.path == tmp_path / "named" / "default" and "default" in opened.notes[0]
+        assert opened.side_folder == tmp_path / "named" and [*map(str, opened.side_files)] == ["tokenizer.json"]
+    files(tmp_path / "named" / "default", "tokenizer.json", "training_args.bin", "optimizer.pt")
+    with open_adapter(tmp_path / "named") as opened:
+        assert opened.side_folder == opened.path and [*map(str, opened.side_files)] == ["tokenizer.json"]
     with open_adapter(tmp_path / "plain" / "adapter_model.safetensors") as opened:
         assert opened.config is not None
 

@@ -44,6 +44,8 @@ def test_the_table_of_roundings_is_the_code() -> None:
         ("rounding", request.ROUNDINGS),
         ("scales", request.SCALES),
         ("trained-on", request.TRAINED_ON),
+        ("tokenizer", request.TOKENIZERS),
+        ("card", request.CARDS),
     ],
 )
 def test_choices_are_all_named(option: str, known: Iterable[str]) -> None:
@@ -74,7 +76,13 @@ def test_the_table_of_commands_is_the_code() -> None:
 def test_defaults_are_the_code() -> None:
     table = {CODE.findall(row[0])[0].split()[0]: row[1] for row in rows(OPTIONS.section("Options of a merge"))}
     shown = {"--min-survival": "0.3 by default", "--seed": "0 by default", "--rounding": "`auto` (the default)"}
-    shown |= {"--scales": "`auto` by default", "--trained-on": "`as-is` by default", "--device": "`auto` by default"}
+    shown |= {
+        "--scales": "`auto` by default",
+        "--trained-on": "`as-is` by default",
+        "--tokenizer": "`auto` by default",
+        "--card": "`new` by default",
+        "--device": "`auto` by default",
+    }
     for option, words in shown.items():
         default = request.DEFAULTS[option.removeprefix("--").replace("-", "_")]
         assert words in table[option] and re.search(rf"(?<![\w.-]){re.escape(str(default))}(?![\w.-])", words)
