@@ -77,7 +77,7 @@ def _metadata(plan: Plan, base: _Source, adapters: Sequence[_Source]) -> dict[st
     if lineage:
         metadata |= _lineage(lineage, [adapter.hub_id for adapter in adapters])
     metadata |= {key: _plain(stated[key]) for key in INHERITED if key in stated and stated[key] != ("peft",)}
-    if "library_name" not in metadata and plan.inputs.base.config:
+    if "library_name" not in metadata and "model_type" in (plan.inputs.base.config or {}):
         metadata["library_name"] = "transformers"
     datasets = [name for card in (stated, *cards) for name in card.get("datasets", ())]
     if datasets:
@@ -157,8 +157,9 @@ def _weights(plan: Plan, weights: Sequence[MergedWeight]) -> Iterator[str]:
     merged = sum(bool(weight.kinds) for weight in weights)
     copied = sum(isinstance(job, Copy) for job in plan.jobs)
     counts = {"weights merged": merged, "weights converted": len(weights) - merged, "tensors copied": copied}
-    yield f"{', '.join(f'{count} {what}' for what, count in counts.items() if count)}. What was rewritten is stored as:"
-    yield ""
+    yield f"{', '.join(f'{count} {what}' for what, count in counts.items() if count)}." + (
+        " What was rewritten is stored as:\n" if weights else ""
+    )
     for format, count in sorted(Counter(weight.format for weight in weights).items()):
         yield f"- {_code(format)}: {count}"
 

@@ -56,7 +56,7 @@ def added_tokens(folder: Path, names: Iterable[str]) -> int:
 
 def _highest(ids: Iterable[object]) -> int:
     """One more than the largest of the values that are ids at all; 0 for none."""
-    return max((value + 1 for value in ids if isinstance(value, int) and not isinstance(value, bool)), default=0)
+    return max((value + 1 for value in ids if isinstance(value, int)), default=0)
 
 
 def _added(folder: Path, names: set[str]) -> Iterator[object]:

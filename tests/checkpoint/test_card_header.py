@@ -34,6 +34,7 @@ BOMB = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("a
     [
         "", "license: mit", "---\nlicense: mit\n", "---\n---\nlicense: mit\n", "# x\n---\nlicense: mit\n---\n",
         f"---\n{BOMB}license: *i\n---\n", "---\nlicense: &x mit\nlanguage: *x\n---\n".replace("license", "other"),
+        "---\nlanguage: [&x en, *x]\n---\n", f"---\nlicense: mit #{'x' * MAX_BLOCK}\n---\n",
         "---\nlicense: {a: b}\n---\n", "---\nlicense: [[mit]]\n---\n", "---\nlicense: null\n---\n",
         "---\nlicense:\n---\n", "---\nlicense: !!python/object/apply:os.system [x]\n---\n",
         "---\nlicense: \"a\\nb\"\n---\n", f"---\nlicense: {'m' * 100}\n---\n",
