@@ -1,4 +1,4 @@
-"""What the files of a tokenizer say: how many tokens it knows, whether it brings a chat template, which code it names.
+"""What the files of a tokenizer say: how many tokens it knows, its template, the code that it names, its last token.
 
 They are anybody's: of any size, any depth and any types. What cannot be read says nothing, and is copied all the same.
 """
@@ -52,6 +52,37 @@ def known_tokens(folder: Path, names: Iterable[str]) -> int | None:
 def added_tokens(folder: Path, names: Iterable[str]) -> int:
     """One more than the largest id of a token that was added after the vocabulary was trained; 0 for none."""
     return _highest(_added(folder, set(names)))
+
+
+def end_of_text(folder: Path, names: Iterable[str]) -> tuple[str, int] | None:
+    """The token with which a tokenizer says that a text ends, and its id; None where its files do not say both."""
+    if not {"tokenizer.json", "tokenizer_config.json"} <= set(names):
+        return None
+    token = eos_token(folder)
+    body = _object(folder / "tokenizer.json", MAX_TOKENIZER)
+    added, model = body.get("added_tokens"), body.get("model")
+    known = model.get("vocab") if isinstance(model, dict) else None
+    found = [one.get("id") for one in added if _is_token(one, token)] if isinstance(added, list) else []
+    found += [known.get(token)] if isinstance(known, dict) and token else []
+    number = next((one for one in found if isinstance(one, int)), None)
+    return None if token is None or number is None else (token, number)
+
+
+def eos_token(folder: Path) -> str | None:
+    """What tokenizer_config.json calls the end of a text: a text, or in older files an object around it."""
+    token = _object(folder / "tokenizer_config.json").get("eos_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
+
+
+def stops_at(path: Path) -> tuple[int, ...]:
+    """The ids at which a generation config lets a text end; none where it does not say so."""
+    ids = _object(path).get("eos_token_id")
+    return tuple(one for one in (ids if isinstance(ids, list) else [ids]) if isinstance(one, int))
+
+
+def _is_token(body: object, token: str | None) -> bool:
+    return isinstance(body, dict) and token is not None and body.get("content") == token
 
 
 def _highest(ids: Iterable[object]) -> int:

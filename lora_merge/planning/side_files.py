@@ -10,12 +10,21 @@ from pathlib import Path
 
 from lora_merge.checkpoint.opening import Checkpoint, Inputs, file_sha256
 from lora_merge.checkpoint.side_files import PROCESSOR, SETS, TEMPLATE, TOKENIZER, has_vocabulary, is_code, sets_in
-from lora_merge.checkpoint.token_ids import added_tokens, code_named, has_template_key, known_tokens
+from lora_merge.checkpoint.token_ids import (
+    added_tokens,
+    code_named,
+    end_of_text,
+    eos_token,
+    has_template_key,
+    known_tokens,
+    stops_at,
+)
 from lora_merge.errors import AdapterError, listed, printable
 from lora_merge.planning.vocabulary import Vocabulary
 from lora_merge.request import TokenizerFrom
 
 CARD, BASE_CARD = "README.md", "README.base.md"
+GENERATION_CONFIG = "generation_config.json"
 NAMED = 12
 """Files that a note names."""
 OTHER_CODE = "names code (auto_map) that the base does not name"
@@ -197,7 +206,21 @@ def _merged(base: _Folder, own: Mapping[str, Path], taken: Mapping[str, _Folder]
         notes.append(
             f"of the base left out, as they belong to what the adapter replaces: {listed(sorted(left), NAMED)}"
         )
-    return SideFiles({name: path for name, path in sorted(files.items()) if name not in left}, tuple(notes))
+    files = {name: path for name, path in sorted(files.items()) if name not in left}
+    return SideFiles(files, (*notes, *(_endless(trained, base, files) if trained else ())))
+
+
+def _endless(trained: _Folder, base: _Folder, files: Mapping[str, Path]) -> Iterator[str]:
+    """That generation would not stop where the training let a text end: chat formats have an end of their own."""
+    config = files.get(GENERATION_CONFIG)
+    if config is None or eos_token(trained.path) == eos_token(base.path):
+        return
+    end, stops = end_of_text(trained.path, trained.set(TOKENIZER)), stops_at(config)
+    if end and stops and end[1] not in stops:
+        yield (
+            f"the tokenizer of {trained.name} ends a text with {printable(end[0])} ({end[1]}), and {GENERATION_CONFIG} "
+            f"stops at {listed(stops)}: add it to eos_token_id in OUT, or answers may not end"
+        )
 
 
 def _told(folder: _Folder, base: _Folder, kinds: Sequence[str]) -> Iterator[str]:

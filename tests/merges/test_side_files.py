@@ -62,6 +62,19 @@ def test_generation_config_and_processor(desk: Path) -> None:
     assert not (desk / "out" / "preprocessor_config.json").exists()
 
 
+@pytest.mark.parametrize(("stops", "told"), [(2, True), ([2, 60], False), ([2, 0], True), (60, False), ("x", False)])
+def test_an_end_of_text_that_nothing_stops_at(desk: Path, stops: object, told: bool) -> None:
+    """What users of chat formats know as a model that never stops."""
+    (desk / "base" / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+    tokens.write_tokenizer(desk / "adapter", "<|im_end|>")
+    assert not [note for note in merge(desk) if "eos_token_id" in note]
+    shutil.rmtree(desk / "out")
+    config = desk / "adapter" / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token": {"content": "<|im_end|>"}}))
+    found = [note for note in merge(desk) if "eos_token_id" in note]
+    assert bool(found) == told and all("<|im_end|> (60)" in note for note in found)
+
+
 def test_two_generation_configs_are_no_reason_to_stop(desk: Path) -> None:
     tokens.write_adapter(desk / "other", load_file(desk / "base" / "model.safetensors"))
     for name in ("adapter", "other"):
