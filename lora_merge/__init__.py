@@ -48,3 +48,7 @@ def __getattr__(name: str) -> object:
 
     found: object = getattr(import_module(_HOMES.get(name, "lora_merge.results")), name)
     return found
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -32,12 +32,12 @@ class QuantType:
     """One kind of codes that a format writes.
 
     widths: bits of a code. group_sizes: what `--group-size` may name, -1 being a whole row; empty: the format fixes it;
-    None: any. double_quant: whether scales may be quantized, too; None: the option is passed over.
+    None: any. double_quant: whether scales may be quantized, too.
     """
 
     widths: tuple[int, ...]
     group_sizes: tuple[int, ...] | None = ()
-    double_quant: bool | None = False
+    double_quant: bool = False
 
 
 KEPT = "as the base has it"
@@ -71,6 +71,13 @@ class Abilities:
         sizes = [kind.group_sizes for kind in self.quant_types.values()]
         return None if None in sizes else tuple(dict.fromkeys(size for some in sizes for size in some or ()))
 
+    def double_quant(self, bits: int | None = None, quant_type: str | None = None) -> bool:
+        """Whether scales may be quantized for some kind of codes of this width and name; None: whichever."""
+        return any(
+            kind.double_quant and bits in (None, *kind.widths) and quant_type in (None, word)
+            for word, kind in self.quant_types.items()
+        )
+
     @property
     def written(self) -> str:
         """ "yes", "kept" (where a base is in this format already) or "no"."""
@@ -100,7 +107,7 @@ class Abilities:
             if not sizes:
                 raise UnsupportedError(f"{asked} no group size to choose; leave --group-size out")
             raise UnsupportedError(f"{asked} groups of {_either(sizes)}, not of {size}; choose one with --group-size")
-        if options.double_quant and kind.double_quant is False:
+        if options.double_quant and not kind.double_quant:
             raise UnsupportedError(f"{name}: scales of {quant_type} weights are plain; leave --double-quant out")
         return replace(options, quant_type=quant_type)
 
@@ -138,11 +145,11 @@ ABILITIES: Mapping[str, Abilities] = {
     "chatglm": Abilities({"int": QuantType((4, 8))}),
     "compressed-tensors": Abilities(
         {
-            "int": QuantType((2, 3, 4, 5, 6, 7, 8), None, None),
-            "fp8": QuantType((8,), None, None),
-            "nvfp4": QuantType((4,), None, None),
-            "mxfp4": QuantType((4,), None, None),
-            "mxfp8": QuantType((8,), None, None),
+            "int": QuantType((2, 3, 4, 5, 6, 7, 8), None),
+            "fp8": QuantType((8,), None),
+            "nvfp4": QuantType((4,), None),
+            "mxfp4": QuantType((4,), None),
+            "mxfp8": QuantType((8,), None),
         }
     ),
     "bitsandbytes": Abilities(
@@ -165,6 +172,8 @@ PLAIN = "plain"
 """The format without codes, of 16 or 32 bits."""
 FORMATS = (PLAIN, *(name for name, has in ABILITIES.items() if has.quant_types))
 """What `--format` takes."""
+DOUBLE_QUANT = tuple(name for name, has in ABILITIES.items() if has.double_quant())
+"""Formats for which there is `--double-quant`."""
 WIDTHS = (*sorted({bits for has in ABILITIES.values() for bits in has.widths}), 16)
 """What `--bits` takes."""
 QUANT_TYPES = tuple(dict.fromkeys(word for has in ABILITIES.values() for word in has.quant_types))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
-import traceback
 from collections.abc import Callable
+from difflib import get_close_matches
 from pathlib import Path
 from signal import SIGINT
 from typing import Any, NoReturn
@@ -31,12 +32,12 @@ from lora_merge.request import (
     TOKENIZERS,
     TRAINED_ON,
     Request,
-    parse_size,
 )
 from lora_merge.system.shortage import COMPUTING, check_imports, telling_shortage
 from lora_merge.system.signals import Signals, end, farewell
 from lora_merge.system.stopping import Stop, Stopped
 from lora_merge.system.streams import divert, printing, secure
+from lora_merge.usage import PROGRAM, Command, Group, Size, tell_error, tell_wrong_words
 
 COMMANDS = ("inspect", "verify")
 SECTIONS = {
@@ -50,41 +51,13 @@ SECTIONS = {
 }
 """Options of the merge under the headings of its help; the rest are on what is printed."""
 EXITS = """\b
-Exit codes: 0 ok, 2 usage, 3 bad input, 4 adapter does not fit, 5 numeric failure,
-6 unsupported, 7 output exists or in use, 8 I/O or disk full (resumable), 9 memory,
-10 verification failed; 129, 130, 143 stopped by a signal."""
+Exit codes: 0 ok, 2 usage, 3 bad input, 4 adapter does not fit,
+5 numeric failure, 6 unsupported, 7 output exists or in use,
+8 I/O or disk full (resumable), 9 memory, 10 verification failed;
+129, 130, 143 stopped by a signal."""
 
 
-class Size(click.ParamType[int]):
-    """Bytes: `2GB`, `500MiB`."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        try:
-            return parse_size(value)
-        except UsageError as error:
-            self.fail(str(error), param, ctx)
-
-
-class Group(click.Group):
-    """`lora-merge BASE ADAPTER OUT` is the merge; a first word that names a command is that command."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if args and args[0] not in (*COMMANDS, "merge", "--help", "-h", "--version"):
-            args = ["merge", *args]
-        return super().parse_args(ctx, args)
-
-    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The help of the merge itself: it is what one asks for."""
-        command = self.commands["merge"]
-        with click.Context(command, info_name=ctx.info_name or "lora-merge") as inner:
-            command.format_help(inner, formatter)
-        with formatter.section("Other commands"):
-            formatter.write_dl([(name, self.commands[name].get_short_help_str()) for name in COMMANDS])
-
-
-class Merge(click.Command):
+class Merge(Command):
     """Its help shows the options by `SECTIONS`."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -116,17 +89,16 @@ def app() -> None:
     pass
 
 
-def chosen(word: str, known: tuple[str, ...], text: str) -> Callable[[Any], Any]:
+def chosen(word: str, known: tuple[str, ...], text: str, metavar: str | None = None) -> Callable[[Any], Any]:
     """An option that takes one of the known words, with the default that Request has."""
     name = word.lstrip("-").replace("-", "_")
     default = DEFAULTS[name]
-    return click.option(word, type=click.Choice(known), default=default, show_default=default is not None, help=text)
+    kind = click.Choice(known)
+    return click.option(word, type=kind, metavar=metavar, default=default, show_default=default is not None, help=text)
 
 
-@app.command(
-    cls=Merge, context_settings={"help_option_names": ["-h", "--help"]}, options_metavar="[OPTIONS]", epilog=EXITS
-)
-@click.argument("paths", nargs=-1, required=True, metavar="BASE [ADAPTER...] OUT", type=click.Path(path_type=Path))
+@app.command(cls=Merge, epilog=EXITS)
+@click.argument("paths", nargs=-1, required=True, metavar="BASE ADAPTER... OUT", type=click.Path(path_type=Path))
 @click.option("--weight", type=float, multiple=True, help="Strength of an adapter; once for each, in their order.")
 @click.option("--alpha", type=float, help="lora_alpha of an adapter file that has no config.")
 @click.option("--base-is-residual", is_flag=True, help="BASE is the residual saved with a PiSSA, OLoRA, ... adapter.")
@@ -138,7 +110,12 @@ def chosen(word: str, known: tuple[str, ...], text: str) -> Callable[[Any], Any]
 )
 @click.option("--allow-unused", metavar="REGEX", help="Adapter tensors that may have no place in the base.")
 @click.option("--bits", type=click.Choice(tuple(map(str, WIDTHS))), help="Width of the weights. Default: the base's.")
-@chosen("--format", FORMATS, "Of the weights. Default: the base's, if it has that width; README.md says the rest.")
+@chosen(
+    "--format",
+    FORMATS,
+    f"Of the weights: {', '.join(FORMATS)}. Default: the base's if it has that width, else compressed-tensors.",
+    metavar="NAME",
+)
 @chosen("--dtype", tuple(MODEL_DTYPES), "Of plain weights, and of the scales of others. Default: the base's own.")
 @chosen("--quant-type", QUANT_TYPES, "Kind of codes, where a format has several.")
 @click.option("--double-quant", is_flag=True, help="Quantize the scales too (bitsandbytes).")
@@ -177,8 +154,7 @@ def merge(
     BASE is a folder of weights (safetensors or PyTorch .bin), each ADAPTER a folder or file, OUT the new folder.
     No ADAPTER is a plain conversion. Inputs are never changed; OUT appears only when it is complete.
     """
-    if len(paths) < 2:
-        raise UsageError("BASE and OUT are both needed: lora-merge BASE ADAPTER OUT")
+    _check_words(paths)
     options.pop("debug", None)
     options["bits"] = int(options["bits"]) if options["bits"] else None
     request = Request.of(paths[0], paths[1:-1], paths[-1], **options)
@@ -187,6 +163,8 @@ def merge(
 
     if dry_run:
         plan = api.plan_request(request)
+        if quiet and not as_json:
+            return
         with printing("the plan"):
             show_plan(plan, as_json=as_json, verbose=verbose)
         return
@@ -197,7 +175,16 @@ def merge(
             show_result(result, as_json=as_json)
 
 
-@app.command(short_help="Formats, sizes and tensors of a checkpoint or adapter.")
+def _check_words(paths: tuple[Path, ...]) -> None:
+    """UsageError where a command is misspelled, or OUT is missing."""
+    first = str(paths[0])
+    if meant := get_close_matches(first, COMMANDS, 1) if not os.path.exists(first) else []:
+        raise UsageError(f"{printable(first)}: neither a command nor a folder; did you mean `{PROGRAM} {meant[0]}`?")
+    if len(paths) < 2:
+        raise UsageError(f"BASE and OUT are both needed: {PROGRAM} BASE ADAPTER... OUT")
+
+
+@app.command(cls=Command, short_help="Formats, sizes and tensors of a checkpoint or adapter.")
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("-v", "--verbose", is_flag=True, help="List every tensor.")
 @with_shared
@@ -207,11 +194,13 @@ def inspect(path: Path, as_json: bool, quiet: bool, debug: bool, verbose: bool) 
     from lora_merge import api
 
     inspection = api.inspect(path)
+    if quiet and not as_json:
+        return
     with printing("what was found"):
         show_inspection(inspection, as_json=as_json, verbose=verbose)
 
 
-@app.command(short_help="Prove a finished output: digests, index, finiteness; or recompute it.")
+@app.command(cls=Command, short_help="Prove a finished output: digests, index, finiteness; or recompute it.")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--base", type=click.Path(path_type=Path), help="Recompute every weight from this base.")
 @click.option("--adapter", type=click.Path(path_type=Path), multiple=True, help="Adapters of the merge, in order.")
@@ -243,15 +232,14 @@ def run(args: list[str] | None = None, stop: Stop | None = None) -> int:
     stop = stop or Stop()
     try:
         with telling_shortage():
-            app.main(given, prog_name="lora-merge", standalone_mode=False, obj=stop)
+            app.main(given, prog_name=PROGRAM, standalone_mode=False, obj=stop)
         return 0
     except click.exceptions.Exit as asked:
         return asked.exit_code
     except click.ClickException as error:
-        error.show()
-        return 2
+        return tell_wrong_words(error, given)
     except LoraMergeError as error:
-        return _report(error, error.exit_code, given)
+        return tell_error(error, given)
     except (KeyboardInterrupt, click.Abort):
         print(farewell(SIGINT, stop), file=sys.stderr)
         return 130
@@ -259,18 +247,10 @@ def run(args: list[str] | None = None, stop: Stop | None = None) -> int:
         divert(sys.stdout)
         return 0
     except OSError as error:
-        bare = error.filename is None
-        return _report(
-            StorageError(f"reading or writing failed: {error.strerror or error}") if bare else error, 8, given
-        )
-
-
-def _report(error: BaseException, code: int, given: list[str]) -> int:
-    if "--debug" in given:
-        traceback.print_exception(error)
-    text = str(error) or type(error).__name__
-    print(f"lora-merge: {printable(text)}", file=sys.stderr)
-    return code
+        named = f"{error.filename}: " if error.filename is not None else ""
+        failure = StorageError(f"{named}reading or writing failed: {error.strerror or error}")
+        failure.__cause__ = error
+        return tell_error(failure, given)
 
 
 def main(args: list[str] | None = None, signals: Signals | None = None) -> NoReturn:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
-from lora_merge.abilities import FORMATS, QUANT_TYPES, WIDTHS
+from lora_merge.abilities import ABILITIES, DOUBLE_QUANT, FORMATS, QUANT_TYPES, WIDTHS
 from lora_merge.dtypes import MODEL_DTYPES
 from lora_merge.errors import UsageError, quoted
 
@@ -97,12 +97,32 @@ class Recipe:
             raise UsageError(f"--group-size: {self.group_size} is neither a positive number nor -1 (one per row)")
         if self.bits == 16 and self.dtype == "float32":
             raise UsageError("--bits 16 and --dtype float32 exclude each other")
+        self._check_codes()
         for name, patterns in (("allow_unused", (self.allow_unused,)), ("keep", self.keep)):
             for pattern in filter(None, patterns):
                 try:
                     re.compile(pattern)
                 except re.error as error:
                     raise UsageError(f"{option(name)}: {pattern!r} is not a regular expression: {error}") from None
+
+    def _check_codes(self) -> None:
+        """Options that say how codes are written go with others that ask for codes."""
+        given = [option(name) for name in ("quant_type", "double_quant", "group_size") if getattr(self, name)]
+        if given and not self.quantizes:
+            raise UsageError(
+                f"{', '.join(given)}: says how new codes are written, and none are asked for; give --bits or --format "
+                "too, or leave it out"
+            )
+        if self.format is not None:
+            self.check_double_quant(self.format)
+
+    def check_double_quant(self, name: str) -> None:
+        """UsageError where `--double-quant` is given and the format of this name has none for these codes."""
+        if self.double_quant and not ABILITIES[name].double_quant(self.bits, self.quant_type):
+            raise UsageError(
+                f"--double-quant: {name} has none for such codes; it goes with --bits 4 --format "
+                f"{' or '.join(DOUBLE_QUANT)}; leave --double-quant out"
+            )
 
     def _check_types(self) -> None:
         _check_flags(self, ("double_quant", "quantize_towers", "base_is_residual"))

@@ -472,3 +472,9 @@ def test_the_record_names_adapters_by_their_digest(job: Job) -> None:
     inputs = json.loads((path / "out/lora_merge.json").read_bytes())["inputs"]
     data = (path / "adapter/adapter_model.safetensors").read_bytes()
     assert inputs[1]["files"]["adapter_model.safetensors"]["sha256"] == hashlib.sha256(data).hexdigest()
+
+
+def test_the_module_lists_its_public_names_and_loads_nothing_for_it() -> None:
+    code = "import sys, lora_merge as m; print(dir(m) == sorted(m.__all__), 'lora_merge.public' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False"]

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -30,6 +31,12 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def save_other_adapter(folder: Path) -> None:
+    """An adapter of another model."""
+    names = (f"base_model.model.a.b.lora_{side}.weight" for side in "AB")
+    small.save_adapter(folder, dict(zip(names, (torch.ones(8, 4), torch.ones(4, 8)), strict=True)))
+
+
 def last_line(text: str) -> str:
     return text.strip().splitlines()[-1]
 
@@ -53,9 +60,62 @@ def test_json_is_one_object_on_stdout_and_nothing_else(job: Path, capsys: pytest
         assert json.loads(capsys.readouterr().out)
 
 
-def test_quiet_says_nothing(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["base", "adapter", "out", "-q"]) == 0
-    assert capsys.readouterr() == ("", "")
+def test_quiet_says_nothing_but_errors(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    merge = ["base", "adapter", "out"]
+    for words in ([*merge, "--dry-run"], merge, ["verify", "out"], ["inspect", "out"]):
+        assert cli.run([*words, "-q"]) == 0
+        assert capsys.readouterr() == ("", ""), words
+    assert cli.run([*merge, "-q"]) == 7
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1
+
+
+ERRORS = [
+    (["base", "adapter", "out", "--colour"], "UsageError", 2),
+    (["--colour"], "UsageError", 2),
+    (["base"], "UsageError", 2),
+    (["inspect"], "UsageError", 2),
+    (["verify", "out", "extra"], "UsageError", 2),
+    (["base", "adapter", "out", "--group-size", "1.5"], "UsageError", 2),
+    (["base", "adapter", "out", "--max-memory", "much"], "UsageError", 2),
+    (["nowhere", "adapter", "out"], "InputError", 3),
+    (["inspect", "nowhere"], "InputError", 3),
+    (["base", "other", "out"], "AdapterError", 4),
+    (["base", "adapter", "out", "--device", "tpu"], "UnsupportedError", 6),
+    (["base", "adapter", "base"], "OutputExistsError", 7),
+    (["base", "adapter", "out", "--max-memory", "10MB"], "MemoryLimitError", 9),
+    (["verify", "base"], "VerificationError", 10),
+]
+
+
+@pytest.mark.parametrize(("words", "kind", "code"), ERRORS, ids=lambda value: str(value))
+def test_an_error_is_one_object_on_stdout_where_json_is_asked_for(
+    job: Path, capsys: pytest.CaptureFixture[str], words: list[str], kind: str, code: int
+) -> None:
+    save_other_adapter(job / "other")
+    assert cli.run([*words, "--json"]) == code
+    said = capsys.readouterr()
+    assert said.err == ""
+    error = json.loads(said.out)["error"]
+    assert error == {"exit_code": code, "kind": kind, "message": error["message"]}
+    assert cli.run(words) == code
+    told = capsys.readouterr()
+    told_line, message = (re.sub(r"\d+", "#", text) for text in (last_line(told.err), error["message"]))  # of memory
+    assert told.out == "" and told_line == f"lora-merge: {message}"
+
+
+def test_an_object_that_nobody_can_read_becomes_a_line_on_stderr(job: Path) -> None:
+    command = [sys.executable, "-m", "lora_merge", "nowhere", "adapter", "out", "--json"]
+    for redirection in (">&-", ">/dev/full", ">/dev/null"):
+        shell = f"{shlex.join(command)} {redirection}"
+        done = subprocess.run(shell, shell=True, stderr=subprocess.PIPE, text=True)
+        assert (done.returncode, done.stderr.count("\n")) == (3, 1) and done.stderr.startswith("lora-merge: nowhere: ")
+
+
+def test_the_option_json_behind_two_dashes_is_a_path(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["nowhere", "out", "--", "--json"]) == 3
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("lora-merge: ")
 
 
 def test_a_dry_run_shows_and_writes_nothing(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,15 +133,15 @@ def test_every_word_reaches_the_request(job: Path, monkeypatch: pytest.MonkeyPat
         raise Asked(request)
 
     monkeypatch.setattr(api, "plan_request", asked)
-    words = """--bits 8 --format compressed-tensors --dtype bfloat16 --quant-type fp8 --double-quant --group-size -1
+    words = """--bits 4 --format bitsandbytes --dtype bfloat16 --quant-type fp4 --double-quant --group-size 128
         --scales keep --rounding dither --seed 7 --keep lm_head --keep q_proj --quantize-towers --trained-on nf4
         --adapter-base same --min-survival 0.5 --weight 2 --alpha 16 --base-is-residual --allow-unused x
-        --tokenizer adapter --card base
-        --max-shard-size 1GB --device cpu --max-memory 2GB --threads 3 --resume --overwrite --verify"""
+        --tokenizer adapter --card base --max-shard-size 1GB --device cpu
+        --max-memory 2GB --threads 3 --resume --overwrite --verify"""
     with pytest.raises(Asked) as found:
         cli.run(["base", "adapter", "out", *words.split(), "--dry-run"])
     recipe = Recipe(
-        *(Path("base"), (Path("adapter"),), 8, "compressed-tensors", "bfloat16", "fp8", True, -1, "keep", "dither", 7),
+        *(Path("base"), (Path("adapter"),), 4, "bitsandbytes", "bfloat16", "fp4", True, 128, "keep", "dither", 7),
         *(("lm_head", "q_proj"), True, "nf4", "same", (2.0,), 16.0, True, "x", "adapter", "base", 10**9),
     )
     run = RunOptions(0.5, "cpu", 2 * 10**9, 3, True, False, True, True)
@@ -89,6 +149,21 @@ def test_every_word_reaches_the_request(job: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(Asked) as found:
         cli.run(["base", "adapter", "out", "--dry-run"])
     assert found.value.args[0] == Request(Recipe(Path("base"), (Path("adapter"),)), Path("out"))
+
+
+def test_the_usage_of_each_command_is_in_the_order_of_its_words(capsys: pytest.CaptureFixture[str]) -> None:
+    merge = "Usage: lora-merge BASE ADAPTER... OUT [OPTIONS]"
+    usages = {"": merge, "merge": merge}
+    usages |= {
+        "inspect": "Usage: lora-merge inspect PATH [OPTIONS]",
+        "verify": "Usage: lora-merge verify OUT [OPTIONS]",
+    }
+    for word, usage in usages.items():
+        for option in ("-h", "--help"):
+            assert cli.run([*word.split(), option]) == 0
+            lines = capsys.readouterr().out.splitlines()
+            assert lines[0] == usage and "  -h, --help " in "\n".join(lines)
+            assert max(map(len, lines)) <= 80
 
 
 def test_the_help_shows_every_option_once_under_its_heading(capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,7 +254,20 @@ def test_a_lost_adapter_exits_5_and_says_what_keeps_it(job: Path, capsys: pytest
     [
         ([], 2, "Usage"),
         (["base"], 2, "BASE and OUT"),
-        (["base", "adapter", "out", "--colour"], 2, "--colour"),
+        (
+            ["base", "adapter", "out", "--colour"],
+            2,
+            "Usage: lora-merge BASE ADAPTER... OUT [OPTIONS]\nlora-merge: No such",
+        ),
+        (["base", "adapter", "--bits", "4x"], 2, "See `lora-merge --help`"),
+        (["inspect"], 2, "Usage: lora-merge inspect PATH [OPTIONS]\nlora-merge: Missing argument 'PATH'. See `lora"),
+        (["verify", "a", "b"], 2, "Usage: lora-merge verify OUT [OPTIONS]\nlora-merge: "),
+        (["verfy", "out"], 2, "verfy: neither a command nor a folder; did you mean `lora-merge verify`?"),
+        (["base", "out", "--double-quant"], 2, "--double-quant: says how new codes are written"),
+        (["base", "out", "--quant-type", "nf4", "--bits", "16"], 2, "--quant-type: says how new codes are written"),
+        (["base", "out", "--double-quant", "--bits", "4"], 2, "compressed-tensors has none"),
+        (["base", "out", "--double-quant", "--format", "gptq"], 2, "gptq has none"),
+        (["base", "out", "--double-quant", "--format", "bitsandbytes", "--bits", "8"], 2, "bitsandbytes has none"),
         (["base", "adapter", "out", "--max-memory", "much"], 2, "not a size"),
         (["base", "adapter", "out", "--weight", "1", "--weight", "2"], 2, "2 given for 1"),
         (["nowhere", "adapter", "out"], 3, "nowhere"),
@@ -205,11 +293,7 @@ def test_exit_codes_and_last_lines(
 
 
 def test_an_adapter_for_another_model_exits_4(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    other = {
-        "base_model.model.a.b.lora_A.weight": torch.ones(8, 4),
-        "base_model.model.a.b.lora_B.weight": torch.ones(4, 8),
-    }
-    small.save_adapter(job / "other", other)
+    save_other_adapter(job / "other")
     assert cli.run(["base", "other", "out"]) == 4
     assert "a.b.weight" in last_line(capsys.readouterr().err)
 

@@ -64,6 +64,7 @@ def decide(
         return _own(keep, present, plain, config, tensors)
     if recipe.quantize_towers and not method.quantizes_towers:
         raise UnsupportedError(f"--quantize-towers: servers take towers of {method.name} for plain; leave it out")
+    recipe.check_double_quant(method.name)
     model = skeleton(config, tensors)
     own = common(present)
     bits = recipe.bits or (own.bits if own is not None else method.abilities().default_bits)

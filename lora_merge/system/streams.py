@@ -51,6 +51,14 @@ def divert(stream: TextIO) -> None:
         stream.flush()
 
 
+def leads_nowhere(stream: TextIO) -> bool:
+    """Whether nobody reads what is written: the stream is /dev/null, also because it was closed or failed."""
+    try:
+        return os.path.samestat(os.fstat(stream.fileno()), os.stat(os.devnull))
+    except (OSError, ValueError):  # a stream of a caller that has no file
+        return False
+
+
 class _Forgiving:
     """A text stream that swallows what it cannot write: an error message must not replace the exit code."""
 

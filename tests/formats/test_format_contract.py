@@ -98,7 +98,7 @@ def test_what_a_format_has_not_is_refused_by_its_name(name: str) -> None:
         bits = kind.widths[0]
         refused += [FormatOptions(other, quant_type=word) for other in range(2, 9) if other not in kind.widths]
         refused += [FormatOptions(bits, quant_type=word, group_size=7)] if kind.group_sizes is not None else []
-        refused += [FormatOptions(bits, quant_type=word, double_quant=True)] if kind.double_quant is False else []
+        refused += [FormatOptions(bits, quant_type=word, double_quant=True)] if not kind.double_quant else []
     for options in refused:
         with pytest.raises(UnsupportedError, match=rf"^{name}\b.*(choose|leave)"):
             method.from_options(options, {})
