@@ -1,5 +1,6 @@
 """`python -m lora_merge`, and the command `lora-merge`."""
 
+import json
 import sys
 
 from lora_merge.errors import MemoryLimitError
@@ -18,7 +19,10 @@ def main() -> None:
             signals = Signals(Stop())
             from lora_merge import cli
     except MemoryLimitError as error:
-        print(f"lora-merge: {error}", file=sys.stderr)
+        if "--json" in sys.argv:
+            print(json.dumps(error.as_json(), indent=2))
+        else:
+            print(f"lora-merge: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     cli.main(signals=signals)
 

@@ -30,6 +30,10 @@ class LoraMergeError(Exception):
     def __str__(self) -> str:
         return printable(super().__str__())  # a config may say anything
 
+    def as_json(self) -> dict[str, object]:
+        """What `--json` prints of an error."""
+        return {"error": {"exit_code": self.exit_code, "kind": type(self).__name__, "message": str(self)}}
+
 
 class UsageError(LoraMergeError):
     exit_code = 2

@@ -93,9 +93,8 @@ def tell_error(error: LoraMergeError, given: Sequence[str]) -> int:
     """Print an error: a line on stderr, or with --json an object on stdout if that leads anywhere; the exit code."""
     if "--debug" in given:
         traceback.print_exception(error)
-    text = str(error) or type(error).__name__
-    if not (wants_json(given) and _print_object(error, text)):
-        print(f"{PROGRAM}: {text}", file=sys.stderr)
+    if not (wants_json(given) and _print_object(error)):
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
     return error.exit_code
 
 
@@ -105,13 +104,12 @@ def wants_json(given: Sequence[str]) -> bool:
     return "--json" in (words[: words.index("--")] if "--" in words else words)
 
 
-def _print_object(error: LoraMergeError, text: str) -> bool:
+def _print_object(error: LoraMergeError) -> bool:
     """Whether the error could be printed as JSON on stdout."""
     if sys.stdout is None or leads_nowhere(sys.stdout):
         return False
     try:
-        body = {"exit_code": error.exit_code, "kind": type(error).__name__, "message": text}
-        print(json.dumps({"error": body}, indent=2))
+        print(json.dumps(error.as_json(), indent=2))
         sys.stdout.flush()
     except (OSError, ValueError):
         return False
