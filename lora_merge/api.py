@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from lora_merge.checkpoint.hub import cached_notes, located, located_recipe
 from lora_merge.checkpoint.opening import Inputs, open_inputs
 from lora_merge.execution import resuming
 from lora_merge.execution.advice import check_survival
@@ -36,7 +37,9 @@ def merge_request(request: Request, *, progress: Progress = no_progress, stop: S
     """Merge as a request says. Raises Stopped soon after another thread asked `stop`."""
     assert request.out is not None
     with telling_shortage(), in_existing_folder(request.paths):
-        return _merged(request, request.out, progress, stop or Stop())
+        found = located_recipe(request.recipe)
+        result = _merged(replace(request, recipe=found), request.out, progress, stop or Stop())
+        return replace(result, notes=(*cached_notes(request.recipe, found), *result.notes))
 
 
 def _merged(request: Request, out: Path, progress: Progress, stop: Stop) -> MergeResult:
@@ -80,7 +83,9 @@ def _merged(request: Request, out: Path, progress: Progress, stop: Stop) -> Merg
 def plan_request(request: Request) -> PlanResult:
     """What a merge would do; nothing is written."""
     with telling_shortage(), in_existing_folder(request.paths):
-        return _planned(request)
+        found = located_recipe(request.recipe)
+        plan = _planned(replace(request, recipe=found))
+        return replace(plan, notes=(*cached_notes(request.recipe, found), *plan.notes))
 
 
 def _planned(request: Request) -> PlanResult:
@@ -103,7 +108,7 @@ def verify_path(
     given = [path for path in (out, base, original, *adapters) if path is not None]
     with telling_shortage(), in_existing_folder(given):
         check_there(out)
-        recipe = None if base is None else recorded_recipe(out, base, adapters, original)
+        recipe = None if base is None else located_recipe(recorded_recipe(out, base, adapters, original))
         proved = verify_output(out, progress)
         if recipe is None:
             return proved
@@ -115,7 +120,7 @@ def verify_path(
 def inspect(path: Path) -> Inspection:
     """What a checkpoint or an adapter holds, from its headers and config."""
     with telling_shortage(), in_existing_folder([path]):
-        return inspect_path(path)
+        return inspect_path(located(path))
 
 
 def _stage(request: Request, out: Path, plan: Plan, inputs: Inputs, stop: Stop) -> Stage:

@@ -152,7 +152,8 @@ def merge(
     """Merge adapters into a checkpoint, working on the weight files alone.
 
     BASE is a folder of weights (safetensors or PyTorch .bin), each ADAPTER a folder or file, OUT the new folder.
-    No ADAPTER is a plain conversion. Inputs are never changed; OUT appears only when it is complete.
+    Models in the hub's local cache go by their id, org/name[@revision]. No ADAPTER is a plain conversion. Inputs are
+    never changed; OUT appears only when it is complete.
     """
     _check_words(paths)
     options.pop("debug", None)

@@ -55,8 +55,8 @@ def merge(
 ) -> MergeResult:
     """Merge adapters into a checkpoint and write the result to the new folder `out`.
 
-    base: folder of weights with its config.json, or one weight file.
-    adapters: folder or file of an adapter, or several; none is a plain conversion.
+    base: folder of weights with its config.json, one weight file, or the id of a model in the hub's local cache.
+    adapters: folder, file or id of an adapter, or several; none is a plain conversion.
     out: the new folder; it exists only if this returns.
     bits: width of the weights, 2 to 8 or 16; None: that of the base.
     format: as in the table of formats of README.md; None: that of the base, if it has that width.
@@ -140,8 +140,8 @@ def plan(
 ) -> PlanResult:
     """What `merge` would do with the same keywords; reads headers only and writes nothing.
 
-    base: folder of weights with its config.json, or one weight file.
-    adapters: folder or file of an adapter, or several; none is a plain conversion.
+    base: folder of weights with its config.json, one weight file, or the id of a model in the hub's local cache.
+    adapters: folder, file or id of an adapter, or several; none is a plain conversion.
     out: where the merge would write; what is there is looked at.
     bits: width of the weights, 2 to 8 or 16; None: that of the base.
     format: as in the table of formats of README.md; None: that of the base, if it has that width.

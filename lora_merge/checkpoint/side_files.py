@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from lora_merge.checkpoint.hub import refetch
 from lora_merge.checkpoint.listing import listing
 from lora_merge.errors import InputError, listed, printable
 
@@ -108,7 +109,7 @@ def beside_base(folder: Path, used: set[str]) -> tuple[list[Path], list[str]]:
     if dangling:
         raise InputError(
             f"{printable(folder)}: {listed(dangling)} are links to files that do not exist; the download is probably "
-            "incomplete, fetch it again or remove the links"
+            f"incomplete, {refetch(folder)} or remove the links"
         )
     return side, left_out
 

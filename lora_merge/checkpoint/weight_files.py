@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from lora_merge.checkpoint.hub import HubId, refetch
 from lora_merge.checkpoint.listing import listing
 from lora_merge.checkpoint.side_files import MANIFEST as MANIFEST
 from lora_merge.checkpoint.side_files import beside_base, beside_one_file, has_vocabulary, small_files
@@ -76,7 +77,7 @@ def find_base(path: Path) -> CheckpointFiles:
     if found is None:
         raise InputError(
             f"{printable(path)}: holds no weights; expected model.safetensors, pytorch_model.bin or one of them with "
-            f"an index; found {listed(names) or 'nothing'}"
+            f"an index; found {listed(names) or 'nothing'}{_incomplete(path)}"
         )
     used = {weight.name for weight in found.weights}
     belongs, left_out = beside_base(path, used)
@@ -105,7 +106,7 @@ def find_adapter(path: Path) -> CheckpointFiles:
     if ADAPTER_CONFIG in names:
         raise InputError(
             f"{printable(path)}: holds {ADAPTER_CONFIG} and no weights; "
-            f"expected {' or '.join(ADAPTER_WEIGHTS)} beside it"
+            f"expected {' or '.join(ADAPTER_WEIGHTS)} beside it{_incomplete(path)}"
         )
     inner = [name for name in names if os.path.isfile(path / name / ADAPTER_CONFIG)]
     if len(inner) > 1:
@@ -122,7 +123,7 @@ def find_adapter(path: Path) -> CheckpointFiles:
     if found is None:
         raise InputError(
             f"{printable(path)}: holds no adapter; expected {ADAPTER_CONFIG} with {' or '.join(ADAPTER_WEIGHTS)}, "
-            f"or one .safetensors, .bin or .pt file; found {listed(names) or 'nothing'}"
+            f"or one .safetensors, .bin or .pt file; found {listed(names) or 'nothing'}{_incomplete(path)}"
         )
     return found
 
@@ -147,6 +148,12 @@ def model_in(folder: Path) -> str | None:
     return None
 
 
+def _incomplete(folder: Path) -> str:
+    """What to add where a snapshot of a hub cache lacks its weights."""
+    named = HubId.of_snapshot(folder)
+    return f"; the rest of the model is fetched with `{named.download}`" if named else ""
+
+
 def _config(folder: Path, name: str) -> Path | None:
     path = folder / name
     return path if os.path.lexists(path) else None
@@ -167,7 +174,7 @@ def _standard(folder: Path, names: Iterable[str], stems: Iterable[str]) -> Check
     if missing:
         raise InputError(
             f"{printable(index.path)}: {len(missing)} of {len(shards)} shards are missing "
-            f"({listed(missing, counted=False)}); the download is probably incomplete, fetch them"
+            f"({listed(missing, counted=False)}); the download is probably incomplete, {refetch(folder)}"
         )
     return CheckpointFiles(folder, tuple(folder / shard for shard in shards), index, notes=notes)
 

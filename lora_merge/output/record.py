@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_merge import __version__
+from lora_merge.checkpoint.hub import name_of
 from lora_merge.checkpoint.opening import Checkpoint, Inputs, file_sha256, identity
 from lora_merge.checkpoint.weight_files import MANIFEST as MANIFEST
 from lora_merge.containers.json_types import integer, items, mapping, text, texts
@@ -38,7 +39,8 @@ class RecordedFile:
 
 @dataclass(frozen=True, slots=True)
 class RecordedInput:
-    """What names an input. role: `base` or `adapter`; name: of its folder; files: what is known of each of its files.
+    """What names an input. role: `base` or `adapter`; name: of its folder, or its id on
+    the hub with the commit; files: what is known of each of its files.
 
     Of a large base that is each header: every name, dtype, shape and offset.
     """
@@ -55,7 +57,7 @@ class RecordedInput:
             files.setdefault(name, {})["sha256"] = sha256
         configs = [checkpoint.path / name for name in ("adapter_config.json", "config.json")]
         small = {path.name: {"sha256": file_sha256(path)} for path in configs if path.is_file()}
-        return cls(role, checkpoint.path.resolve().name, files | small)
+        return cls(role, name_of(checkpoint.path), files | small)
 
 
 @dataclass(frozen=True, slots=True)
