@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from lora_merge.dtypes import MODEL_DTYPES
 from lora_merge.errors import printable
+from lora_merge.next_steps import next_steps
+from lora_merge.tables import fitted, shortened, table, terminal_width
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -26,6 +28,9 @@ UNITS = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 NAME_WIDTH = 44
 PLANNED = ("to merge", "to convert", "to copy")
 DONE = ("merged", "converted", "copied")
+METHOD = "quant_method"
+SPARED = ("projection", "noise", "raw", "scales", "values changed", "by", "change")
+"""Columns of a result that a narrow terminal can do without, the first first."""
 
 
 class Named(Protocol):
@@ -84,15 +89,6 @@ def share(value: float | None, digits: int = 1) -> str:
     return "-" if value is None else f"{value * 100:.{digits}f} %"
 
 
-def table(rows: Sequence[Sequence[str]]) -> Iterable[str]:
-    """Left-aligned columns, the last one ragged."""
-    if not rows:
-        return
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-
-
 def figure(value: float | None) -> str:
     """`0.93`."""
     return "-" if value is None else f"{round(value, 2) + 0.0:.2f}"
@@ -135,6 +131,28 @@ def say(lines: Iterable[str]) -> None:
         print(line)
 
 
+def show_table(rows: Sequence[Sequence[str]], spared: Sequence[str] = (), whole: bool = False) -> bool:
+    """Whether there was something to be shown below the heads, the first row.
+
+    spared: heads of columns that a narrow terminal can do without. whole: nothing is left out or shortened.
+    """
+    if len(rows) < 2:
+        return False
+    heads = list(rows[0])
+    shown, left_out = (
+        (rows, 0) if whole else fitted(rows, terminal_width(), [heads.index(head) for head in spared if head in heads])
+    )
+    say(table(shown))
+    if left_out:
+        print(f"(a wider terminal shows {_several(left_out, 'more column')}, --json all)")
+    return True
+
+
+def _several(number: int, what: str) -> str:
+    """`1 shard`, `2 shards`."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def show_json(body: Any) -> None:
     """Readable where stdout can hold it, else with escapes of JSON."""
     text = json.dumps(body, indent=2, ensure_ascii=False, default=str)
@@ -156,24 +174,41 @@ def show_plan(plan: PlanResult, *, as_json: bool, verbose: bool) -> None:
     if as_json:
         show_json(plan.as_json())
         return
-    say(_planned(plan.weights, verbose))
+    if show_table(_planned(plan.weights, verbose), spared=("shape",), whole=verbose):
+        print()
     converted = sum(weight.action == "merge" and not weight.kinds for weight in plan.weights)
     counts = _counts(plan.merged - converted, converted, len(plan.weights) - plan.merged, PLANNED)
-    print(f"\n{counts}, into {len(plan.shards)} shards")
-    for path, value in plan.config_changes.items():
-        print(f"config.json: {path} = {json.dumps(value)}")
+    print(f"{counts}, into {_several(len(plan.shards), 'shard')}")
+    say(_config_line(path, value, verbose) for path, value in plan.config_changes.items())
     say(note_lines(plan.notes))
     print(f"needs {size(plan.disk)} of disk and at least {size(plan.memory)} of memory; nothing was written")
+    print(f"next: run it again without --dry-run{'' if verbose else '; -v shows every weight'}")
+
+
+def _config_line(path: str, value: object, verbose: bool) -> str:
+    """A change of config.json; of a long object as many of its own plain values as go into a line."""
+    line = f"config.json: {printable(path)} = "
+    text, room = printable(json.dumps(value)), terminal_width() - len(line)
+    if verbose or len(text) <= room:
+        return line + text
+    if not isinstance(value, dict):
+        return line + shortened(text, room)
+    plain = {key: one for key, one in value.items() if isinstance(one, str | int | float)}
+    members = [f"{json.dumps(key)}: {json.dumps(plain[key])}" for key in sorted(plain, key=lambda key: key != METHOD)]
+    while len(members) > 1 and len(f"{{{', '.join(members)}, ...}}") > room:
+        members.pop()
+    return line + printable(f"{{{', '.join((*members, '...'))}}}")
 
 
 def _counts(merged: int, converted: int, copied: int, words: tuple[str, str, str]) -> str:
     """`42 tensors merged, 15 copied`; zeros are left out, but for the copies."""
     parts = [f"{number} {word}" for number, word in zip((merged, converted), words, strict=False) if number]
     first, *rest = (*parts, f"{copied} {words[2]}")
-    return ", ".join((first.replace(" ", " tensors ", 1), *rest))
+    number, _, word = first.partition(" ")
+    return ", ".join((f"{_several(int(number), 'tensor')} {word}", *rest))
 
 
-def _planned(weights: Sequence[PlannedWeight], verbose: bool) -> Iterable[str]:
+def _planned(weights: Sequence[PlannedWeight], verbose: bool) -> list[tuple[str, ...]]:
     """Weights that change, and matrices that stay plain where others are stored as codes."""
     coded = any(weight.target not in MODEL_DTYPES.values() for weight in weights if weight.action == "merge")
     shown = [
@@ -184,9 +219,9 @@ def _planned(weights: Sequence[PlannedWeight], verbose: bool) -> Iterable[str]:
         by = ", ".join(weight.kinds) or ("copy" if weight.action == "copy" else "conversion")
         return str(list(weight.shape)), weight.source, weight.target, by
 
-    rows = [("weight", "shape", "from", "to", "by")]
-    rows += [(name, *cells(members[0])) for name, members in families(shown, cells, verbose)]  # type: ignore[misc]
-    return table(rows)
+    rows: list[tuple[str, ...]] = [("weight", "shape", "from", "to", "by")]
+    rows += [(name, *cells(members[0])) for name, members in families(shown, cells, verbose)]
+    return rows
 
 
 def _is_plain_matrix(weight: PlannedWeight) -> bool:
@@ -198,27 +233,27 @@ def show_result(result: MergeResult, *, as_json: bool) -> None:
     if as_json:
         show_json(result.as_json())
         return
-    say(_merged(result.weights))
+    if show_table(_merged(result.weights), spared=SPARED):
+        print()
     rate = result.nbytes / max(result.seconds, 1e-9)
     resumed = f", {size(result.resumed_bytes)} kept from the earlier run" if result.resumed_bytes else ""
     converted = sum(not weight.kinds for weight in result.weights)
     counts = _counts(len(result.weights) - converted, converted, result.copied, DONE)
-    print(
-        f"\n{counts}{resumed}: {size(result.nbytes)} in {result.seconds:.1f} s ({size(int(rate))}/s, {result.device})"
-    )
+    print(f"{counts}{resumed}: {size(result.nbytes)} in {result.seconds:.1f} s ({size(int(rate))}/s, {result.device})")
     if total := result.kept:
         print(
             f"kept of the adapters: survival {figure(total.survival)} (raw {figure(total.raw_survival)}), "
-            f"projection {figure(total.projection)}, noise {figure(total.noise)} (|error| / |change|)"
+            f"projection {figure(total.projection)}, noise {figure(total.noise)}"
         )
     say(note_lines(result.notes))
     print(f"written to {printable(result.out)}")
+    print(f"next: {next_steps(result.out)}")
 
 
-def _merged(weights: Sequence[MergedWeight]) -> Iterable[str]:
+def _merged(weights: Sequence[MergedWeight]) -> list[list[str]]:
     """A line for each family, with its means; of survival the least too, as one weight may be lost."""
     coded = any(weight.survival is not None for weight in weights)
-    heads = ["weight", "by", "|change|/|base|", "values changed"]
+    heads = ["weight", "by", "change", "values changed"]
     if coded:
         heads += ["rounding", "scales", "survival", "least", "raw", "projection", "noise"]
     rows = [heads]
@@ -227,7 +262,7 @@ def _merged(weights: Sequence[MergedWeight]) -> Iterable[str]:
         changed = _mean([member.changed for member in members])
         row = [name, ", ".join(members[0].kinds) or "conversion", share(change, 2), share(changed)]
         rows.append(row + _survival_cells(members) if coded else row)
-    return table(rows)
+    return rows
 
 
 def _survival_cells(members: Sequence[MergedWeight]) -> list[str]:
@@ -265,11 +300,13 @@ def show_inspection(inspection: Inspection, *, as_json: bool, verbose: bool) -> 
     )
     say(f"  {dtype}: {size(nbytes)}" for dtype, nbytes in inspection.dtypes.items())
     say(f"  {printable(key)}: {printable(value)}" for key, value in inspection.config.items())
-    rows = []
-    for name, members in families(inspection.tensors, lambda tensor: (tensor.dtype, str(tensor.shape)), verbose):
-        first = members[0]
-        rows.append((name, first.dtype, str(list(first.shape)), printable(first.file)))
-    say(table(rows))
+    groups = families(inspection.tensors, lambda tensor: (tensor.dtype, str(tensor.shape)), verbose)
+    rows = [("tensor", "dtype", "shape", "file")]
+    for name, members in groups:
+        files = {member.file for member in members}
+        file = printable(members[0].file) if len(files) == 1 else _several(len(files), "file")
+        rows.append((name, members[0].dtype, str(list(members[0].shape)), file))
+    show_table(rows, spared=("file",), whole=verbose)
     say(note_lines(inspection.notes))
 
 

@@ -37,6 +37,11 @@ def save_other_adapter(folder: Path) -> None:
     small.save_adapter(folder, dict(zip(names, (torch.ones(8, 4), torch.ones(4, 8)), strict=True)))
 
 
+@pytest.fixture
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+
+
 def last_line(text: str) -> str:
     return text.strip().splitlines()[-1]
 
@@ -177,6 +182,7 @@ def test_the_help_shows_every_option_once_under_its_heading(capsys: pytest.Captu
     assert sorted(shown) == sorted([*(option.opts[-1] for option in options), "--help"])
 
 
+@pytest.mark.usefixtures("wide")
 def test_a_dry_run_to_four_bits_shows_from_to_and_what_stays_plain(
     job: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -194,6 +200,7 @@ def test_a_dry_run_to_four_bits_shows_from_to_and_what_stays_plain(
     assert "4 tensors to convert, 4 to copy" in said and said.count("conversion\n") == 2
 
 
+@pytest.mark.usefixtures("wide")
 def test_weights_of_a_family_that_go_different_ways_are_told_apart(
     job: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -203,6 +210,7 @@ def test_weights_of_a_family_that_go_different_ways_are_told_apart(
     assert "model.layers.1.up_proj.weight [1536, 1024] BF16 BF16 lora" in lines
 
 
+@pytest.mark.usefixtures("wide")
 def test_a_result_in_codes_shows_what_is_kept(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["base", "adapter", "out", "--bits", "4"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -224,6 +232,7 @@ def test_notes_that_say_the_same_of_several_layers_are_one_line(capsys: pytest.C
     assert said == ["note: a.*.b stays plain: odd (x2)", "note: a.0.c stays plain: odd", "note: torn\\x1b"]
 
 
+@pytest.mark.usefixtures("wide")
 def test_one_lost_weight_shows_in_its_family(capsys: pytest.CaptureFixture[str]) -> None:
     weights = [
         MergedWeight(
