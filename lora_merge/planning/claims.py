@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lora_merge.adapters import read_adapter
@@ -14,6 +14,9 @@ from lora_merge.errors import AdapterError, UnsupportedError, listed, printable
 from lora_merge.models.keys import Resolver
 from lora_merge.models.names import NEW_HEADS
 from lora_merge.spec import Location, TensorSpec
+
+OUT_PROJ, IN_PROJ = ".out_proj.weight", ("in_proj_weight", "q_proj_weight")
+"""Weights of nn.MultiheadAttention: of its last linear, and by which else it is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +96,27 @@ def resolve(
                 unmatched.append(UnmatchedClaim(index, claim, resolution.note))
     if unmatched:
         raise _unmatched(adapters, readings, resolver, unmatched)
+    notes += _passed_over(by_tensor, resolver.tensors)
     return PlacedClaims({name: tuple(claims) for name, claims in by_tensor.items()}, tuple(added), tuple(notes))
+
+
+def _passed_over(by_tensor: Mapping[str, Sequence[PlacedClaim]], tensors: Collection[str]) -> Iterator[str]:
+    """Notes on changes that the unmerged model does not compute.
+
+    nn.MultiheadAttention takes the weight of its out_proj and never calls the module, where a LoRA sits. Only PEFT's
+    layer for the whole attention, which changes in_proj as well, computes with it.
+    """
+    for name, claims in by_tensor.items():
+        attention = name.removesuffix(OUT_PROJ)
+        joint = next((found for end in IN_PROJ if (found := f"{attention}.{end}") in tensors), None)
+        if attention == name or joint is None:
+            continue
+        whole = {placed.adapter for placed in by_tensor.get(joint, ())}
+        if any(placed.claim.order == 1 and placed.adapter not in whole for placed in claims):
+            yield (
+                f"{attention}: nn.MultiheadAttention passes over a LoRA on its out_proj until it is merged; the merged "
+                "model has this change, which the unmerged one, as it was trained, has not"
+            )
 
 
 def agreed(claims: PlacedClaims, adapters: Sequence[Checkpoint]) -> PlacedClaims:
