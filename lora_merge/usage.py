@@ -62,11 +62,14 @@ class Group(click.Group):
             formatter.write_dl(others)
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        """The first word: a command, BASE, or an option of the merge."""
+        """The first word: BASE, a command, or an option of the merge.
+
+        Shells show files only where there is nothing else, so commands are offered once a letter of them is there.
+        """
         if incomplete.startswith("-"):
             found = self.commands[MERGE].shell_complete(ctx, incomplete)
             return found + [one for one in super().shell_complete(ctx, incomplete) if one.value == "--version"]
-        commands = [name for name in self.commands if name != MERGE and name.startswith(incomplete)]
+        commands = [name for name in self.commands if incomplete and name != MERGE and name.startswith(incomplete)]
         return [CompletionItem(incomplete, type="file"), *map(CompletionItem, commands)]
 
 
