@@ -17,13 +17,15 @@ from lora_merge.inspection import inspect_path
 from lora_merge.model_card import model_card
 from lora_merge.output.location import check_free_space, check_places, in_existing_folder
 from lora_merge.output.record import MANIFEST, Record
+from lora_merge.output.shard import StartedShard
 from lora_merge.output.stage import Stage, check_out
-from lora_merge.output.staging_folder import left_something
+from lora_merge.output.staging_folder import Leftovers, left_something
 from lora_merge.planning import plan as planning
-from lora_merge.planning.jobs import Copy, Plan
+from lora_merge.planning.costs import read_work, shard_work
+from lora_merge.planning.jobs import Copy, Plan, Shard
 from lora_merge.planning.side_files import CARD
 from lora_merge.planning.summary import summary
-from lora_merge.progress import Progress, no_progress
+from lora_merge.progress import Portion, Progress, no_progress
 from lora_merge.request import Request
 from lora_merge.results import Inspection, MergedWeight, MergeResult, PlanResult
 from lora_merge.system.shortage import COMPUTING, check_imports, telling_shortage
@@ -58,8 +60,9 @@ def _merged(request: Request, out: Path, progress: Progress, stop: Stop) -> Merg
             left = stage.leftovers
             check_free_space(out, _disk(plan) - left.nbytes)
             shards = [shard for shard in plan.shards if shard.file not in left.finished]
-            total = sum(shard.nbytes for shard in plan.shards) - left.nbytes
-            executor.run(shards, stage, lambda name, nbytes: progress(name, nbytes, total), stop)
+            making, proving = _work(shards, left), read_work(plan.nbytes) if run.verify else 0
+            total = making + proving
+            executor.run(shards, stage, lambda name, work: progress(name, work, total), stop)
             for name, source in plan.side_files.items():
                 stage.copy(source, name)
             for name, data in plan.files.items():
@@ -72,7 +75,7 @@ def _merged(request: Request, out: Path, progress: Progress, stop: Stop) -> Merg
             stage.write(MANIFEST, Record.of(*known, stage.files, weights).sealed())
             inputs.check_unchanged()
             if run.verify:
-                verify_output(stage.folder, lambda name, nbytes, total: stop.check())
+                verify_output(stage.folder, _looking(Portion(progress, proving, total), stop))
             stop.check()
             stage.publish()
         result = _result(out, plan, weights, len(left.finished), left.nbytes, began, executor.device)
@@ -108,12 +111,15 @@ def verify_path(
     given = [path for path in (out, base, original, *adapters) if path is not None]
     with telling_shortage(), in_existing_folder(given):
         check_there(out)
-        recipe = None if base is None else located_recipe(recorded_recipe(out, base, adapters, original))
-        proved = verify_output(out, progress)
-        if recipe is None:
-            return proved
+        if base is None:
+            return verify_output(out, progress)
+        recipe = located_recipe(recorded_recipe(out, base, adapters, original))
         check_imports(COMPUTING, "torch")
-        recompute(out, recipe, progress)
+        with open_inputs(recipe) as inputs:
+            plan = planning.make(recipe, inputs)
+            making, proving = sum(map(shard_work, plan.shards)), read_work(plan.nbytes)
+            proved = verify_output(out, Portion(progress, proving, making + proving))
+            recompute(out, plan, Portion(progress, making, making + proving))
         return replace(proved, recomputed=True)
 
 
@@ -127,6 +133,22 @@ def _stage(request: Request, out: Path, plan: Plan, inputs: Inputs, stop: Stop) 
     run, stamp = request.run, resuming.stamp(inputs)
     choice = {"resume": run.resume, "restart": run.restart, "overwrite": run.overwrite}
     return Stage.open(out, plan.digest, stamp, **choice, stop=stop)
+
+
+def _work(shards: Sequence[Shard], left: Leftovers) -> int:
+    """What there is to be done of these shards."""
+    started = [left.started.get(shard.file, StartedShard()) for shard in shards]
+    return sum(shard_work(shard, one.jobs, one.nbytes) for shard, one in zip(shards, started, strict=True))
+
+
+def _looking(progress: Progress, stop: Stop) -> Progress:
+    """Progress at which `stop` is looked at."""
+
+    def told(name: str, work: int, total: int, /) -> None:
+        stop.check()
+        progress(name, work, total)
+
+    return told
 
 
 def _disk(plan: Plan) -> int:

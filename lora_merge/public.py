@@ -87,7 +87,7 @@ def merge(
     restart: throw away what an earlier run left behind.
     overwrite: replace `out` where it is an earlier output; nothing else ever is.
     verify: read the output again before it is published.
-    progress: called with (name, nbytes, total) after each block that was written.
+    progress: called with (name, work, total) after each block, as `lora_merge.Progress` says.
 
     None is the default of every keyword. Raises the errors of `lora_merge.errors`.
     """
@@ -202,7 +202,7 @@ def verify(
     base: compute every weight again from this base, with the recorded options, and compare byte for byte.
     adapters: those of the merge, in their order; given together with `base`.
     adapter_base: the original, where the merge was given one.
-    progress: called with (name, nbytes, total) after each block that was read.
+    progress: called with (name, work, total) after each block, as `lora_merge.Progress` says.
 
     Raises VerificationError that lists what does not prove right, and the other errors of `lora_merge.errors`.
     """

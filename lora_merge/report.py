@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from lora_merge.dtypes import MODEL_DTYPES
 from lora_merge.errors import printable
 from lora_merge.next_steps import next_steps
-from lora_merge.tables import fitted, shortened, table, terminal_width
+from lora_merge.tables import NARROWEST, fitted, shortened, table, terminal_width
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 UNITS = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 NAME_WIDTH = 44
+BAR = "{desc} {percentage:3.0f} % |{bar}| {elapsed}, {remaining} left"
+"""No rate: work is no number of bytes."""
 PLANNED = ("to merge", "to convert", "to copy")
 DONE = ("merged", "converted", "copied")
 METHOD = "quant_method"
@@ -44,20 +46,20 @@ Item = TypeVar("Item", bound=Named)
 
 
 class Reporter:
-    """A progress bar over bytes, with the weight's name; there is none where stderr is not a terminal."""
+    """A progress bar over the work, with the weight's name; there is none where stderr is not a terminal."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.shown = not quiet and sys.stderr is not None and sys.stderr.isatty()
         self.bar: tqdm[Any] | None = None
 
-    def __call__(self, name: str, nbytes: int, total: int) -> None:
+    def __call__(self, name: str, work: int, total: int, /) -> None:
         if not self.shown:
             return
         if self.bar is None:
             self.bar = _bar(total)
-        shown = printable(name)
-        self.bar.set_description_str(shown[-NAME_WIDTH:].ljust(NAME_WIDTH), refresh=False)
-        self.bar.update(nbytes)
+        width = min(NAME_WIDTH, (self.bar.ncols or NARROWEST) // 2)
+        self.bar.set_description_str(shortened(printable(name), width).ljust(width), refresh=False)
+        self.bar.update(work)
 
     def __enter__(self) -> Reporter:
         return self
@@ -73,7 +75,7 @@ def _bar(total: int) -> tqdm[Any]:
 
     tqdm.set_lock(threading.RLock())
     tqdm.monitor_interval = 0
-    return tqdm(total=total, unit="B", unit_scale=True, dynamic_ncols=True, leave=False)
+    return tqdm(total=total, dynamic_ncols=True, leave=False, bar_format=BAR)
 
 
 def size(nbytes: int) -> str:

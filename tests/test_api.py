@@ -342,14 +342,57 @@ def test_words_that_are_none_are_usage_errors(job: Job) -> None:
         lora_merge.merge(path / "base", path / "adapter", path / "out", max_memory="lots")
 
 
-def test_progress_adds_up_and_nothing_is_printed(job: Job, capfd: pytest.CaptureFixture[str]) -> None:
+class Told:
+    """A progress that remembers what it was told. stop: raise KeyboardInterrupt after so many calls."""
+
+    def __init__(self, stop: int | None = None) -> None:
+        self.calls: list[tuple[int, int]] = []
+        self.stop = stop
+
+    def __call__(self, name: str, work: int, total: int, /) -> None:
+        self.calls.append((work, total))
+        if len(self.calls) == self.stop:
+            raise KeyboardInterrupt
+
+    def check(self) -> None:
+        """All that was told adds up to the one total."""
+        totals = {total for _, total in self.calls}
+        assert totals == {sum(work for work, _ in self.calls)} and min(work for work, _ in self.calls) >= 0
+
+
+def test_progress_adds_up_to_the_total_and_nothing_is_printed(job: Job, capfd: pytest.CaptureFixture[str]) -> None:
     path = job[0]
-    seen = []
-    result = lora_merge.merge(
-        path / "base", path / "adapter", path / "out", progress=lambda name, nbytes, total: seen.append((nbytes, total))
-    )
-    assert sum(nbytes for nbytes, _ in seen) + 8 * 0 <= seen[0][1] <= result.nbytes
+    base, adapter, out = (path / name for name in ("base", "adapter", "out"))
+    runs: list[dict[str, Any]] = [{}, {"verify": True}, {"bits": 4}, {"bits": 8, "format": "fp8", "verify": True}]
+    for words in runs:
+        told = Told()
+        lora_merge.merge(base, adapter, out, progress=told, **words)
+        told.check()
+        for inputs in ({}, {"base": base, "adapters": adapter}):
+            told = Told()
+            lora_merge.verify(out, progress=told, **inputs)
+            told.check()
+        shutil.rmtree(out)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("words", [{}, {"bits": 4, "verify": True}], ids=str)
+@pytest.mark.parametrize("calls", [2, 4, 7])
+def test_progress_of_a_resumed_merge_adds_up_to_what_is_left(
+    job: Job, calls: int, words: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = job[0]
+    inputs = path / "base", path / "adapter", path / "out"
+    monkeypatch.setattr("lora_merge.execution.blocks.COPIED", 100_000)
+    monkeypatch.setattr("lora_merge.output.shard.SPAN", 1)
+    with pytest.raises(KeyboardInterrupt):
+        lora_merge.merge(*inputs, progress=Told(calls), threads=1, **words)
+    whole, rest = Told(), Told()
+    lora_merge.merge(*inputs, progress=rest, threads=1, resume=True, **words)
+    rest.check()
+    lora_merge.merge(*inputs[:2], path / "calm", progress=whole, threads=1, **words)
+    whole.check()
+    assert rest.calls[0][1] < whole.calls[0][1]
 
 
 def test_inspect_tells_what_is_there(job: Job) -> None:

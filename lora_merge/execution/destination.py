@@ -37,5 +37,5 @@ class Writer(Protocol):
 
 
 class BlockProgress(Protocol):
-    def __call__(self, name: str, nbytes: int, /) -> None:
-        """`nbytes` more bytes of the output, belonging to tensor `name`, are written."""
+    def __call__(self, name: str, work: int, /) -> None:
+        """So much more of the work, as `planning.costs` counts it, is done; it belongs to the tensor `name`."""

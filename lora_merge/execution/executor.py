@@ -26,6 +26,7 @@ from lora_merge.execution.blocks import Block, BlockBuffers, BlockBytes, OpenCop
 from lora_merge.execution.destination import BlockProgress, Destination, Writer
 from lora_merge.execution.tiles import tile_rows
 from lora_merge.formats import ByteRange
+from lora_merge.planning.costs import block_work
 from lora_merge.planning.jobs import Copy, Job, Rewrite, Shard
 from lora_merge.system.stopping import Stop
 
@@ -86,9 +87,9 @@ class Executor:
         threads = self.machine.threads if lanes <= 1 else 1
         lock = threading.Lock()
 
-        def one_at_a_time(name: str, nbytes: int) -> None:
+        def one_at_a_time(name: str, work: int) -> None:
             with lock:
-                progress(name, nbytes)
+                progress(name, work)
 
         first = threading.Thread(target=self._import)
         patience = sys.getswitchinterval()
@@ -204,7 +205,7 @@ class ShardOutput:
                 self.measured = one
             else:
                 self.measured.add(one)  # type: ignore[arg-type]  # a weight is measured in one way
-        self.progress(block.source.job.name, made.nbytes)
+        self.progress(block.source.job.name, block_work(block.source.job, block.start, block.stop))
         if block.last:
             self._end_job(block)
         if block.last or block.source.resumable:

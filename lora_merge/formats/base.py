@@ -207,6 +207,11 @@ class CodedFormat(Format):
 
     coded: ClassVar[bool] = True
 
+    @property
+    def integers(self) -> bool:
+        """Whether the codes are steps of one size, and no small floats or words of a codebook."""
+        return f"int{self.bits}" in str(self)
+
     @classmethod
     @abstractmethod
     def detect(cls, parts: Parts, config: Mapping[str, Any], module: str, read: ReadPart) -> Self | None:

@@ -138,7 +138,9 @@ class _Check:
     def _read_tensors(self, file: str, tensors: SafetensorsFile, merged: set[str] | None, total: int) -> RecordedFile:
         self.headers[file] = {name: spec.nbytes for name, spec in tensors.tensors.items()}
         size = tensors.path.stat().st_size
-        digest = hashlib.sha256(_head(tensors.path, size - sum(self.headers[file].values())))
+        head = _head(tensors.path, size - sum(self.headers[file].values()))
+        digest = hashlib.sha256(head)
+        self.progress(file, len(head), total)
         for name, spec in tensors.tensors.items():
             bad = 0
             for block in _blocks(partial(tensors.read_into, name), spec.nbytes):

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lora_merge.checkpoint.opening import file_sha256, open_inputs
+from lora_merge.checkpoint.opening import file_sha256
 from lora_merge.checkpoint.sources import Reads
 from lora_merge.errors import UsageError, VerificationError, listed, printable
 from lora_merge.execution.executor import Executor
@@ -14,7 +14,7 @@ from lora_merge.execution.memory import fit
 from lora_merge.keywords import request_of
 from lora_merge.output.record import MANIFEST, RecordedFile, read_record
 from lora_merge.output.shard import StartedShard
-from lora_merge.planning import plan as planning
+from lora_merge.planning.costs import shard_work
 from lora_merge.planning.jobs import Plan, Shard
 from lora_merge.progress import Progress
 from lora_merge.request import SAME, Recipe, RunOptions
@@ -55,21 +55,20 @@ def recorded_recipe(out: Path, base: Path, adapters: Sequence[Path], original: P
     return request.recipe
 
 
-def recompute(out: Path, recipe: Recipe, progress: Progress) -> None:
+def recompute(out: Path, plan: Plan, progress: Progress) -> None:
     """Raise VerificationError that lists every file of `out` that is not what base and adapters give.
 
     The model card, which has figures of the run, is proved by the record alone.
+    plan: of the recipe that made `out`; its inputs are open.
     """
-    with open_inputs(recipe) as inputs:
-        plan = planning.make(recipe, inputs)
-        missing = [shard.file for shard in plan.shards if not (out / shard.file).is_file()]
-        if missing:
-            raise VerificationError(f"{out}: {listed(missing)} should be there for these inputs and is not")
-        comparison = Comparison(plan, out)
-        total = sum(shard.nbytes for shard in plan.shards)
-        executor = Executor(inputs, fit(RunOptions(), plan))
-        executor.run(plan.shards, comparison, lambda name, nbytes: progress(name, nbytes, total))
-        wrong = _other_small_files(plan, read_record(out).files)
+    missing = [shard.file for shard in plan.shards if not (out / shard.file).is_file()]
+    if missing:
+        raise VerificationError(f"{out}: {listed(missing)} should be there for these inputs and is not")
+    comparison = Comparison(plan, out)
+    total = sum(map(shard_work, plan.shards))
+    executor = Executor(plan.inputs, fit(RunOptions(), plan))
+    executor.run(plan.shards, comparison, lambda name, work: progress(name, work, total))
+    wrong = _other_small_files(plan, read_record(out).files)
     wrong += [f"{one.shard.file} (from byte {one.differs})" for one in comparison.compared if one.differs is not None]
     if wrong:
         raise VerificationError(f"{out}: not what this base and these adapters give: {listed(wrong)}")

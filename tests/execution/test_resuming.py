@@ -148,6 +148,7 @@ def test_a_lone_shard_is_gone_on_with_wherever_it_was_stopped(
 ) -> None:
     monkeypatch.setattr(shard, "SPAN", 1)
     monkeypatch.setattr("lora_merge.execution.blocks.COPIED", 100_000)  # the embedding takes several blocks
+    monkeypatch.setattr("lora_merge.planning.costs.work", lambda job: job.nbytes)  # progress in bytes
     small.write_adapter(tmp_path / "adapter", small.write_base(tmp_path / "base", shards=1))
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     words = {"min_survival": -9, **words}
