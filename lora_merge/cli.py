@@ -40,6 +40,8 @@ from lora_merge.system.streams import divert, printing, secure
 from lora_merge.usage import PROGRAM, Command, Group, Size, tell_error, tell_wrong_words
 
 COMMANDS = ("inspect", "verify")
+MEANT = {name: name for name in COMMANDS} | {"help": "--help", "version": "--version"}
+"""What is meant by a first word that is like one of these and names no folder."""
 SECTIONS = {
     "Inputs": ("weight", "alpha", "base_is_residual", "trained_on", "adapter_base", "allow_unused"),
     "Output": (
@@ -93,7 +95,7 @@ def chosen(word: str, known: tuple[str, ...], text: str, metavar: str | None = N
     """An option that takes one of the known words, with the default that Request has."""
     name = word.lstrip("-").replace("-", "_")
     default = DEFAULTS[name]
-    kind = click.Choice(known)
+    kind = click.Choice(known, case_sensitive=False)
     return click.option(word, type=kind, metavar=metavar, default=default, show_default=default is not None, help=text)
 
 
@@ -179,8 +181,9 @@ def merge(
 def _check_words(paths: tuple[Path, ...]) -> None:
     """UsageError where a command is misspelled, or OUT is missing."""
     first = str(paths[0])
-    if meant := get_close_matches(first, COMMANDS, 1) if not os.path.exists(first) else []:
-        raise UsageError(f"{printable(first)}: neither a command nor a folder; did you mean `{PROGRAM} {meant[0]}`?")
+    if meant := get_close_matches(first, MEANT, 1) if not os.path.exists(first) else []:
+        said = f"{PROGRAM} {MEANT[meant[0]]}"
+        raise UsageError(f"{printable(first)}: neither a command nor a folder; did you mean `{said}`?")
     if len(paths) < 2:
         raise UsageError(f"BASE and OUT are both needed: {PROGRAM} BASE ADAPTER... OUT")
 

@@ -80,7 +80,10 @@ class Recipe:
     def __post_init__(self) -> None:
         self._check_types()
         if self.weight and len(self.weight) != len(self.adapters):
-            raise UsageError(f"--weight: {len(self.weight)} given for {len(self.adapters)} adapters; give one for each")
+            given, wanted = len(self.weight), len(self.adapters)
+            raise UsageError(
+                f"--weight: {given} given for {wanted} adapter{'' if wanted == 1 else 's'}; give one for each"
+            )
         for name, known in (
             ("bits", WIDTHS), ("format", FORMATS), ("dtype", tuple(MODEL_DTYPES)), ("quant_type", QUANT_TYPES),
             ("rounding", ROUNDINGS), ("scales", SCALES), ("trained_on", TRAINED_ON),

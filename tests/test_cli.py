@@ -271,6 +271,10 @@ def test_a_lost_adapter_exits_5_and_says_what_keeps_it(job: Path, capsys: pytest
         (["base", "adapter", "--bits", "4x"], 2, "See `lora-merge --help`"),
         (["inspect"], 2, "Usage: lora-merge inspect PATH [OPTIONS]\nlora-merge: Missing argument 'PATH'. See `lora"),
         (["verify", "a", "b"], 2, "Usage: lora-merge verify OUT [OPTIONS]\nlora-merge: "),
+        (["help"], 2, "did you mean `lora-merge --help`?"),
+        (["base/config.json", "adapter", "out"], 3, "base/config.json: is no weight file; give its folder, base"),
+        (["base", "adapter/adapter_config.json", "out"], 3, "is no weight file; give its folder, adapter"),
+        (["base", "base", "out"], 3, "expected an adapter; the words are BASE ADAPTER... OUT"),
         (["verfy", "out"], 2, "verfy: neither a command nor a folder; did you mean `lora-merge verify`?"),
         (["base", "out", "--double-quant"], 2, "--double-quant: says how new codes are written"),
         (["base", "out", "--quant-type", "nf4", "--bits", "16"], 2, "--quant-type: says how new codes are written"),
@@ -342,6 +346,17 @@ def test_names_that_stdout_cannot_write(tmp_path: Path, words: list[str], coding
 def test_a_folder_called_like_a_command(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     os.rename(job / "base", job / "verify")
     assert cli.run(["./verify", "adapter", "out"]) == 0
+
+
+def test_a_gguf_file_is_refused_by_its_name(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (job / "model.gguf").write_bytes(b"GGUF")
+    assert cli.run(["model.gguf", "adapter", "out"]) == 6
+    assert "model.gguf: GGUF is not read; give the folder" in last_line(capsys.readouterr().err)
+
+
+def test_a_known_word_is_known_in_capitals_too(job: Path) -> None:
+    assert cli.run(["base", "out", "--format", "GPTQ", "--bits", "4", "-q"]) == 0
+    assert json.loads((job / "out" / "config.json").read_text())["quantization_config"]["quant_method"] == "gptq"
 
 
 def test_a_nan_exits_5(job: Path, capsys: pytest.CaptureFixture[str]) -> None:

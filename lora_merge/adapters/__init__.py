@@ -87,7 +87,10 @@ def _read_bare(tensors: Mapping[str, TensorSpec], options: Options) -> Reading:
         raise AdapterError(
             "adapter_config.json is missing; a LoRA of PEFT has its alpha there, so put it beside the weights"
         )
-    raise AdapterError(f"no adapter is recognised in {len(tensors)} tensors (first: {printable(next(iter(tensors)))})")
+    raise AdapterError(
+        f"no adapter is recognised in {len(tensors)} tensors (first: {printable(next(iter(tensors)))}); the words are "
+        "BASE ADAPTER... OUT, and an adapter has factors like q_proj.lora_A.weight"
+    )
 
 
 def _check_complete(reading: Reading, tensors: Mapping[str, TensorSpec]) -> None:

@@ -15,7 +15,7 @@ from lora_merge.checkpoint.listing import listing
 from lora_merge.checkpoint.side_files import MANIFEST as MANIFEST
 from lora_merge.checkpoint.side_files import beside_base, beside_one_file, has_vocabulary, small_files
 from lora_merge.containers.json_file import MAX_INDEX, read_json
-from lora_merge.errors import InputError, listed, printable
+from lora_merge.errors import InputError, UnsupportedError, listed, printable
 
 BASE_WEIGHTS = (
     "model.safetensors",
@@ -66,6 +66,7 @@ class CheckpointFiles:
 def find_base(path: Path) -> CheckpointFiles:
     """The files of a base. InputError where there are none, or it is not clear which."""
     if os.path.isfile(path):
+        _check_weight_file(path)
         config = _config(path.parent, "config.json") if path.name in BASE_WEIGHTS else None
         side: tuple[Path, ...] = beside_one_file(path.parent) if config else ()
         return CheckpointFiles(path.parent, (path,), config=config, side_files=side)
@@ -95,6 +96,7 @@ def find_adapter(path: Path) -> CheckpointFiles:
     The tokenizer of a named adapter, whose weights lie in a sub-folder, may lie in the folder above.
     """
     if os.path.isfile(path):
+        _check_weight_file(path)
         if path.name not in ADAPTER_WEIGHTS:
             return CheckpointFiles(path.parent, (path,))
         side = small_files(path.parent, listing(path.parent))
@@ -118,6 +120,10 @@ def find_adapter(path: Path) -> CheckpointFiles:
         if not has_vocabulary(map(str, found.side_files)) and has_vocabulary(names):
             found = replace(found, side_files=small_files(path, names), side_folder=path)
         return replace(found, notes=(f"the adapter is read from the sub-folder {inner[0]}", *found.notes))
+    if index := next((name for name in names if name in [f"{stem}.index.json" for stem in BASE_WEIGHTS]), None):
+        raise InputError(
+            f"{printable(path)}: is a checkpoint ({index}), expected an adapter; the words are BASE ADAPTER... OUT"
+        )
     weights = [n for n in names if not any(fnmatchcase(n, state) for state in _TRAINER_STATE)]
     found = _single(path, weights, "*.safetensors", "*.bin", "*.pt", "*.pth")
     if found is None:
@@ -126,6 +132,15 @@ def find_adapter(path: Path) -> CheckpointFiles:
             f"or one .safetensors, .bin or .pt file; found {listed(names) or 'nothing'}{_incomplete(path)}"
         )
     return found
+
+
+def _check_weight_file(path: Path) -> None:
+    """Raise for a file that is given by itself and whose name says that it is no weight file which is read."""
+    suffix = path.suffix.lower()
+    if suffix == ".gguf":
+        raise UnsupportedError(f"{printable(path)}: GGUF is not read; give the folder of the model in safetensors")
+    if suffix in (".json", ".md", ".txt"):
+        raise InputError(f"{printable(path)}: is no weight file; give its folder, {printable(path.parent)}")
 
 
 def is_weights(name: str) -> bool:
