@@ -14,10 +14,10 @@ import click
 
 from lora_merge import __version__
 from lora_merge.abilities import FORMATS, QUANT_TYPES, WIDTHS
+from lora_merge.bar import Reporter
 from lora_merge.dtypes import MODEL_DTYPES
 from lora_merge.errors import LoraMergeError, StorageError, UsageError, printable
 from lora_merge.report import (
-    Reporter,
     escape_what_cannot_be_shown,
     show_inspection,
     show_plan,

@@ -1,4 +1,4 @@
-"""Everything that a person reads: the progress bar on stderr, tables and JSON on stdout."""
+"""Everything that a person reads on stdout: tables, counts, notes, and JSON."""
 
 from __future__ import annotations
 
@@ -6,28 +6,21 @@ import io
 import json
 import re
 import sys
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from lora_merge.dtypes import MODEL_DTYPES
 from lora_merge.errors import printable
 from lora_merge.next_steps import next_steps
-from lora_merge.tables import NARROWEST, fitted, shortened, table, terminal_width
+from lora_merge.tables import fitted, shortened, table, terminal_width
 
 if TYPE_CHECKING:
-    from tqdm import tqdm
-
     from lora_merge.results import Inspection, MergedWeight, MergeResult, PlannedWeight, PlanResult
     from lora_merge.verification.integrity import Verification
 
 UNITS = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
-NAME_WIDTH = 44
-BAR = "{desc} {percentage:3.0f} % |{bar}| {elapsed}, {remaining} left"
-"""No rate: work is no number of bytes."""
 PLANNED = ("to merge", "to convert", "to copy")
 DONE = ("merged", "converted", "copied")
 METHOD = "quant_method"
@@ -43,39 +36,6 @@ class Named(Protocol):
 
 
 Item = TypeVar("Item", bound=Named)
-
-
-class Reporter:
-    """A progress bar over the work, with the weight's name; there is none where stderr is not a terminal."""
-
-    def __init__(self, quiet: bool = False) -> None:
-        self.shown = not quiet and sys.stderr is not None and sys.stderr.isatty()
-        self.bar: tqdm[Any] | None = None
-
-    def __call__(self, name: str, work: int, total: int, /) -> None:
-        if not self.shown:
-            return
-        if self.bar is None:
-            self.bar = _bar(total)
-        width = min(NAME_WIDTH, (self.bar.ncols or NARROWEST) // 2)
-        self.bar.set_description_str(shortened(printable(name), width).ljust(width), refresh=False)
-        self.bar.update(work)
-
-    def __enter__(self) -> Reporter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-
-def _bar(total: int) -> tqdm[Any]:
-    """A bar without tqdm's own lock, which is a semaphore shared with other processes, and without its thread."""
-    from tqdm import tqdm
-
-    tqdm.set_lock(threading.RLock())
-    tqdm.monitor_interval = 0
-    return tqdm(total=total, dynamic_ncols=True, leave=False, bar_format=BAR)
 
 
 def size(nbytes: int) -> str:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lora_merge"
 
 # A wing imports from itself, from those below it, and from none above; modules beside the wings are front or ground.
-FRONT = {"__main__", "cli", "usage", "report", "tables", "next_steps", "api", "public", "inspection"}
+FRONT = {"__main__", "cli", "usage", "report", "bar", "tables", "next_steps", "api", "public", "inspection"}
 FRONT |= {"model_card"}
 GROUND = {"abilities", "request", "keywords", "results", "progress"}
 GROUND |= {"dtypes", "errors", "spec", "lora_merge"}
