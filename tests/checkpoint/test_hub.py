@@ -93,7 +93,8 @@ def test_a_merge_from_the_cache_gives_the_bytes_of_one_from_folders(
     assert f"note: org/base@v1: is read from the hub's cache, {cache}/models--org--base/snapshots/{FIRST}" in said
     names = sorted(os.listdir("wanted"))
     assert names == sorted(os.listdir("out"))
-    for name in set(names) - {"lora_merge.json"}:
+    assert "base_model:\n- org/base\n- org/lora\n" in Path("out", "README.md").read_text()
+    for name in set(names) - {"lora_merge.json", "README.md"}:
         assert Path("out", name).read_bytes() == Path("wanted", name).read_bytes(), name
         assert not Path("out", name).is_symlink()
     inputs = json.loads(Path("out", "lora_merge.json").read_text())["inputs"]
