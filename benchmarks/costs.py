@@ -33,7 +33,6 @@ FORMATS: dict[str, dict[str, Any]] = {
     "fbgemm_fp8": {"format": "fbgemm_fp8", "bits": 8},
     "modelopt fp8": {"format": "modelopt", "bits": 8},
     "modelopt nvfp4": {"format": "modelopt", "bits": 4},
-    "chatglm int8": {"format": "chatglm", "bits": 8},
 }
 ROUNDINGS = ("nearest", "stochastic", "dither", "adapter-aware")
 

@@ -49,7 +49,7 @@ def test_what_is_offered(environment: dict[str, str], line: str, wanted: list[st
 def test_bash_takes_the_line_that_is_documented(environment: dict[str, str]) -> None:
     script = """
         eval "$(_LORA_MERGE_COMPLETE=bash_source lora-merge)" && complete -p lora-merge
-        COMP_WORDS=(lora-merge base adapter --quant) COMP_CWORD=3
+        COMP_WORDS=(lora-merge base adapter --quant-) COMP_CWORD=3
         _lora_merge_completion lora-merge && echo "${COMPREPLY[@]}"
     """
     done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=True)
