@@ -45,6 +45,9 @@ OWN = {
     f"{QUANTIZATION}compressed_tensors.compressed_tensors_moe",
     f"{QUANTIZATION}compressed_tensors.compressed_tensors_moe.compressed_tensors_moe",
     *(f"{QUANTIZATION}utils.{name}" for name in ("config_utils", "gptq_utils", "quant_utils")),
+    "vllm.model_executor.layers.fused_moe.routed_experts",
+    *(f"{QUANTIZATION}compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_{name}" for name in (
+        "wna16", "w8a8_fp8", "w4a4_nvfp4")),
     "vllm.model_executor.layers.quantization", "vllm.scalar_type", "vllm.utils.collection_utils",
 }  # fmt: skip
 """Modules that are imported from vLLM's files, beside those of the models."""
@@ -117,7 +120,22 @@ class RoutedExperts:
         self.ckpt_gate_proj_name, self.ckpt_down_proj_name, self.ckpt_up_proj_name = gate, down, up
 
 
+class EplbState:
+    """Where experts lie: each where it is."""
+
+    @staticmethod
+    def build_initial_global_physical_to_logical_map(count: int, _: int) -> list[int]:
+        return list(range(count))
+
+
+def set_weight_attrs(weight: Any, attributes: Mapping[str, Any] | None) -> None:
+    for name, value in (attributes or {}).items():
+        setattr(weight, name, value)
+
+
 FIXED: dict[str, Any] = {
+    "EplbState": EplbState,
+    "set_weight_attrs": set_weight_attrs,
     **dict.fromkeys(("UnquantizedLinearMethod", "UnquantizedFusedMoEMethod", "UnquantizedEmbeddingMethod"), Plain),
     **{cls.__name__: cls for cls in (LinearBase, VocabParallelEmbedding, ParallelLMHead, RoutedExperts)},
 }
