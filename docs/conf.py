@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 CONTENTS = {
     "For users": [
         "docs/recipes", "docs/options", "docs/formats", "docs/adapters", "docs/rounding", "docs/outputs",
-        "docs/python", "docs/limits",
+        "docs/python", "docs/loaders", "docs/limits",
     ],
     "For contributors": [
         "CONTRIBUTING", "ARCHITECTURE", "SECURITY", "benchmarks/README", "fixtures/README",

@@ -4,6 +4,7 @@ same decoded weights."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from unittest import mock
 import tiny_families
 import torch
 import transformers as tf
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lora_merge
@@ -30,6 +31,7 @@ OUTPUTS: dict[str, dict[str, Any]] = {
     "bnb-int8": {"format": "bitsandbytes", "bits": 8},
     "gptq": {"format": "gptq", "bits": 4},
     "awq": {"format": "awq", "bits": 4},
+    "nvfp4": {"format": "compressed-tensors", "bits": 4, "quant_type": "nvfp4"},
 }
 ON_GPU = {"fp8-gpu": "FineGrainedFP8HfQuantizer", "fbgemm": "FbgemmFp8HfQuantizer"}
 """Formats whose loader only computes on a GPU, with the class whose look for one is left out."""
@@ -39,6 +41,11 @@ NOISE = {"fp8": 1e-4, "ct-fp8": 0.15}
 ROUNDED = {"fbgemm": 2.0**-8, "ct-fp8": 2.0**-8}
 """How far weights may be: one loader has every model in bfloat16, the other decodes experts in float32 and linears in
 the dtype of their scales."""
+KERNELS = {
+    "gptq": lambda: tf.GPTQConfig(bits=4, backend="gptq_torch"),
+    "awq": lambda: tf.AwqConfig(bits=4, backend="torch_awq"),
+}
+"""gptqmodel's kernels that take any shape: those for one kind of processor want rows by 32."""
 FAULTS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs", "conversion_errors")
 
 
@@ -89,6 +96,8 @@ def load(folder: Path, name: str, format: str = "plain") -> tuple[Any, dict[str,
     words: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager", "local_files_only": True}
     if format == DEQUANTIZED:
         words["quantization_config"] = tf.CompressedTensorsConfig(dequantize=True)
+    if format in KERNELS:
+        words["quantization_config"] = KERNELS[format]()
     with _without_gpu(format):
         model, info = getattr(tf, name).from_pretrained(folder, output_loading_info=True, **words)
     if not getattr(model, "is_quantized", False):
@@ -100,12 +109,11 @@ def load(folder: Path, name: str, format: str = "plain") -> tuple[Any, dict[str,
 def compare(base: Path, out: Path, plain: Path, kind: str, name: str, format: str) -> Found:
     """Open an output and the plain model of its decoded weights. Keys that the base cannot place do not count."""
     lora_merge.merge(out, [], plain, format="plain", dtype="float32")
-    wanted, _ = load(plain, name)
+    wanted = _whole(plain, name)
     _, before = load(base, name)
     model, after, how = _loaded(out, name, format)
-    keys = {what: [one for one in names if one not in before.get(what, ())] for what, names in after.items()}
-    keys = {what: names for what, names in keys.items() if names}
-    count, packed = _quantized(out), OUTPUTS[format]["format"] == "compressed-tensors"
+    keys = new_faults(after, before)
+    count, packed = quantized(out), OUTPUTS[format]["format"] == "compressed-tensors"
     if format in ON_GPU or OUTPUTS[format]["format"] == "bitsandbytes":
         return Found(keys, _weights_apart(model, wanted), ROUNDED.get(format, 1e-6), "keys", count)
     far, bound = float("inf"), NOISE.get(format, 0.02)
@@ -122,6 +130,33 @@ def compare(base: Path, out: Path, plain: Path, kind: str, name: str, format: st
     return Found(keys, _weights_apart(model, wanted), ROUNDED.get(format, 1e-6), f"weights{how}", count)
 
 
+@torch.no_grad()
+def _whole(plain: Path, name: str) -> Any:
+    """The model of a plain folder. Experts that were taken apart for codes stay so in it, and its class has stacks."""
+    model, faults = load(plain, name)
+    if missing := faults.get("missing_keys"):
+        stored = {key: value for file in plain.glob("*.safetensors") for key, value in load_file(file).items()}
+        parameters = dict(model.named_parameters())
+        for key in missing:
+            if key in parameters and ".experts." in key and _stack(stored, _as_stored(key, stored), parameters[key]):
+                parameters[key].copy_(stored[_as_stored(key, stored)])
+    return model
+
+
+def _as_stored(key: str, stored: dict[str, torch.Tensor]) -> str:
+    """The name of a stack in the files, whose prefix may be another than that of the class."""
+    layer = re.search(r"layers\.\d+\..*", key)
+    ends = (other[: other.index(".experts.")] for other in stored if ".experts.0." in other)
+    prefix = next((one for one in ends if layer and layer[0].startswith(one[one.index("layers.") :])), key)
+    return f"{prefix}.experts.{key.rpartition('.')[2]}"
+
+
+def new_faults(after: dict[str, list[str]], before: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Keys that do not fit, less those that did not before."""
+    keys = {what: [one for one in names if one not in before.get(what, ())] for what, names in after.items()}
+    return {what: names for what, names in keys.items() if names}
+
+
 def _loaded(out: Path, name: str, format: str) -> tuple[Any, dict[str, list[str]], str]:
     """The model of an output; compressed-tensors' dequantized where its class looks for weights in packed modules."""
     try:
@@ -132,7 +167,7 @@ def _loaded(out: Path, name: str, format: str) -> tuple[Any, dict[str, list[str]
         return *load(out, name, DEQUANTIZED), " dequantized"
 
 
-def _quantized(out: Path) -> int:
+def quantized(out: Path) -> int:
     """How many weights the record of a merge names with codes."""
     from safetensors import safe_open
 
@@ -163,7 +198,7 @@ def _weights_apart(model: Any, wanted: Any) -> float:
     held = dict(model.state_dict()) | _of_bitsandbytes(model)
     far = 0.0
     for name, expected in wanted.state_dict().items():
-        if name not in held:
+        if name not in held and not _stack(held, name, expected):
             return float("inf")
         value = held[name]
         scale = next((held[name + end] for end in ("_scale_inv", "_scale") if name + end in held), None)
@@ -175,6 +210,25 @@ def _weights_apart(model: Any, wanted: Any) -> float:
         expected = expected.float()
         far = max(far, ((value - expected).norm() / expected.norm().clamp(min=1e-9)).item() if value.numel() else 0.0)
     return far
+
+
+def _stack(held: dict[str, torch.Tensor], name: str, expected: torch.Tensor) -> bool:
+    """Put together experts that a loader has one by one; whether it has them."""
+    module, _, part = name.rpartition(".")
+    parts = ("gate_proj", "up_proj") if part == "gate_up_proj" else (part,)
+    try:
+        experts = [[_plain(held, f"{module}.{one}.{each}.weight") for each in parts] for one in range(len(expected))]
+    except KeyError:
+        return False
+    value = torch.stack([torch.cat(one) for one in experts])
+    ways = [one for one in (value, value.mT) if one.shape == expected.shape]  # both where a matrix is square
+    held[name] = min(ways, key=lambda one: (one - expected.float()).norm().item(), default=value)
+    return True
+
+
+def _plain(held: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    scale = held.get(f"{name}_scale")
+    return held[name].float() if scale is None else _scaled(held[name].float(), scale.float())
 
 
 def _of_bitsandbytes(model: Any) -> dict[str, torch.Tensor]:

@@ -1,0 +1,136 @@
+"""The table of docs/loaders.md, from what `families.py --json` found.
+
+    python benchmarks/loader_table.py
+
+replaces the table and its reasons in the page by those of benchmarks/families.json.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+DATA = Path(__file__).parent / "families.json"
+PAGE = Path(__file__).parents[1] / "docs" / "loaders.md"
+TITLE = "## Families\n"
+COLUMNS = {
+    "plain": "16 bits", "int4": "int4", "nf4": "NF4", "gptq": "GPTQ", "awq": "AWQ", "fp8": "fp8", "nvfp4": "NVFP4",
+}  # fmt: skip
+PART = 0.02
+"""The share of the language model's matrices above which a file is in codes only in part."""
+SERVERS = "vLLM's loader takes them one by one (tests/formats/test_vllm_rules.py)"
+REASONS = (
+    (r"gptqmodel: ImportError|uniform_|gptqmodel: \)|has no attribute 'weight'|Model type should be one of", "loader",
+     "The class sets the weights of its linears as it is made, and gptqmodel's linears have no `weight`; gptqmodel by "
+     "itself does not know this family, or not without more libraries."),
+    (r"requires package", "loader", "gptqmodel wants a library here that needs a GPU (mamba-ssm)."),
+    (r"Missing required quantized weights|weights gptqmodel inf", "loader",
+     "gptqmodel looks for `gate_proj` where the files say `w1`, as every published checkpoint of this family does; "
+     f"{SERVERS}."),
+    (r"gptqmodel takes 36 weights of 37", "loader",
+     "gptqmodel leaves `in_proj_ba` plain, whatever the file says; transformers has experts as a stack."),
+    (r"No compatible quant linear", "loader",
+     "gptqmodel does not take the shapes of this tiny model; transformers has experts as a stack."),
+    (r"gptqmodel takes", "loader",
+     f"transformers has experts as a stack, and gptqmodel does not know those of this family; {SERVERS}."),
+    (r"^weights unrun \d\.\d+e\+04", "loader",
+     "transformers leaves NVFP4's global scale out where it stacks experts. compressed-tensors itself decodes them "
+     f"(tests/merges/test_loader_gaps.py); {SERVERS}."),
+    (r"missing_keys \(.*experts", "loader",
+     "transformers knows a stack of experts in this family and no way to it from single ones, which is how published "
+     f"files of this format have them; {SERVERS}. `--keep experts` leaves them plain."),
+    (r"one stack of blocks|model's blocks alone", "refused",
+     "transformers' loader of GPTQ takes the linears of one stack of blocks for quantized. `--keep` leaves the others "
+     "plain."),
+    (r"FalconLinear", "refused", "Falcon's linears are of a class of their own, which the loader passes over."),
+    (r"in 16 bits: [\w.]*(experts|input_linear|output_linear)", "part",
+     "Experts: the loader of this format takes none, or servers know nothing but stacks in 16 bits (gpt-oss)."),
+    (r"does not divide into blocks of 128 x 128", "part",
+     "Matrices whose rows or columns are no multiple of 128, as small heads have them, in this tiny model alone."),
+    (r"columns do not divide into groups", "part", "Matrices whose columns are no multiple of the group size."),
+    (r"keeps it in float32", "part", "What the class keeps in float32."),
+    (r"derived from Linear", "part", "Linears of a class of their own, which the loader passes over."),
+)  # fmt: skip
+"""A pattern of what was told or noted, the mark, and the reason in the page."""
+UNKNOWN = "not explained yet"
+
+
+@dataclass
+class Table:
+    """Rows of marks, and the reasons that they refer to."""
+
+    rows: Mapping[str, Any]
+    reasons: list[str] = field(default_factory=list)
+
+    def mark(self, cell: Mapping[str, Any] | None) -> str:
+        """`yes`, `part`, `refused` or `loader`, and the number of its reason."""
+        if cell is None:
+            return "-"
+        if cell["mark"] == "ok" and (cell["share"] or 0) <= PART:
+            return "yes"
+        told = " ".join((cell["told"], *cell["notes"]))
+        if cell["mark"] == "ok":
+            return f"part {self.number(told, 'part')}"
+        mark = "refused" if cell["mark"] == "refused" else "loader"
+        return f"{mark} {self.number(told, mark)}"
+
+    def number(self, told: str, mark: str) -> int:
+        found = (text for pattern, kind, text in REASONS if kind == mark and re.search(pattern, told))
+        text = next(found, f"{mark}: {UNKNOWN}: {told[:160]}")
+        if text not in self.reasons:
+            self.reasons.append(text)
+        return self.reasons.index(text) + 1
+
+    def lines(self) -> list[str]:
+        head = ["| family | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+        body = [
+            f"| {family} | " + " | ".join(self.mark(row["cells"].get(column)) for column in COLUMNS) + " |"
+            for family, row in self.rows.items()
+        ]
+        return head + body
+
+    def only_dequantized(self) -> list[str]:
+        """Families whose classes meet compressed linears with an error."""
+        told = {family: [row["cells"].get(column, {}).get("told", "") for column in ("int4", "nvfp4")]
+                for family, row in self.rows.items()}  # fmt: skip
+        return [family for family, cells in told.items() if any("dequantized" in cell for cell in cells)]
+
+    def figures(self) -> tuple[int, int, int]:
+        """How many cells there are, how many hold, and how many of these only in part."""
+        marks = [self.mark(row["cells"].get(column)).split()[0] for row in self.rows.values() for column in COLUMNS]
+        marks = [mark for mark in marks if mark != "-"]
+        return len(marks), sum(mark in ("yes", "part") for mark in marks), marks.count("part")
+
+
+def built() -> dict[str, Any]:
+    """The families that could be built, by model type."""
+    rows: dict[str, Any] = json.loads(DATA.read_text())
+    return {family: row for family, row in rows.items() if "-" not in row["cells"]}
+
+
+def section() -> str:
+    """Everything under the heading."""
+    table = Table(built())
+    lines = table.lines()
+    cells, holding, part = table.figures()
+    share = f"{100 * holding / cells:.1f} %"
+    said = f"{len(table.rows)} families, {cells} cells: {holding} hold ({share}), {part} of them in part."
+    reasons = [f"| {number} | {text} |" for number, text in enumerate(table.reasons, 1)]
+    head = ["| number | what it says |", "|---:|---|"]
+    only = ", ".join(table.only_dequantized())
+    needs = textwrap.wrap(f"compressed-tensors opened with `dequantize=True` alone: {only}.", 110)
+    return "\n".join((said, "", *lines, "", "### Numbers", "", *head, *reasons, "", *needs, ""))
+
+
+def main() -> None:
+    text = PAGE.read_text()
+    PAGE.write_text(text[: text.index(TITLE)] + TITLE + "\n" + section())
+
+
+if __name__ == "__main__":
+    main()
