@@ -110,7 +110,8 @@ class Recipe:
 
     def _check_codes(self) -> None:
         """Options that say how codes are written go with others that ask for codes."""
-        given = [option(name) for name in ("quant_type", "double_quant", "group_size") if getattr(self, name)]
+        names = ("quant_type", "double_quant", "group_size", "quantize_towers")
+        given = [option(name) for name in names if getattr(self, name)]
         if given and not self.quantizes:
             raise UsageError(
                 f"{', '.join(given)}: says how new codes are written, and none are asked for; give --bits or --format "
