@@ -23,6 +23,7 @@ COLUMNS = {
 }  # fmt: skip
 PART = 0.02
 """The share of the language model's matrices above which a file is in codes only in part."""
+LIBRARY = "weights library"
 SERVERS = "vLLM's loader takes them one by one (tests/formats/test_vllm_rules.py)"
 REASONS = (
     (r"gptqmodel: ImportError|uniform_|gptqmodel: \)|has no attribute 'weight'|Model type should be one of", "loader",
@@ -38,9 +39,14 @@ REASONS = (
      "gptqmodel does not take the shapes of this tiny model; transformers has experts as a stack."),
     (r"gptqmodel takes", "loader",
      f"transformers has experts as a stack, and gptqmodel does not know those of this family; {SERVERS}."),
-    (r"^weights unrun \d\.\d+e\+04", "loader",
-     "transformers leaves NVFP4's global scale out where it stacks experts. compressed-tensors itself decodes them "
-     f"(tests/merges/test_loader_gaps.py); {SERVERS}."),
+    (r"^weights library", "library",
+     "Experts: transformers leaves NVFP4's global scale out where it stacks them, and knows no way from single experts "
+     f"to Granite's stack. compressed-tensors itself decodes every weight; {SERVERS}."),
+    (r"automatic conversion", "loader",
+     "transformers dequantizes fp8 where the scales divide the matrix evenly, and so it could not DeepSeek's own files "
+     "(576 rows, 5 scales); vLLM takes it."),
+    (r"in 16 bits: cls\.", "part", "The head's own linear, which is in no block."),
+    (r"in 16 bits: model\.connector", "part", "The projector, which stays plain like towers."),
     (r"missing_keys \(.*experts", "loader",
      "transformers knows a stack of experts in this family and no way to it from single ones, which is how published "
      f"files of this format have them; {SERVERS}. `--keep experts` leaves them plain."),
@@ -50,8 +56,10 @@ REASONS = (
     (r"FalconLinear", "refused", "Falcon's linears are of a class of their own, which the loader passes over."),
     (r"in 16 bits: [\w.]*(experts|input_linear|output_linear)", "part",
      "Experts: the loader of this format takes none, or servers know nothing but stacks in 16 bits (gpt-oss)."),
-    (r"does not divide into blocks of 128 x 128", "part",
-     "Matrices whose rows or columns are no multiple of 128, as small heads have them, in this tiny model alone."),
+    (r"loader that dequant|weights stay plain \(.*self_attn|does not divide into blocks", "part",
+     "Matrices that are no whole blocks of 128 x 128, and what servers compute together with them: q, k and v of these "
+     "tiny models, whose k and v have 64 rows."),
+    (r"in 16 bits: backbone\.layers\.\d+\.mixer", "part", "Narrow linears of Mamba, and its parameters."),
     (r"columns do not divide into groups", "part", "Matrices whose columns are no multiple of the group size."),
     (r"keeps it in float32", "part", "What the class keeps in float32."),
     (r"derived from Linear", "part", "Linears of a class of their own, which the loader passes over."),
@@ -71,9 +79,11 @@ class Table:
         """`yes`, `part`, `refused` or `loader`, and the number of its reason."""
         if cell is None:
             return "-"
+        told = " ".join((cell["told"], *cell["notes"]))
+        if cell["told"].startswith(LIBRARY):
+            return f"library {self.number(told, 'library')}"
         if cell["mark"] == "ok" and (cell["share"] or 0) <= PART:
             return "yes"
-        told = " ".join((cell["told"], *cell["notes"]))
         if cell["mark"] == "ok":
             return f"part {self.number(told, 'part')}"
         mark = "refused" if cell["mark"] == "refused" else "loader"
@@ -100,11 +110,12 @@ class Table:
                 for family, row in self.rows.items()}  # fmt: skip
         return [family for family, cells in told.items() if any("dequantized" in cell for cell in cells)]
 
-    def figures(self) -> tuple[int, int, int]:
-        """How many cells there are, how many hold, and how many of these only in part."""
+    def figures(self) -> tuple[int, int, int, int]:
+        """How many cells there are, how many hold, and how many of these in part, and by the library alone."""
         marks = [self.mark(row["cells"].get(column)).split()[0] for row in self.rows.values() for column in COLUMNS]
         marks = [mark for mark in marks if mark != "-"]
-        return len(marks), sum(mark in ("yes", "part") for mark in marks), marks.count("part")
+        holding = sum(mark in ("yes", "part", "library") for mark in marks)
+        return len(marks), holding, marks.count("part"), marks.count("library")
 
 
 def built() -> dict[str, Any]:
@@ -117,9 +128,9 @@ def section() -> str:
     """Everything under the heading."""
     table = Table(built())
     lines = table.lines()
-    cells, holding, part = table.figures()
+    cells, holding, part, library = table.figures()
     share = f"{100 * holding / cells:.1f} %"
-    said = f"{len(table.rows)} families, {cells} cells: {holding} hold ({share}), {part} of them in part."
+    said = f"{len(table.rows)} families, {cells} cells: {holding} hold ({share}), {part} in part, {library} by library."
     reasons = [f"| {number} | {text} |" for number, text in enumerate(table.reasons, 1)]
     head = ["| number | what it says |", "|---:|---|"]
     only = ", ".join(table.only_dequantized())

@@ -63,24 +63,14 @@ EXPERTS = {
 FAMILIES = DENSE | EXPERTS
 
 
-REFUSED = {("qwen2_5_vl", "gptq"), ("gemma3", "gptq"), ("llama4", "gptq")}
-TOWER = {("gemma3", "modelopt"), ("gemma3", "modelopt-nvfp4"), ("llama4", "modelopt"), ("llama4", "modelopt-nvfp4")}
-
-
 def known(family: str, format: str) -> str | None:
     """Why vLLM does not agree yet; None where it does."""
-    if (family, format) in REFUSED:
-        return "refused: linears out of the blocks"
-    if (family, format) in TOWER:
-        return "vLLM leaves every vision tower plain in ModelOpt's files; ours hold its linears in codes"
-    if format == "fp8" and family not in ("phi3", "deepseek_v3"):
-        return "k and v of 64 rows, no whole block, stay plain beside a quantized q"
     if family == "gpt_oss" and format in ("int4", "ct-fp8", "ct-nvfp4", "gptq"):
         return "experts that stay plain as a stack are not named so that vLLM sees it"
     if family == "granitemoe" and format != "gptq":
         return "its router is not named as plain"
-    if family in EXPERTS and format in ("fbgemm", "modelopt") and family != "llama4":
-        return "routers are not named as plain"
+    if family in ("qwen2_5_vl", "gemma3") and format == "fbgemm":
+        return "linears of the tower stay plain and are not named"
     return None
 
 
@@ -145,14 +135,8 @@ def test_each_architecture_of_the_table_is_vllms() -> None:
     assert set(FAMILIES.values()) <= set(vllm_rules.architectures())
 
 
-def expert_cases() -> Iterator[Any]:
-    for family in ("mixtral", "qwen3_moe", "qwen2_moe", "deepseek_v3", "granitemoe", "llama4"):
-        for format in vllm_experts.METHODS:
-            refused = pytest.mark.xfail(strict=True, reason="refused: the tower has linears out of its blocks")
-            yield pytest.param(family, format, marks=[refused] if (family, format) in REFUSED else [])
-
-
-@pytest.mark.parametrize(("family", "format"), list(expert_cases()))
+@pytest.mark.parametrize("format", vllm_experts.METHODS)
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "qwen2_moe", "deepseek_v3", "granitemoe", "llama4"])
 def test_vllms_loader_fills_its_experts_from_the_files(
     base: Callable[[str], Path], tmp_path: Path, vllm: None, family: str, format: str
 ) -> None:
