@@ -155,10 +155,15 @@ class Family:
             return other if other.right else found
         if found and (format not in opened.KERNELS or not found.keys):
             return found
+        why = ""
         try:
-            return opened_by_gptqmodel.compare(out, plain, opened.quantized(out))
+            if (other := opened_by_gptqmodel.compare(out, plain, opened.quantized(out))).right:
+                return other
         except ValueError as error:
-            raise ValueError(f"{error}; transformers: {found or first}"[:400]) from None
+            why = str(error)
+        if found and (other := opened_by_library.compare_words(out, plain)).right:
+            return other
+        raise ValueError(f"{why}; transformers: {found or first}"[:400])
 
 
 def _keep(file: Path, model_type: str, name: str, cells: dict[str, Cell]) -> None:

@@ -36,20 +36,21 @@ REASONS = (
     (r"gptqmodel takes 36 weights of 37", "loader",
      "gptqmodel leaves `in_proj_ba` plain, whatever the file says; transformers has experts as a stack."),
     (r"No compatible quant linear", "loader",
-     "gptqmodel does not take the shapes of this tiny model; transformers has experts as a stack."),
+     "gptqmodel finds no kernel for a shape of this tiny model; transformers has experts as a stack."),
     (r"gptqmodel takes", "loader",
      f"transformers has experts as a stack, and gptqmodel does not know those of this family; {SERVERS}."),
     (r"^weights library", "library",
-     "Experts: transformers leaves NVFP4's global scale out where it stacks them, and knows no way from single experts "
-     f"to Granite's stack. compressed-tensors itself decodes every weight; {SERVERS}."),
+     "Experts. transformers leaves NVFP4's global scale out where it stacks them, and knows no way from single experts "
+     "to Granite's stack; gptqmodel does not know Granite's, and looks for `gate_proj` where files of Mixtral and "
+     f"Phi-MoE say `w1`, as published ones do. {SERVERS}."),
     (r"automatic conversion", "loader",
      "transformers dequantizes fp8 where the scales divide the matrix evenly, and so it could not DeepSeek's own files "
-     "(576 rows, 5 scales); vLLM takes it."),
+     "(576 rows, 5 scales)."),
     (r"in 16 bits: cls\.", "part", "The head's own linear, which is in no block."),
     (r"in 16 bits: model\.connector", "part", "The projector, which stays plain like towers."),
     (r"missing_keys \(.*experts", "loader",
-     "transformers knows a stack of experts in this family and no way to it from single ones, which is how published "
-     f"files of this format have them; {SERVERS}. `--keep experts` leaves them plain."),
+     "transformers knows a stack of experts in this family and no way to it from single ones, which is how servers "
+     f"want them. {SERVERS}. `--keep experts` leaves them plain."),
     (r"one stack of blocks|model's blocks alone", "refused",
      "transformers' loader of GPTQ takes the linears of one stack of blocks for quantized. `--keep` leaves the others "
      "plain."),
