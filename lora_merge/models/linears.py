@@ -53,12 +53,10 @@ def linears(
     named |= {module: module for module in every if ROUTER.fullmatch(module) and module not in taken}
     if experts:
         named |= {module: module for module in every if EXPERT.fullmatch(module) and module not in taken}
-    unknown = _unknown(skeleton, every) if skeleton else {}
-    named |= {module: module for module in unknown if module not in taken}
-    stored_whole = {path: stored for path, stored in named.items() if stored in every}
-    reasons = dict.fromkeys(unknown, UNKNOWN) | _reasons(
-        {path: stored for path, stored in stored_whole.items() if path not in unknown}, skeleton, keep, towers
-    )
+    reasons = {**_unknown(skeleton, every), **_pieces(skeleton, every)} if skeleton else {}
+    named |= {module: module for module in reasons if module not in taken}
+    whole = {path: stored for path, stored in named.items() if stored in every and path not in reasons}
+    reasons |= _reasons(whole, skeleton, keep, towers)
     chosen = [stored for path, stored in named.items() if stored in every and path not in reasons]
     plain = [path for path, stored in named.items() if stored not in every or path in reasons]
     return Linears(
@@ -150,12 +148,26 @@ def of_class(skeleton: Skeleton) -> dict[str, str]:
     return found
 
 
-def _unknown(skeleton: Skeleton, every: Iterable[str]) -> dict[str, None]:
+def _pieces(skeleton: Skeleton, every: Collection[str]) -> dict[str, str]:
+    """Matrices that are a linear of the class with others, or several: loaders that know the stored ones must be told
+    that they are plain."""
+    found: dict[str, str] = {}
+    for module in skeleton.linear_modules():
+        locations = skeleton.disk_tensors(f"{module}.weight")
+        if len(locations) != 1 or locations[0].within is not None or locations[0].rows is not None:
+            names = (one.tensor.removesuffix(".weight") for one in locations)
+            found |= {name: PIECES for name in names if name in every}
+    return found
+
+
+def _unknown(skeleton: Skeleton, every: Iterable[str]) -> dict[str, str]:
     """Matrices in blocks of which the class takes nothing, such as those of layers that predict ahead: loaders that
     have such layers must be told that they are plain."""
     names = [one.tensor for locations in skeleton.places.values() for one in locations]
     blocks = {name[: match.end()] for name in names if (match := BLOCK.search(name))}
-    return {module: None for module in every if (match := BLOCK.search(module)) and module[: match.end()] not in blocks}
+    return {
+        module: UNKNOWN for module in every if (match := BLOCK.search(module)) and module[: match.end()] not in blocks
+    }
 
 
 def _of_names(modules: Collection[str]) -> dict[str, str]:

@@ -7,7 +7,7 @@ way round; only a report of keys shows it. So modules that a loader would not ta
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -48,6 +48,15 @@ class LoaderFit:
     def served_names(self, modules: Iterable[str]) -> list[str]:
         """The stored names of modules that the class calls otherwise in their block: servers know the stored ones."""
         return [module for module in modules if _differs_in_block(self.paths.get(module, module), module)]
+
+    def served_as_plain(self, modules: Iterable[str]) -> list[str]:
+        """The stored names of plain modules that the class calls otherwise, but for those that a loader would take for
+        the beginning or the end of a quantized one's path."""
+        named = set(self.plain)
+        others = {one: None for one in modules if self.paths.get(one, one) != one and one not in named}
+        paths = (self.paths.get(module, module) for module in self.written) if others else ()
+        wrong = {entry for path in paths for entry in _parts(path, min(map(len, others))) if entry in others}
+        return [module for module in others if module not in wrong]
 
 
 def _differs_in_block(path: str, stored: str) -> bool:
@@ -233,12 +242,16 @@ def _overlooked(
     shortest = min(map(len, entries), default=0)
     found = {}
     for module in written:
-        path = paths.get(module, module)
-        beginnings = (path[: match.start()] for match in re.finditer(r"\.", path))
-        ends = (path[start:] for start in range(len(path) - shortest + 1))
-        if module not in reasons and (entry := next((e for e in (*beginnings, *ends) if e in entries), None)):
+        parts = _parts(paths.get(module, module), shortest)
+        if module not in reasons and (entry := next((part for part in parts if part in entries), None)):
             found[module] = f"the loader takes it for {entry}, which stays plain"
     return found
+
+
+def _parts(path: str, shortest: int) -> Iterator[str]:
+    """The beginnings of a path up to a dot, and its ends of at least so many characters."""
+    yield from (path[: match.start()] for match in re.finditer(r"\.", path))
+    yield from (path[start:] for start in range(len(path) - shortest + 1))
 
 
 def _refuse_split_experts(loader: Loader, skeleton: Skeleton | None, written: Sequence[str]) -> None:

@@ -214,7 +214,7 @@ def _quantized(
     if not written:
         why = dict.fromkeys(starred(reason) for reason in fit.reasons.values())
         raise UnsupportedError(f"no weight can be written as {format}: {listed(why, 3)}")
-    stored = fit.served_names({**found.reasons, **fit.reasons})
+    stored = fit.served_as_plain([*found.reasons, *fit.reasons])
     named = list(dict.fromkeys((*fit.plain, *stored, *plain_experts(weights, written))))
     changes = removal(present, config) | method.config_changes(fit.by_path(written), named, config)
     notes = told(fit.reasons)

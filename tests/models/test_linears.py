@@ -9,8 +9,9 @@ import zoo
 
 from lora_merge.checkpoint.opening import open_base
 from lora_merge.models.linears import OUTSIDE, TOWER, Linears, fused_set, linears, rounded_in_training
+from lora_merge.models.skeleton import Skeleton
 from lora_merge.planning.output_formats import skeleton
-from lora_merge.spec import TensorSpec
+from lora_merge.spec import Location, TensorSpec
 
 
 def specs(*names: str, shape: tuple[int, ...] = (8, 8), dtype: str = "BF16") -> dict[str, TensorSpec]:
@@ -92,6 +93,15 @@ def test_layers_that_the_class_does_not_have_are_plain_and_named(tmp_path: Path)
         found = linears(tensors, skeleton(base.config, tensors), experts=True)
     assert not any(".7." in one for one in found.chosen)
     assert {one for one in found.plain if ".7." in one} == {f"model.layers.7.{name}" for name in names}
+
+
+def test_matrices_that_the_class_has_in_one_are_plain_and_named() -> None:
+    pieces = [Location("m.0.gate.weight"), Location("m.0.up.weight")]
+    places = {"m.0.gate_up.weight": tuple(pieces), "m.0.down.weight": (Location("m.0.down.weight"),)}
+    shapes = {"m.0.gate_up.weight": (16, 8), "m.0.down.weight": (8, 8)}
+    model = Skeleton("Made", "m", shapes, ("m.0.gate_up", "m.0.down"), {}, places, {})
+    found = linears(specs("m.0.gate", "m.0.up", "m.0.down"), model)
+    assert found.chosen == ("m.0.down",) and found.plain == ("m.0.gate_up", "m.0.gate", "m.0.up")
 
 
 @pytest.mark.parametrize("name", ["model.layers.0.mlp.gate", "model.layers.0.moe.router.layer", "layers.0.ffn.router"])

@@ -74,6 +74,16 @@ def test_servers_are_told_the_stored_names_where_the_class_has_others_in_a_block
     assert list(found.by_path({name: name for name in found.written})) == [*stored, "model.layers.0.moe.a"]
 
 
+def test_plain_modules_are_named_as_stored_too_unless_a_quantized_one_would_be_meant() -> None:
+    stored = {"model.tower.0.fc": "tower.0.fc", "model.text.0.fc": "text.0.fc", "model.odd.0.q": "q"}
+    places = {f"{path}.weight": (Location(f"{name}.weight"),) for path, name in stored.items()}
+    places["model.text.0.q.weight"] = (Location("text.0.q.weight"),)
+    skeleton = Skeleton("Made", "", dict.fromkeys(places, (8, 8)), (*stored, "model.text.0.q"), {}, places, {})
+    found = fitted(Loader(), skeleton, (), ["text.0.q"], list(stored.values()))
+    assert found.plain == tuple(stored)
+    assert found.served_as_plain(stored.values()) == ["tower.0.fc", "text.0.fc"]  # q is the end of a quantized one
+
+
 def test_a_loader_of_blocks_leaves_what_lies_outside() -> None:
     found = fitted(Loader(blocks=True), model("m.layers.0.q", "m.head"), (), ["m.layers.0.q", "m.head"], [])
     assert found.written == ("m.layers.0.q",) and "blocks of layers alone" in found.reasons["m.head"]
