@@ -50,10 +50,12 @@ class Abilities:
     quant_types: kinds of codes, by the word of `--quant-type`; of two with the same width the first is the default.
         Without any no other checkpoint is turned into this format.
     writable: whether a merge writes weights that are in this format already.
+    towers: whether servers take towers of images and sounds for quantized where config.json says so.
     """
 
     quant_types: Mapping[str, QuantType] = field(default_factory=dict)
     writable: bool = True
+    towers: bool = True
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -164,7 +166,7 @@ ABILITIES: Mapping[str, Abilities] = {
     "awq": Abilities({"int": QuantType((4,), (128, 64, 32, 16))}),
     "fp8": Abilities({"fp8": QuantType((8,), (128,))}),
     "fbgemm_fp8": Abilities({"fp8": QuantType((8,), (128,))}),
-    "modelopt": Abilities({"fp8": QuantType((8,)), "nvfp4": QuantType((4,), (16,))}),
+    "modelopt": Abilities({"fp8": QuantType((8,)), "nvfp4": QuantType((4,), (16,))}, towers=False),
     "mxfp4": Abilities({"mxfp4": QuantType((4,), (32,))}),
 }
 """By the name under which config.json has a format (`quant_method`)."""

@@ -77,8 +77,9 @@ class Layout(ABC):
         """Why this weight cannot be stored so, or None."""
 
     def joint_refusal(self, weights: Sequence[TensorSpec]) -> str | None:
-        """Why matrices that a server computes as one, in the order of its rows, cannot all be stored so, or None."""
-        return None
+        """Why matrices that a server computes as one, in the order of its rows, cannot all be stored so, or None; by
+        default because one of them cannot."""
+        return next((reason for weight in weights if (reason := self.refusal(weight))), None)
 
     @abstractmethod
     def slices(self, weight: TensorSpec, columns: int, start: int, stop: int) -> dict[str, ByteRange]:
@@ -220,6 +221,10 @@ class CodedFormat(Format):
         config: config.json of the checkpoint; `quantization_config` in it may come from the file beside it.
         Raises InputError where the parts contradict each other, UnsupportedError where they cannot be read.
         """
+
+    def settled(self) -> Self:
+        """This format of weights that were found to fit, alone or with others."""
+        return self
 
     @abstractmethod
     def unpack(self, parts: Mapping[str, torch.Tensor], rows: int, columns: int) -> tuple[torch.Tensor, Grid]: ...

@@ -74,8 +74,6 @@ class QuantMethod(Generic[F]):
     """None where transformers loads no checkpoints of this format, or quantizes what the tensors say."""
     json_file: ClassVar[str | None] = None
     """A JSON file beside config.json in which this format's loaders look for `quantization_config`, too."""
-    quantizes_towers: ClassVar[bool] = True
-    """Whether servers take towers of images and sounds for quantized where config.json says so."""
     rescales_channels: ClassVar[bool] = False
     """Channels were multiplied by something before they were rounded, so that adapters of the original do not fit."""
 

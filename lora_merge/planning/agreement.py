@@ -37,9 +37,12 @@ def agreed(
     sets = FusedSets.of([*specs, *found.reasons])
     reasons = {module: reason for module, spec in specs.items() if (reason := format.refusal(spec))}
     for one in sets.matrices:
-        together = [specs[module] for module in one if module in specs]
-        if len(together) == len(one) and (reason := format.joint_refusal(together)):
-            reasons |= {module: reason for module in one if module not in reasons}
+        if any(module not in specs for module in one):
+            continue
+        if reason := format.joint_refusal([specs[module] for module in one]):
+            reasons |= dict.fromkeys(one, reason)
+        else:
+            reasons = {module: why for module, why in reasons.items() if module not in one}
     while True:
         reasons |= drawn(sets, [*found.reasons, *reasons], specs)
         left = [module for module in specs if module not in reasons]

@@ -62,7 +62,7 @@ def decide(
     keep = [re.compile(pattern) for pattern in recipe.keep]
     if method is None:
         return _own(keep, present, plain, config, tensors)
-    if recipe.quantize_towers and not method.quantizes_towers:
+    if recipe.quantize_towers and not method.abilities().towers:
         raise UnsupportedError(f"--quantize-towers: servers take towers of {method.name} for plain; leave it out")
     recipe.check_double_quant(method.name)
     model = skeleton(config, tensors)
@@ -210,7 +210,7 @@ def _quantized(
     _refuse_nothing(method, specs, [name for name in present if name.removesuffix(end) not in specs], weights)
     format = method.from_options(_options(recipe, method, common(present), weights, specs), specs)
     fit = agreed(format, method.loader, model, tensors, found, specs)
-    written = dict.fromkeys(fit.written, format)
+    written = dict.fromkeys(fit.written, format.settled())
     if not written:
         why = dict.fromkeys(starred(reason) for reason in fit.reasons.values())
         raise UnsupportedError(f"no weight can be written as {format}: {listed(why, 3)}")
@@ -220,7 +220,7 @@ def _quantized(
     notes = told(fit.reasons)
     notes += on_loaders(method, format, model, {module: specs[module] for module in written}, config)
     json_files = removed_files(present) | _json_file(method, changes)
-    formats = {**plain, **{module + end: format for module in written}}
+    formats = {**plain, **{module + end: one for module, one in written.items()}}
     if line := share_that_stays_plain(formats, weights, {**found.reasons, **fit.reasons}):
         notes.append(line)
     return OutputFormats(formats, changes, tuple(notes), json_files)

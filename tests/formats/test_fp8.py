@@ -331,12 +331,11 @@ def test_what_is_asked_for() -> None:
     format = FP8Method.from_options(FormatOptions(8, "F16"), {})
     assert (format.block, format.scale, format.dtype, format.bits) == (BLOCK, "F32", "F16", 8)
     assert format.refusal(TensorSpec("BF16", (256, 384))) is None
-    for shape in ((64, 128), (576, 300), (100, 640)):
+    for shape in ((64, 128), (100, 640), (128, 77)):
         assert format.refusal(TensorSpec("BF16", shape)) is None, shape
-    assert "for blocks of 65 x 128" in present(format.refusal(TensorSpec("BF16", (130, 640))))
-    assert "for blocks of 96 x 128" in present(format.refusal(TensorSpec("BF16", (192, 128))))
-    assert "for blocks of 128 x 112" in present(format.refusal(TensorSpec("BF16", (128, 448))))
-    assert format.for_weight(TensorSpec("BF16", (192, 128))).refusal(TensorSpec("BF16", (192, 128))) is None
+    for shape in ((576, 256), (192, 128), (128, 448)):
+        assert "leaves short blocks of 128 x 128" in present(format.refusal(TensorSpec("BF16", shape))), shape
+        assert format.for_weight(TensorSpec("BF16", shape)).refusal(TensorSpec("BF16", shape)) is None
     assert "matrices" in present(format.refusal(TensorSpec("BF16", (2, 128, 128))))
     assert "--dtype" in present(FP8(dtype="F64").refusal(TensorSpec("F64", (4, 4))))
     assert FP8().refusal(TensorSpec("BF16", (64, 130))) is None
@@ -383,6 +382,18 @@ def test_config_says_what_is_written_and_what_stays() -> None:
         == fresh
         == FP8Method.config_changes(written, kept, {"text_config": gone})
     )
+
+
+def test_the_last_of_what_a_server_computes_as_one_may_end_in_a_short_block() -> None:
+    def joint(*rows: int, columns: int = 256) -> str | None:
+        format = FP8Method.from_options(FormatOptions(8), {})
+        return format.joint_refusal([TensorSpec("BF16", (some, columns)) for some in rows])
+
+    assert joint(1536, 576) is None and joint(256, 128, 128) is None and joint(256, 64) is None
+    assert "only the last of them" in present(joint(576, 1536))
+    assert "for blocks of 96 x 128" in present(joint(256, 192))
+    assert "leaves short blocks" in present(joint(256, 576, columns=300))
+    assert FP8(block=(1, 0)).joint_refusal([TensorSpec("BF16", (100, 7))] * 2) is None
 
 
 @pytest.mark.parametrize("variant", ["preset", "ue8m0", "per tensor"])

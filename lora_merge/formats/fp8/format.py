@@ -12,7 +12,8 @@ that product bit for bit to a float32 model. Despite its name the scale multipli
 names: `weight_scale` (AutoFP8, vLLM), `scale` (DeepSeek-V4), `qscale_weight` (Mistral). Scales are powers of two where
 config.json says `scale_fmt: ue8m0`, stored as floats or as exponents. Where the last block is short, as that of the 576
 rows of DeepSeek-V3's kv_a_proj, loaders that dequantize (transformers without a GPU) take the block from the shapes:
-most such weights they refuse, and those that they would misread are read and merged, not made.
+most such weights they refuse, some they misread. So new ones are made only where a server wants them, as the last of
+several that it computes as one; others are read and merged.
 https://github.com/huggingface/transformers/blob/main/src/transformers/integrations/finegrained_fp8.py
 """
 
@@ -170,14 +171,26 @@ class FP8(CodedFormat):
             return f"{self.name} holds matrices, this weight is {list(weight.shape)}"
         if self.dtype not in LIMITS:
             return f"{self.dtype} is read but not written; choose a --dtype"
-        if self.fresh and (taken := self._misread(weight.shape)):
-            return f"a loader that dequantizes would take it for blocks of {taken[0]} x {taken[1]}"
+        if self.fresh and self._ends_short(weight.shape):
+            rows, columns = self.block
+            return (
+                f"{list(weight.shape)} leaves short blocks of {rows} x {columns}, which loaders that dequantize misread"
+            )
         return None
 
     def joint_refusal(self, weights: Sequence[TensorSpec]) -> str | None:
-        if self.fresh and self.block[0] and any(weight.shape[0] % self.block[0] for weight in weights[:-1]):
+        *others, last = weights
+        if not self.fresh or not all(self.block):
+            return CodedFormat.joint_refusal(self, weights)
+        if any(weight.shape[0] % self.block[0] for weight in others):
             return "a server computes it as one with others, and only the last of them may end in a short block"
-        return None
+        if taken := self._misread(last.shape):
+            return f"a loader that dequantizes would take the last of them for blocks of {taken[0]} x {taken[1]}"
+        whole = TensorSpec(last.dtype, (self.block[0], *last.shape[1:]))
+        return CodedFormat.joint_refusal(self, [*others, whole])
+
+    def settled(self) -> Self:
+        return replace(self, fresh=False)
 
     def caveat(self, weights: Mapping[str, TensorSpec]) -> str | None:
         short = [module for module, weight in weights.items() if self._ends_short(weight.shape)]

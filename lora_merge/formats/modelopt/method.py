@@ -26,7 +26,6 @@ class ModelOptMethod(QuantMethod[ModelOpt]):
 
     name: ClassVar[str] = ModelOpt.name
     formats: ClassVar[tuple[type[CodedFormat], ...]] = (ModelOpt,)
-    quantizes_towers: ClassVar[bool] = False
     json_file: ClassVar[str | None] = "hf_quant_config.json"
 
     @classmethod
