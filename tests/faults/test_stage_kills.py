@@ -79,6 +79,7 @@ def test_only_one_run_at_a_time(tmp_path: Path, start: Start) -> None:
     answers = [run.communicate(timeout=60) for run in runs]
     assert [error for _, error in answers] == ["", ""], "two were in at once"
     assert sum(int(refused) for refused, _ in answers) > 0, "they never met"
+    (tmp_path / "they met").unlink()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -21,6 +21,8 @@ from lora_merge.output.stage import Stage
 from lora_merge.results import MergedWeight
 
 Start = Callable[..., "subprocess.Popen[str]"]
+PATIENCE = 30
+"""Seconds that a process waits for another to be in its way."""
 SHARDS, SIZE, BLOCK = 8, 300_000, 1 << 14
 
 
@@ -59,9 +61,10 @@ def run(out: Path, job: str, words: list[str]) -> None:
 
 
 def contend(out: Path, count: int) -> None:
-    mark = out.with_name("somebody is in")
+    mark, met = out.with_name("somebody is in"), out.with_name("they met")
     won = refused = 0
-    while won < count:
+    end = time.monotonic() + PATIENCE  # one process may begin when the other would be done
+    while won < count or not (met.exists() or time.monotonic() > end):
         try:
             with Stage.open(out, "job"):
                 os.close(os.open(mark, os.O_CREAT | os.O_EXCL))
@@ -69,6 +72,7 @@ def contend(out: Path, count: int) -> None:
                 os.unlink(mark)
         except OutputExistsError:
             refused += 1
+            met.touch()
         time.sleep(random.uniform(0, 0.002))
     print(refused)
 
