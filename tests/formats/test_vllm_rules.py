@@ -65,12 +65,10 @@ FAMILIES = DENSE | EXPERTS
 
 def known(family: str, format: str) -> str | None:
     """Why vLLM does not agree yet; None where it does."""
-    if family == "gpt_oss" and format in ("int4", "ct-fp8", "ct-nvfp4", "gptq"):
-        return "experts that stay plain as a stack are not named so that vLLM sees it"
-    if family == "granitemoe" and format != "gptq":
-        return "its router is not named as plain"
-    if family in ("qwen2_5_vl", "gemma3") and format == "fbgemm":
-        return "linears of the tower stay plain and are not named"
+    if (family, format) == ("gpt_oss", "gptq"):
+        return (
+            "vLLM renames self_attn in whole paths alone, and the list of GPTQ has ends of paths, as optimum wants it"
+        )
     return None
 
 

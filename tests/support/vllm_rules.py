@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import inspect
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -255,6 +256,7 @@ class Server:
         text = config.get("text_config") or config
         if text.get("q_lora_rank") and "deepseek" in module:  # its __init__ adds it
             self.packed["fused_qkv_a_proj"] = ["q_a_proj", "kv_a_proj_with_mqa"]
+        self.plain_gates = "self.gate = GateLinear(" in inspect.getsource(sys.modules[path])  # it is given no format
         self.rules = _rules(config["quantization_config"], metadata)
         self.rules.packed_modules_mapping = self.packed
         self.rules.apply_vllm_mapper(self.mapper)
@@ -267,11 +269,26 @@ class Server:
     def quantizes(self, prefix: str, layer: object = None) -> bool:
         """Whether it takes a layer, a linear if nothing is said, for quantized. Raises ValueError where parts of a
         fused layer disagree."""
+        if self.plain_gates and prefix.endswith(".gate"):
+            return False
         layer = layer or ColumnParallelLinear()
-        if hasattr(self.rules, "get_scheme_dict") and not isinstance(layer, RoutedExperts):
-            return self.rules.get_scheme_dict(layer, prefix) is not None
+        if hasattr(self.rules, "get_scheme_dict"):
+            return self._has_scheme(prefix, layer)
         method = self.rules.get_quant_method(layer, prefix)
         return method is not None and not isinstance(method, Plain)
+
+    def _has_scheme(self, prefix: str, layer: object) -> bool:
+        """Whether compressed-tensors has a scheme for a layer. For experts the first one's linears speak, which must
+        agree: `CompressedTensorsMoEMethod.get_moe_method` asks so before it makes what needs a GPU."""
+        names = [prefix]
+        if isinstance(layer, RoutedExperts):
+            self.rules._add_fused_moe_to_target_scheme_map()
+            kinds = ("gate", "up", "down")
+            names = [f"{prefix}.0.{getattr(layer, f'ckpt_{kind}_proj_name')}" for kind in kinds]
+        found = [self.rules.get_scheme_dict(layer, name) for name in names]
+        if any(scheme != found[0] for scheme in found):
+            raise ValueError("All MoE projections need to have the same scheme")
+        return found[0] is not None
 
     def fused(self, prefix: str, known: Sequence[str]) -> tuple[str, list[str]]:
         """The layer that computes a linear, and the linears that it is made of."""
