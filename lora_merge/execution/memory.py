@@ -86,14 +86,17 @@ def _heaviest(plan: Plan) -> tuple[str, int]:
 
 def _shared(plan: Plan) -> int:
     """Bytes of the factors that several weights share, as many as stay in memory."""
-    seen: Counter[tuple[int, str]] = Counter()
-    sizes: dict[tuple[int, str], int] = {}
-    for job in plan.rewrites:
-        for effect in job.effects:
-            for name in effect.patch.factors:
-                seen[effect.adapter, name] += 1
-                sizes[effect.adapter, name] = effect.patch.workspace(job.weight)
-    return sum(sorted((sizes[key] for key, count in seen.items() if count > 1), reverse=True)[:CACHED])
+    used = [(job.weight, effect) for job in plan.rewrites for effect in job.effects]
+    seen = Counter((effect.adapter, name) for _, effect in used for name in effect.patch.factors)
+    shared = {key for key, count in seen.items() if count > 1}
+    sizes = {
+        (effect.adapter, name): effect.patch.workspace(weight)
+        for weight, effect in used
+        if shared
+        for name in effect.patch.factors
+        if (effect.adapter, name) in shared
+    }
+    return sum(sorted(sizes.values(), reverse=True)[:CACHED])
 
 
 def _beside_tiles(job: Rewrite) -> int:
