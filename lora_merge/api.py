@@ -28,7 +28,6 @@ from lora_merge.planning.summary import summary
 from lora_merge.progress import Portion, Progress, no_progress
 from lora_merge.request import Request
 from lora_merge.results import Inspection, MergedWeight, MergeResult, PlanResult
-from lora_merge.system.collecting import collecting_seldom
 from lora_merge.system.shortage import COMPUTING, check_imports, telling_shortage
 from lora_merge.system.stopping import Stop
 from lora_merge.verification.finished import finished
@@ -84,7 +83,6 @@ def _merged(request: Request, out: Path, progress: Progress, stop: Stop) -> Merg
     return replace(result, notes=(*result.notes, *note))
 
 
-@collecting_seldom()
 def plan_request(request: Request) -> PlanResult:
     """What a merge would do; nothing is written."""
     with telling_shortage(), in_existing_folder(request.paths):

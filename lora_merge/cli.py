@@ -33,6 +33,7 @@ from lora_merge.request import (
     TRAINED_ON,
     Request,
 )
+from lora_merge.system.collecting import collecting_seldom
 from lora_merge.system.shortage import COMPUTING, check_imports, telling_shortage
 from lora_merge.system.signals import Signals, end, farewell
 from lora_merge.system.stopping import Stop, Stopped
@@ -165,11 +166,12 @@ def merge(
     from lora_merge import api
 
     if dry_run:
-        plan = api.plan_request(request)
-        if quiet and not as_json:
-            return
-        with printing("the plan"):
-            show_plan(plan, as_json=as_json, verbose=verbose)
+        with collecting_seldom():
+            plan = api.plan_request(request)
+            if quiet and not as_json:
+                return
+            with printing("the plan"):
+                show_plan(plan, as_json=as_json, verbose=verbose)
         return
     with Reporter(quiet=quiet or as_json) as reporter:
         result = api.merge_request(request, progress=reporter, stop=stop)
