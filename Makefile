@@ -11,7 +11,8 @@ PROCESSES := --numprocesses logical --maxprocesses 8 --dist worksteal -q
 FAST := $(addprefix tests/,adapters checkpoint containers docs formats models output planning quantization verification) \
 	$(addprefix tests/test_,abilities.py architecture.py dtypes.py layers.py request.py) \
 	$(addprefix --ignore=tests/,adapters/test_lora_against_peft.py containers/test_descriptors.py docs/test_commands.py \
-	checkpoint/test_hub.py formats/test_format_matrix.py formats/test_vllm_rules.py models/test_linears_of_families.py \
+	checkpoint/test_card_header.py checkpoint/test_hub.py formats/test_format_matrix.py formats/test_vllm_rules.py \
+	models/test_linears_of_families.py models/test_skeleton_limits.py \
 	output/test_location.py output/test_record.py planning/test_expert_stacks.py planning/test_loaders.py) \
 	-k 'not tiles_make_the_whole and not thousand'
 
