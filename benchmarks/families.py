@@ -17,6 +17,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import sys
@@ -174,12 +175,16 @@ def _keep(file: Path, model_type: str, name: str, cells: dict[str, Cell]) -> Non
         share = None if cell.share is None else round(cell.share, 3)
         row["cells"][format] = {
             "mark": cell.mark,
-            "told": cell.told,
+            "told": FOLDERS.sub("", cell.told),
             "share": share,
             "notes": [note[:160] for note in cell.notes[:3]],
         }
     lines = [f"{json.dumps(key)}: {json.dumps(rows[key])}" for key in sorted(rows)]
     file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+FOLDERS = re.compile(r"(?<![\w.%])/(?:[^ ()':/]+/)+")
+"""Where files lie on the machine that ran it, in what errors say."""
 
 
 def _said(error: BaseException) -> str:
