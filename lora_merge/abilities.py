@@ -6,7 +6,7 @@ table. No torch here: `--help` reads it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from lora_merge.errors import UnsupportedError
@@ -41,6 +41,8 @@ class QuantType:
 
 
 KEPT = "as the base has it"
+ANY = range(1, 17)
+"""Every width of a code."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +53,13 @@ class Abilities:
         Without any no other checkpoint is turned into this format.
     writable: whether a merge writes weights that are in this format already.
     towers: whether servers take towers of images and sounds for quantized where config.json says so.
+    experts: widths at which servers load experts one by one, as linears; transformers may not (`Loader.experts`).
     """
 
     quant_types: Mapping[str, QuantType] = field(default_factory=dict)
     writable: bool = True
     towers: bool = True
+    experts: Sequence[int] = ()
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -152,7 +156,8 @@ ABILITIES: Mapping[str, Abilities] = {
             "nvfp4": QuantType((4,), None),
             "mxfp4": QuantType((4,), None),
             "mxfp8": QuantType((8,), None),
-        }
+        },
+        experts=ANY,
     ),
     "bitsandbytes": Abilities(
         {
@@ -161,12 +166,13 @@ ABILITIES: Mapping[str, Abilities] = {
             "int": QuantType((8,)),
         }
     ),
-    "gptq": Abilities({"int": QuantType((2, 3, 4, 8), (-1, 16, 32, 64, 128, 256, 512, 1024))}),
+    "gptq": Abilities({"int": QuantType((2, 3, 4, 8), (-1, 16, 32, 64, 128, 256, 512, 1024))}, experts=ANY),
     "auto-round": Abilities(),
-    "awq": Abilities({"int": QuantType((4,), (128, 64, 32, 16))}),
-    "fp8": Abilities({"fp8": QuantType((8,), (128,))}),
+    "awq": Abilities({"int": QuantType((4,), (128, 64, 32, 16))}, experts=ANY),
+    "fp8": Abilities({"fp8": QuantType((8,), (128,))}, experts=ANY),
     "fbgemm_fp8": Abilities({"fp8": QuantType((8,), (128,))}),
-    "modelopt": Abilities({"fp8": QuantType((8,)), "nvfp4": QuantType((4,), (16,))}, towers=False),
+    # Of experts at 8 bits servers want one scale a weight, and rows have their own here.
+    "modelopt": Abilities({"fp8": QuantType((8,)), "nvfp4": QuantType((4,), (16,))}, towers=False, experts=(4,)),
     "mxfp4": Abilities({"mxfp4": QuantType((4,), (32,))}),
 }
 """By the name under which config.json has a format (`quant_method`)."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from lora_merge import __version__
 from lora_merge.checkpoint.card_header import REPOSITORY, card_header
+from lora_merge.checkpoint.hub import HubId
 from lora_merge.checkpoint.opening import Checkpoint
 from lora_merge.errors import printable
 from lora_merge.planning.jobs import Copy, Plan
@@ -45,12 +46,11 @@ class _Source:
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> _Source:
         """Of a folder in the hub's cache (`models--ORG--NAME/snapshots/COMMIT`) both are known."""
-        path = checkpoint.path.resolve()
-        cached = re.fullmatch(r"models--([\w.-]+?)--([\w.-]+)", path.parents[1].name if len(path.parents) > 1 else "")
-        if path.parent.name == "snapshots" and cached:
-            revision = path.name if re.fullmatch(r"[0-9a-f]{40}", path.name) else None
-            return cls(f"{cached[1]}/{cached[2]}", f"{cached[1]}/{cached[2]}", revision)
-        return cls(path.name or "base", None, None)
+        cached = HubId.of_snapshot(checkpoint.path)
+        if cached is not None and REPOSITORY.fullmatch(cached.repo) and "/" in cached.repo:
+            revision = cached.revision if re.fullmatch(r"[0-9a-f]{40}", cached.revision or "") else None
+            return cls(cached.repo, cached.repo, revision)
+        return cls(checkpoint.path.resolve().name or "base", None, None)
 
     def __str__(self) -> str:
         return _code(self.name) + (f" at revision {_code(self.revision)}" if self.revision else "")

@@ -22,6 +22,17 @@ def tiny_llama() -> Path:
 
 
 @pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder of the test, in which `base` and `adapter` are a small model and a LoRA for it."""
+    import small
+
+    base = small.write_base(tmp_path / "base")
+    small.write_adapter(tmp_path / "adapter", base)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
 def one_thread() -> Iterator[None]:
     """torch computes on one thread, so that the last bit does not depend on the machine."""
     import torch

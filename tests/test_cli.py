@@ -23,14 +23,6 @@ from lora_merge.request import Recipe, Request, RunOptions, parse_size
 from lora_merge.results import MergedWeight, MergeResult
 
 
-@pytest.fixture
-def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    base = small.write_base(tmp_path / "base")
-    small.write_adapter(tmp_path / "adapter", base)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def save_other_adapter(folder: Path) -> None:
     """An adapter of another model."""
     names = (f"base_model.model.a.b.lora_{side}.weight" for side in "AB")

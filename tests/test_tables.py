@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import small
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -51,14 +50,6 @@ def test_columns_are_left_out_in_their_order() -> None:
     assert fitted(rows, 86, (2, 1)) == (rows, 0)
     assert fitted(rows, 85, (2, 1)) == ([[rows[0][0], rows[0][1], rows[0][3]]], 1)
     assert fitted(rows, 50, (2, 1)) == ([[rows[0][0], rows[0][3]]], 2)
-
-
-@pytest.fixture
-def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    base = small.write_base(tmp_path / "base")
-    small.write_adapter(tmp_path / "adapter", base)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 @pytest.mark.parametrize("columns", [None, "80", "120"])

@@ -92,7 +92,6 @@ def _shared(plan: Plan) -> int:
     sizes = {
         (effect.adapter, name): effect.patch.workspace(weight)
         for weight, effect in used
-        if shared
         for name in effect.patch.factors
         if (effect.adapter, name) in shared
     }

@@ -83,11 +83,6 @@ class QuantMethod(Generic[F]):
         return ABILITIES[cls.name]
 
     @classmethod
-    def takes_expert_linears(cls, bits: int) -> bool:
-        """Whether loaders, of servers at least, take experts of this width that are stored one by one, as linears."""
-        return False
-
-    @classmethod
     def from_options(cls, options: FormatOptions, weights: Mapping[str, TensorSpec]) -> F:
         """The format to write all these weights in, by module. Raises UnsupportedError for what it does not have."""
         return cls.format_for(cls.abilities().chosen(cls.name, options), weights)

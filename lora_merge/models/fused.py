@@ -6,14 +6,11 @@ which a server has one kernel.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from lora_merge.models.names import FUSED
+from lora_merge.models.names import EXPERT, EXPERTS, FUSED, STACKED_EXPERTS
 
-EXPERT = re.compile(r"(.*\.experts)\.\d+\.\w+")
-"""A linear of an expert that is stored by itself, and the module of all."""
 _SETS_OF: Mapping[str, tuple[int, ...]] = {
     leaf: tuple(number for number, pieces in enumerate(FUSED) if leaf in pieces)
     for leaf in dict.fromkeys(leaf for pieces in FUSED for leaf in pieces)
@@ -42,7 +39,7 @@ class FusedSets:
             for number in _SETS_OF.get(leaf, ()):
                 pieces.setdefault((parent, number), []).append(module)
             if match := EXPERT.fullmatch(module):
-                stacks.setdefault(match[1], []).append(module)
+                stacks.setdefault(match["experts"], []).append(module)
         matrices = tuple(_in_order(some, number) for (_, number), some in pieces.items() if len(some) > 1)
         experts = tuple(tuple(some) for some in stacks.values() if len(some) > 1)
         of_module: dict[str, tuple[tuple[str, ...], ...]] = {}
@@ -68,6 +65,14 @@ class FusedSets:
                 known.update(more)
                 waiting += more
         return found
+
+
+def experts_of(weight: str) -> str | None:
+    """The module of the experts that a weight has, one by one or as a stack; None for any other."""
+    if match := STACKED_EXPERTS.fullmatch(weight):
+        return match["experts"] or f"{match['block']}{EXPERTS}"
+    match = EXPERT.fullmatch(weight.removesuffix(".weight")) if weight.endswith(".weight") else None
+    return match["experts"] if match else None
 
 
 def units(modules: Collection[str]) -> list[tuple[str, ...]]:

@@ -4,13 +4,13 @@ names tell."""
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lora_merge.dtypes import PLAIN_FLOATS
 from lora_merge.models.names import BLOCK, EXPERT, HEAD, NOT_QUANTIZED, NOT_REPLACED, ROUTER, SIBLINGS, TOWER_PARTS
 from lora_merge.models.skeleton import Skeleton
-from lora_merge.spec import TensorSpec
+from lora_merge.spec import Location, TensorSpec
 
 KEPT = "--keep"
 SMALL = "embeddings, heads, norms and routers"
@@ -143,9 +143,13 @@ def of_class(skeleton: Skeleton) -> dict[str, str]:
     found = {}
     for module in skeleton.linear_modules():
         locations = skeleton.disk_tensors(f"{module}.weight")
-        whole = len(locations) == 1 and locations[0].within is None and locations[0].rows is None
-        found[module] = locations[0].tensor.removesuffix(".weight") if whole else module
+        found[module] = locations[0].tensor.removesuffix(".weight") if _is_whole(locations) else module
     return found
+
+
+def _is_whole(locations: Sequence[Location]) -> bool:
+    """Whether a parameter is one tensor, and all of it."""
+    return len(locations) == 1 and locations[0].within is None and locations[0].rows is None
 
 
 def _pieces(skeleton: Skeleton, every: Collection[str]) -> dict[str, str]:
@@ -154,7 +158,7 @@ def _pieces(skeleton: Skeleton, every: Collection[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for module in skeleton.linear_modules():
         locations = skeleton.disk_tensors(f"{module}.weight")
-        if len(locations) != 1 or locations[0].within is not None or locations[0].rows is not None:
+        if not _is_whole(locations):
             names = (one.tensor.removesuffix(".weight") for one in locations)
             found |= {name: PIECES for name in names if name in every}
     return found

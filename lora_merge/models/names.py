@@ -153,8 +153,8 @@ TOWER_PARTS = re.compile(
 """In the path of a module that is no part of the language model itself: towers, and what leads from them into it."""
 NOT_REPLACED = ("NonDynamicallyQuantizableLinear", "DeepseekV4GroupedLinear", "IdeficsDecoupledLinear")
 """Classes derived from Linear that compute with their weight in a way of their own."""
-EXPERT = re.compile(r".*\.experts\.\d+\.\w+")
-"""Experts stored one by one: linears in the file where the class has stacks."""
+EXPERT = re.compile(r"(?P<experts>.*\.experts)\.\d+\.\w+")
+"""Experts stored one by one, linears in the file where the class has stacks; and the module of all."""
 ROUTER = re.compile(r".*\.(gate|router)(\.\w+)?")
 """Routers: linears in the file, which many classes have as modules of their own."""
 

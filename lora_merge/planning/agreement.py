@@ -11,7 +11,7 @@ from lora_merge.formats import CodedFormat, Format, StoredWeight
 from lora_merge.formats.method import Loader
 from lora_merge.models.fused import FusedSets
 from lora_merge.models.linears import KEPT, SMALL, Linears
-from lora_merge.models.names import EMBEDDING, EXPERT, NOT_QUANTIZED
+from lora_merge.models.names import EMBEDDING, NOT_QUANTIZED
 from lora_merge.models.skeleton import Skeleton
 from lora_merge.planning.loaders import LoaderFit, fitted
 from lora_merge.spec import TensorSpec
@@ -111,7 +111,7 @@ def _reason(name: str, spec: TensorSpec, reasons: Mapping[str, str]) -> str:
         return reason
     if NOT_QUANTIZED.fullmatch(module) or EMBEDDING.match(name) or re.search(r"(^|[._])(embed|wte|wpe)[^.]*$", module):
         return SMALL
-    return EXPERTS if "experts" in name or EXPERT.fullmatch(module) else OTHERS
+    return EXPERTS if "experts" in name else OTHERS
 
 
 def starred(text: str) -> str:

@@ -21,10 +21,11 @@ from lora_merge.formats import StoredWeight
 from lora_merge.formats.plain import PART, Plain
 from lora_merge.formats.stack_piece import StackPiece
 from lora_merge.models.families import model_type, of_type
+from lora_merge.models.fused import experts_of
 from lora_merge.models.names import STACKED_EXPERTS
 from lora_merge.planning.base_formats import Method
 from lora_merge.planning.draft import Draft
-from lora_merge.planning.output_formats import asked_method, skeleton
+from lora_merge.planning.output_formats import asked_method, skeleton, width
 from lora_merge.request import Recipe
 from lora_merge.spec import TensorSpec
 
@@ -48,8 +49,7 @@ def split_stacks(draft: Draft, recipe: Recipe) -> None:
     pairs = list(_pairs(draft.weights))
     if method is None or not pairs or of_type(model_type(draft.config)).experts_served_stacked:
         return
-    bits = recipe.bits or method.abilities().default_bits
-    if not method.takes_expert_linears(bits) and not _takes_apart(method, draft):
+    if width(recipe, method, None) not in method.abilities().experts and not _takes_apart(method, draft):
         return
     keep = [re.compile(pattern) for pattern in recipe.keep]
     for pair in pairs:
@@ -67,8 +67,7 @@ def _pairs(weights: Mapping[str, StoredWeight]) -> Iterator[_Pair]:
             and len(stored.weight.shape) == 3
             and (match := STACKED_EXPERTS.fullmatch(name))
         ):
-            stem = match["experts"] or f"{match['block']}.experts"
-            found[stem][GATE_UP if match["part"] in (GATE_UP, "input_linear.weight") else DOWN] = name
+            found[str(experts_of(name))][GATE_UP if match["part"] in (GATE_UP, "input_linear.weight") else DOWN] = name
     for stem, parts in found.items():
         if len(parts) == 2 and f"{parts[GATE_UP]}_bias" not in weights:  # no server has such linears with a bias
             yield _Pair(stem, parts[GATE_UP], parts[DOWN])

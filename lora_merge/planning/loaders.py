@@ -14,15 +14,15 @@ from typing import Any, TypeVar
 from lora_merge.errors import UnsupportedError, listed
 from lora_merge.formats import QuantMethod
 from lora_merge.formats.method import Loader
+from lora_merge.models.fused import experts_of
 from lora_merge.models.linears import linears, of_class
-from lora_merge.models.names import BLOCK, STACKED_EXPERTS
+from lora_merge.models.names import BLOCK
 from lora_merge.models.skeleton import Skeleton
 from lora_merge.spec import Location, TensorSpec
 
 F = TypeVar("F")
 EXPERTS = re.compile(r"(.*\.experts)\..*")
 """A tensor of experts, one's or all's, and the module of all."""
-ONE_OF_EXPERTS = re.compile(r"(.*\.experts)\.\d+\.\w+\.weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ def still_plain(
 ) -> LoaderFit:
     """What config.json must name as plain where of a base's modules, `before`, only `written` stay quantized.
 
-    takes_experts: `QuantMethod.takes_expert_linears` of their width.
+    takes_experts: whether servers load experts of their width one by one (`Abilities.experts`).
 
     Raises UnsupportedError where the loader could not tell the two apart.
     """
@@ -188,13 +188,8 @@ def plain_experts(weights: Iterable[str], written: Collection[str]) -> list[str]
     """
     found: dict[str, bool] = {}
     for name in weights:
-        if match := STACKED_EXPERTS.fullmatch(name):
-            module = match["experts"] or f"{match['block']}.experts"
-        elif match := ONE_OF_EXPERTS.fullmatch(name):
-            module = match[1]
-        else:
-            continue
-        found[module] = found.get(module, False) or name.removesuffix(".weight") in written
+        if module := experts_of(name):
+            found[module] = found.get(module, False) or name.removesuffix(".weight") in written
     return [module for module, coded in found.items() if not coded]
 
 

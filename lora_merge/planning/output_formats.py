@@ -16,10 +16,11 @@ from lora_merge.formats.method import SECTION, ConfigPath, Loader
 from lora_merge.models.families import model_type, of_type
 from lora_merge.models.fused import FusedSets
 from lora_merge.models.linears import Linears, linears
+from lora_merge.models.names import EXPERT
 from lora_merge.models.skeleton import NoSkeleton, Skeleton, build
 from lora_merge.planning.agreement import agreed, drawn, kept, share_that_stays_plain, starred, told
 from lora_merge.planning.base_formats import Method, common, declared, removal, removed_files, unreadable
-from lora_merge.planning.loaders import ONE_OF_EXPERTS, plain_experts, still_plain, unopened_experts
+from lora_merge.planning.loaders import plain_experts, still_plain, unopened_experts
 from lora_merge.planning.plain_formats import check_sixteen_bits, plain_format, scale_dtype
 from lora_merge.planning.remarks import on_loaders
 from lora_merge.request import Recipe
@@ -66,8 +67,7 @@ def decide(
         raise UnsupportedError(f"--quantize-towers: servers take towers of {method.name} for plain; leave it out")
     recipe.check_double_quant(method.name)
     model = skeleton(config, tensors)
-    own = common(present)
-    bits = recipe.bits or (own.bits if own is not None else method.abilities().default_bits)
+    bits = width(recipe, method, common(present))
     chosen = _chosen(method, bits, keep, recipe.quantize_towers, present, weights, config, tensors, model)
     return _quantized(recipe, method, chosen, present, plain, weights, config, model, tensors)
 
@@ -80,9 +80,10 @@ def _decoded(
 ) -> OutputFormats:
     """Every weight plain. Experts stay as they are stored, one by one or in a stack."""
     notes = []
-    if any(ONE_OF_EXPERTS.fullmatch(name) for name in present):
+    modules = [name.removesuffix(".weight") for name in present]
+    if any(map(EXPERT.fullmatch, modules)):
         model = skeleton(config, tensors)
-        if stacks := unopened_experts(Loader(), model, [name.removesuffix(".weight") for name in present]):
+        if stacks := unopened_experts(Loader(), model, modules):
             notes.append(
                 f"transformers has the experts of a layer in one ({listed(stacks, 2)}) and opens none that lie one by "
                 "one, as servers do (vLLM, SGLang)"
@@ -109,7 +110,7 @@ def _own(
     before = [name.removesuffix(end) for name in present]
     more = drawn(FusedSets.of(before), [one for one in before if one + end not in own], before)
     written = {one: present[one + end].format for one in before if one + end in own and one not in more}
-    takes_experts = method.takes_expert_linears(format.bits)
+    takes_experts = format.bits in method.abilities().experts
     fit = still_plain(method, skeleton(config, tensors), tensors, before, written, takes_experts)
     changes = method.config_changes(fit.by_path(written), fit.plain, config)
     formats = {**plain, **{module + end: format for module, format in written.items()}}
@@ -131,6 +132,11 @@ def asked_method(recipe: Recipe, present: Mapping[str, StoredWeight], config: Ma
         return METHODS["chatglm"]
     stacked = of_type(model_type(config)).experts_served_stacked
     return METHODS["mxfp4" if stacked and recipe.bits == 4 and recipe.quant_type in (None, "mxfp4") else USUAL]
+
+
+def width(recipe: Recipe, method: Method, own: Format | None) -> int:
+    """The bits of a code in the output: as asked, else those of the base's own format, else the method's usual ones."""
+    return recipe.bits or (own.bits if own is not None else method.abilities().default_bits)
 
 
 def _is_as_asked(recipe: Recipe, present: Mapping[str, StoredWeight]) -> bool:
@@ -155,7 +161,7 @@ def _chosen(
 ) -> Linears:
     """The modules to quantize: those that are, or in a plain base those that its class or this format's loader has."""
     split = any(not stored.format.copyable for stored in weights.values())
-    found = linears(tensors, model, keep, split or method.takes_expert_linears(bits), towers)
+    found = linears(tensors, model, keep, split or bits in method.abilities().experts, towers)
     end = method.formats[0].weight_suffix
     modules = {name.removesuffix(end): name for name in weights if name.endswith(end)}
     if present:
@@ -249,7 +255,7 @@ def _options(
     chosen: Mapping[str, TensorSpec],
 ) -> FormatOptions:
     """What is asked of the new format; the width of the base where none is."""
-    bits = recipe.bits or (own.bits if own is not None else method.abilities().default_bits)
+    bits = width(recipe, method, own)
     dtype = recipe.target_dtype or scale_dtype(weights, chosen)
     return FormatOptions(bits, dtype, recipe.quant_type, recipe.group_size, recipe.double_quant)
 

@@ -28,13 +28,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # its own
 ]
 FORMATS: dict[str, dict[str, Any]] = {
-    "int4": {"format": "compressed-tensors", "bits": 4},
-    "ct-fp8": {"format": "compressed-tensors", "bits": 8, "quant_type": "fp8"},
-    "ct-nvfp4": {"format": "compressed-tensors", "bits": 4, "quant_type": "nvfp4"},
-    "gptq": {"format": "gptq", "bits": 4},
-    "awq": {"format": "awq", "bits": 4},
-    "fp8": {"format": "fp8", "bits": 8},
-    "fbgemm": {"format": "fbgemm_fp8", "bits": 8},
+    **{name: opened.OUTPUTS[name] for name in ("int4", "ct-fp8", "gptq", "awq", "fp8", "fbgemm")},
+    "ct-nvfp4": opened.OUTPUTS["nvfp4"],
     "modelopt": {"format": "modelopt", "bits": 8},
     "modelopt-nvfp4": {"format": "modelopt", "bits": 4},
 }

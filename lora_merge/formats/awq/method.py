@@ -31,10 +31,6 @@ class AWQMethod(QuantMethod[AWQ]):
     rescales_channels: ClassVar[bool] = True
 
     @classmethod
-    def takes_expert_linears(cls, bits: int) -> bool:
-        return True
-
-    @classmethod
     def format_for(cls, options: FormatOptions, weights: Mapping[str, TensorSpec]) -> AWQ:
         """One group size for all weights, since loaders know but one."""
         size = options.group_size or common_group_size(weights, options.bits, COMMON, whole_rows=False)

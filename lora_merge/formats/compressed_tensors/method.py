@@ -30,10 +30,6 @@ class CompressedTensorsMethod(QuantMethod[CompressedTensors]):
     )
 
     @classmethod
-    def takes_expert_linears(cls, bits: int) -> bool:
-        return True
-
-    @classmethod
     def format_for(cls, options: FormatOptions, weights: Mapping[str, TensorSpec]) -> CompressedTensors:
         """One scheme for all weights: loaders that stack experts or dequantize while loading know but one."""
         size = options.group_size or common_group_size(weights, options.bits, GROUPS)

@@ -28,10 +28,6 @@ class FP8Method(QuantMethod[FP8]):
     )
 
     @classmethod
-    def takes_expert_linears(cls, bits: int) -> bool:
-        return True
-
-    @classmethod
     def format_for(cls, options: FormatOptions, weights: Mapping[str, TensorSpec]) -> FP8:
         return FP8(dtype=options.dtype, fresh=True)
 

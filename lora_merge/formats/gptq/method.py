@@ -24,10 +24,6 @@ class GPTQMethod(QuantMethod[GPTQ]):
     json_file: ClassVar[str | None] = "quantize_config.json"
 
     @classmethod
-    def takes_expert_linears(cls, bits: int) -> bool:
-        return True
-
-    @classmethod
     def format_for(cls, options: FormatOptions, weights: Mapping[str, TensorSpec]) -> GPTQ:
         return GPTQ(options.bits, options.group_size or common_group_size(weights, options.bits, GROUPS))
 

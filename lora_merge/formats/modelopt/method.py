@@ -29,10 +29,6 @@ class ModelOptMethod(QuantMethod[ModelOpt]):
     json_file: ClassVar[str | None] = "hf_quant_config.json"
 
     @classmethod
-    def takes_expert_linears(cls, bits: int) -> bool:
-        return bits == 4  # servers want one scale a weight at 8 bits, and rows have their own here
-
-    @classmethod
     def format_for(cls, options: FormatOptions, weights: Mapping[str, TensorSpec]) -> ModelOpt:
         if options.quant_type == "nvfp4":
             return ModelOptFP4(dtype=options.dtype)
