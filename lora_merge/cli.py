@@ -14,16 +14,8 @@ import click
 
 from lora_merge import __version__
 from lora_merge.abilities import FORMATS, QUANT_TYPES, WIDTHS
-from lora_merge.bar import Reporter
 from lora_merge.dtypes import MODEL_DTYPES
 from lora_merge.errors import LoraMergeError, StorageError, UsageError, printable
-from lora_merge.report import (
-    escape_what_cannot_be_shown,
-    show_inspection,
-    show_plan,
-    show_result,
-    show_verification,
-)
 from lora_merge.request import (
     CARDS,
     DEFAULTS,
@@ -38,7 +30,15 @@ from lora_merge.system.shortage import COMPUTING, check_imports, telling_shortag
 from lora_merge.system.signals import Signals, end, farewell
 from lora_merge.system.stopping import Stop, Stopped
 from lora_merge.system.streams import divert, printing, secure
-from lora_merge.usage import PROGRAM, Command, Group, Size, tell_error, tell_wrong_words
+from lora_merge.terminal.bar import Reporter
+from lora_merge.terminal.report import (
+    escape_what_cannot_be_shown,
+    show_inspection,
+    show_plan,
+    show_result,
+    show_verification,
+)
+from lora_merge.terminal.usage import PROGRAM, Command, Group, Size, tell_error, tell_wrong_words
 
 COMMANDS = ("inspect", "verify")
 MEANT = {name: name for name in COMMANDS} | {"help": "--help", "version": "--version"}

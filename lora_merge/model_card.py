@@ -20,9 +20,9 @@ from lora_merge.checkpoint.opening import Checkpoint
 from lora_merge.errors import printable
 from lora_merge.planning.jobs import Copy, Plan
 from lora_merge.planning.side_files import BASE_CARD, CARD
-from lora_merge.report import figure, share
 from lora_merge.request import Recipe, option
 from lora_merge.results import MergedWeight, TotalSurvival
+from lora_merge.terminal.report import figure, share
 
 INHERITED = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag")
 LOCAL = frozenset({

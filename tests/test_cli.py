@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 
 from lora_merge import api, cli
 from lora_merge.errors import UsageError
-from lora_merge.report import show_result
 from lora_merge.request import Recipe, Request, RunOptions, parse_size
 from lora_merge.results import MergedWeight, MergeResult
+from lora_merge.terminal.report import show_result
 
 
 def save_other_adapter(folder: Path) -> None:

@@ -14,11 +14,11 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lora_merge"
 
 # A wing imports from itself, from those below it, and from none above; modules beside the wings are front or ground.
-FRONT = {"__main__", "cli", "usage", "report", "bar", "tables", "next_steps", "api", "public", "inspection"}
-FRONT |= {"model_card"}
+FRONT = {"__main__", "cli", "api", "public", "inspection", "model_card"}
 GROUND = {"abilities", "request", "keywords", "results", "progress"}
 GROUND |= {"dtypes", "errors", "spec", "lora_merge"}
 WINGS: dict[str, set[str]] = {
+    "terminal": {"verification"},
     "verification": {"execution", "planning", "output", "checkpoint"},
     "execution": {"planning", "output", "checkpoint", "formats", "adapters", "models", "quantization"},
     "planning": {"checkpoint", "formats", "adapters", "models", "quantization"},

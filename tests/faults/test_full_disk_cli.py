@@ -57,7 +57,7 @@ def test_filled_up_in_the_middle_exits_8_and_resumes(
             filler.append(fill(disk, leave=100_000))
 
     with monkeypatch.context() as patched:
-        patched.setattr("lora_merge.bar.Reporter.__call__", filling)
+        patched.setattr("lora_merge.terminal.bar.Reporter.__call__", filling)
         assert cli.run(words) == 8
     assert "the disk is full" in (err := capsys.readouterr().err) and "--resume" in err
     assert not (disk / "out").exists() and filler

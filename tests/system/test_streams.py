@@ -110,9 +110,9 @@ def test_a_terminal_that_hangs_up_stops_no_merge(job: Path) -> None:
 
 
 def test_without_a_terminal_there_is_no_bar_object(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lora_merge.bar import Reporter
+    from lora_merge.terminal.bar import Reporter
 
-    monkeypatch.setattr("lora_merge.bar._bar", lambda total: pytest.fail("a bar was made"))
+    monkeypatch.setattr("lora_merge.terminal.bar._bar", lambda total: pytest.fail("a bar was made"))
     with Reporter() as reporter:
         reporter("a", 1, 2)
     monkeypatch.setattr(sys, "stderr", None)  # closed before Python began

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.errors import printable
-from lora_merge.tables import NARROWEST, shortened
+from lora_merge.terminal.tables import NARROWEST, shortened
 
 if TYPE_CHECKING:
     from tqdm import tqdm

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from lora_merge.dtypes import MODEL_DTYPES
 from lora_merge.errors import printable
-from lora_merge.next_steps import next_steps
-from lora_merge.tables import fitted, shortened, table, terminal_width
+from lora_merge.terminal.next_steps import next_steps
+from lora_merge.terminal.tables import fitted, shortened, table, terminal_width
 
 if TYPE_CHECKING:
     from lora_merge.results import Inspection, MergedWeight, MergeResult, PlannedWeight, PlanResult

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_merge import cli
-from lora_merge.next_steps import next_steps
-from lora_merge.tables import LEAST, LEAST_NAME, fitted, shortened, table
+from lora_merge.terminal.next_steps import next_steps
+from lora_merge.terminal.tables import LEAST, LEAST_NAME, fitted, shortened, table
 
 CELL = st.text(alphabet="abc.", max_size=60)
 
