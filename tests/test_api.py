@@ -91,7 +91,7 @@ def test_what_was_measured_is_what_happened(job: Job) -> None:
     [
         {"threads": 1},
         {"threads": 2},
-        {"threads": 3, "max_memory": "1GB"},
+        {"threads": 3, "max_memory": "ample"},
         {"max_memory": "least"},
         {"threads": 2, "max_memory": "least"},
     ],
@@ -100,8 +100,9 @@ def test_what_was_measured_is_what_happened(job: Job) -> None:
 def test_the_same_bytes_whatever_the_machine(job: Job, words: dict[str, Any]) -> None:
     path = job[0]
     lora_merge.merge(path / "base", path / "adapter", path / "one", threads=2)
-    if words.get("max_memory") == "least":
-        words = words | {"max_memory": lora_merge.plan(path / "base", path / "adapter").memory + 4_000_000}
+    if "max_memory" in words:  # beyond what this process holds, which earlier tests may have made large
+        more = {"least": 4_000_000, "ample": 800_000_000}[words["max_memory"]]
+        words = words | {"max_memory": lora_merge.plan(path / "base", path / "adapter").memory + more}
     lora_merge.merge(path / "base", path / "adapter", path / "two", **words)
     assert contents(path / "one") == contents(path / "two")
 
