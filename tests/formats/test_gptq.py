@@ -1,6 +1,7 @@
 """GPTQ against checkpoints that gptqmodel wrote, and its arithmetic spelled out in numpy."""
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -412,7 +413,7 @@ def test_config_of_a_fresh_output() -> None:
 def test_plain_linears_of_a_block_are_told_by_the_list_of_the_others() -> None:
     written = dict.fromkeys(modules("mlp.down_proj"), GPTQ(4))
     kept = [f"model.layers.{i}.mlp.down_proj" for i in range(2)] + ["lm_head"]
-    assert changed(written, kept)["modules_in_block_to_quantize"] == [BLOCK[:3]]
+    assert changed(written, kept)["modules_in_block_to_quantize"] == [[f".{end}" for end in BLOCK[:3]]]
 
 
 def test_modules_are_named_in_full_where_their_ends_would_name_plain_ones_too() -> None:
@@ -436,10 +437,10 @@ def test_several_stacks_of_blocks_are_named_by_what_their_names_begin_with() -> 
     }
     assert changed(written, ["lm_head"])["block_name_to_quantize"] == "model"
     body = changed(written, ["model.decoder.layers.0.fc2"])
-    assert body["modules_in_block_to_quantize"] == [list(linears)]
+    assert body["modules_in_block_to_quantize"] == [[f".{end}" for end in linears]]
     t5 = {f"{half}.block.0.layer.0.q": GPTQ(4) for half in ("encoder", "decoder")}
     body = changed(t5, ["lm_head"])
-    assert body["block_name_to_quantize"] == "" and body["modules_in_block_to_quantize"] == [["layer.0.q"]]
+    assert body["block_name_to_quantize"] == "" and body["modules_in_block_to_quantize"] == [[".layer.0.q"]]
 
 
 def test_what_the_loader_cannot_be_told_is_refused() -> None:
@@ -494,9 +495,28 @@ def test_a_linear_that_became_plain_is_told_to_the_loader() -> None:
     plain = [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
     config = said(bits=4, group_size=32, damp_percent=0.1)
     body = changed(written, [*plain, "lm_head"], config)
-    assert body == {**config["quantization_config"], "modules_in_block_to_quantize": [BLOCK[:3]]}
-    told = said(bits=4, group_size=32, modules_in_block_to_quantize=[[name] for name in BLOCK[:3]])
+    assert body.pop("dynamic") == {r"-:model\.layers\.\d+\.mlp\.down_proj$": {}}
+    assert body == {**config["quantization_config"], "modules_in_block_to_quantize": [[f".{end}" for end in BLOCK[:3]]]}
+    told = said(
+        bits=4, group_size=32, modules_in_block_to_quantize=[[name] for name in BLOCK[:3]],
+        dynamic={"-:.*down_proj": {}},
+    )  # fmt: skip
     assert changed(written, [*plain, "lm_head"], told) == told["quantization_config"]
+
+
+def test_plain_linears_are_skipped_by_name_and_by_the_matrix_that_servers_make_of_them() -> None:
+    every = dict.fromkeys(modules(), GPTQ(4))
+    first = {name: format for name, format in every.items() if ".0.self_attn" not in name}
+    patterns = list(changed(first, ["model.layers.0.self_attn.q_proj", "visual.blocks.3.fc1", "lm_head"])["dynamic"])
+    assert patterns == [r"-:model\.layers\.0\.self_attn\.(q_proj|qkv_proj)$", r"-:visual\.blocks\.\d+\.fc1$"]
+    skipped = [pattern.removeprefix("-:") for pattern in patterns]
+    for name, plain in (
+        ("model.layers.0.self_attn.q_proj", True), ("model.layers.0.self_attn.qkv_proj", True),
+        ("model.layers.1.self_attn.qkv_proj", False), ("model.layers.0.self_attn.q_projector", False),
+        ("visual.blocks.11.fc1", True), ("visual.blocks.11.fc11", False),
+    ):  # fmt: skip
+        assert any(re.match(pattern, name) for pattern in skipped) is plain
+    assert "dynamic" not in changed(every, ["lm_head"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

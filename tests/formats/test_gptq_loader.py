@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import opened
+import opened_by_gptqmodel
 import pytest
 import stored_parts as sp
 import torch
 from optional import present
 from safetensors.torch import save_file
 
+import lora_merge
 from lora_merge.formats.gptq.format import GPTQ
 from lora_merge.formats.gptq.method import GPTQMethod
 from lora_merge.spec import TensorSpec
@@ -153,3 +156,14 @@ def test_transformers_opens_it(gptqmodel: Any, tmp_path: Path, format: GPTQ, pla
     assert (found - wanted).norm() < 0.02 * wanted.norm()
     quantized = [name for name, module in loaded.named_modules() if hasattr(module, "qweight")]
     assert set(quantized) == set(formats)
+
+
+@pytest.mark.parametrize("keep", ["layers.0.mlp.down_proj", "self_attn", "layers.1.self_attn.k_proj"])
+def test_gptqmodel_opens_a_file_with_plain_linears_in_its_blocks(gptqmodel: Any, tmp_path: Path, keep: str) -> None:
+    """It looks at `dynamic` alone, and transformers at the list of modules alone."""
+    base = opened.saved(tmp_path / "base", "llama", "LlamaForCausalLM")
+    done = lora_merge.merge(base, [], tmp_path / "out", bits=4, format="gptq", keep=[keep])
+    lora_merge.merge(tmp_path / "out", [], tmp_path / "plain", bits=16)
+    count = opened.quantized(tmp_path / "out")
+    assert 0 < count < 14 and done.notes
+    assert opened_by_gptqmodel.compare(tmp_path / "out", tmp_path / "plain", count).right

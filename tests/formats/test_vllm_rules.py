@@ -58,13 +58,15 @@ EXPERTS = {
 FAMILIES = DENSE | EXPERTS
 
 
-def known(family: str, format: str) -> str | None:
-    """Why vLLM does not agree yet; None where it does."""
+def known(family: str, format: str) -> list[str]:
+    """What vLLM gets wrong whatever the config says.
+
+    Experts in GPTQ whose columns are no multiple of 128, as gpt-oss's 2880, go to a fallback that does not look at
+    `dynamic`, and at no other list of a GPTQ config.
+    """
     if (family, format) == ("gpt_oss", "gptq"):
-        return (
-            "vLLM renames self_attn in whole paths alone, and the list of GPTQ has ends of paths, as optimum wants it"
-        )
-    return None
+        return [f"model.layers.{layer}.mlp.experts: vLLM takes it for codes" for layer in range(2)]
+    return []
 
 
 @pytest.fixture(scope="module")
@@ -86,19 +88,13 @@ def vllm() -> Iterator[None]:
         yield
 
 
-def cases() -> Iterator[Any]:
-    for family in FAMILIES:
-        for format in FORMATS:
-            reason = known(family, format)
-            yield pytest.param(family, format, marks=[pytest.mark.xfail(strict=True, reason=reason)] if reason else [])
-
-
-@pytest.mark.parametrize(("family", "format"), list(cases()))
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_vllm_takes_for_quantized_what_is(
     base: Callable[[str], Path], tmp_path: Path, vllm: None, family: str, format: str
 ) -> None:
     lora_merge.merge(base(family), [], tmp_path / "out", **FORMATS[format])
-    assert not list(vllm_view.complaints(tmp_path / "out"))
+    assert sorted(vllm_view.complaints(tmp_path / "out")) == known(family, format)
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])

@@ -21,7 +21,7 @@ from lora_merge.errors import InputError, UnsupportedError, listed, quoted
 from lora_merge.formats.method import sections
 from lora_merge.formats.patterns import compiled
 from lora_merge.models.config_values import FLAG, NAME_OR_NAMES, NAMES_OR_LISTS, OBJECT, WHOLE, Kind, value
-from lora_merge.models.names import EXPERTS
+from lora_merge.models.names import EXPERTS, HEAD, SIBLINGS
 
 METHOD = "gptq"
 WHERE = "config.json: quantization_config"
@@ -32,6 +32,8 @@ CARRIES = "gptqmodel"
 SKIP, OVERRIDE = "-:", "+:"
 IN_BLOCK = re.compile(r"(.+?)\.\d+\.(.+)")
 NUMBER = re.compile(r"(?:(?<=\.)|^)\d+(?=\.)")
+SERVED_AS = {piece: one.fused[0] for one in SIBLINGS if one.fused and one.one_scale for piece in one.pieces}
+"""What servers call the matrix that they make of a linear and of its neighbours."""
 BLOCKS = (
     "transformer.h", "model.decoder.layers", "gpt_neox.layers", "model.layers", "model.language_model.layers",
 )  # fmt: skip
@@ -119,7 +121,7 @@ def changed_section(
     ):
         right = not any(_quantizes(body, name) for name in plain_in_blocks(written, plain))
         blocks = {} if right else _blocks(list(written), plain)
-        return {**body, "quant_method": METHOD, **blocks, **_skipped(experts, body)}
+        return {**body, "quant_method": METHOD, **blocks, **_skipped(experts, plain, written, body)}
     options = _only(written)
     # Zero points of the base are read as their writer meant them only while it is named.
     quantizers = _quantizers(body) if options.gptqmodel else []
@@ -128,7 +130,7 @@ def changed_section(
         "bits": options.bits,
         "checkpoint_format": layout,
         "desc_act": any(one.desc_act for one in written.values()),
-        **_skipped(experts, {}),
+        **_skipped(experts, plain, written, {}),
         "format": layout,
         "group_size": options.group_size,
         "lm_head": False,
@@ -140,18 +142,35 @@ def changed_section(
     }
 
 
-def _skipped(experts: Sequence[str], body: Mapping[str, Any]) -> dict[str, Any]:
-    """`dynamic` where experts stay plain: vLLM takes all for quantized that it does not skip."""
-    left = [module for module in experts if _override(body, module) is not None]
+def _skipped(
+    experts: Sequence[str], plain: Sequence[str], written: Iterable[str], body: Mapping[str, Any]
+) -> dict[str, Any]:
+    """`dynamic` where modules stay plain: SGLang and gptqmodel look at nothing else, vLLM for experts.
+
+    Experts have no end in their pattern, which so names all that lies below.
+    """
+    left = [re.escape(module) for module in experts if _override(body, module) is not None]
+    coded = {NUMBER.sub("*", module) for module in written}
+    for module in plain:
+        if not HEAD.fullmatch(module) and _override(body, module) is not None:
+            left.append(_pattern(module, everywhere=NUMBER.sub("*", module) not in coded))
     if not left:
         return {}
     known = body.get("dynamic")
-    return {
-        "dynamic": {
-            **{f"{SKIP}{re.escape(module)}": {} for module in left},
-            **(known if isinstance(known, Mapping) else {}),
-        }
-    }
+    skips: dict[str, Any] = {f"{SKIP}{pattern}": {} for pattern in left}
+    return {"dynamic": skips | dict(known if isinstance(known, Mapping) else {})}
+
+
+def _pattern(module: str, everywhere: bool) -> str:
+    """Of a linear, and of the matrix that servers make of it and of its neighbours. everywhere: in any layer."""
+    parent, dot, leaf = module.rpartition(".")
+    if everywhere:
+        *steps, last = NUMBER.split(f"{parent}{dot}")
+        stem = r"\d+".join(map(re.escape, (*steps, last)))
+    else:
+        stem = re.escape(parent + dot)
+    served = SERVED_AS.get(leaf)
+    return f"{stem}({re.escape(leaf)}|{served})$" if served else f"{stem}{re.escape(leaf)}$"
 
 
 def _only(written: Mapping[str, GptqOptions]) -> GptqOptions:
@@ -187,9 +206,10 @@ def _blocks(written: Sequence[str], plain: Sequence[str]) -> dict[str, Any]:
 def _entries(written: Sequence[str], plain: Sequence[str]) -> list[str]:
     """Names that are in the paths of the written modules and of no plain one: ends where these suffice, else all.
 
+    An end begins with its dot: vLLM renames `.self_attn.` in gpt-oss, and so it must not rename a part of a word.
     Raises UnsupportedError where these are in those of plain ones, too.
     """
-    ends = list(dict.fromkeys(IN_BLOCK.sub(r"\2", module) for module in written))
+    ends = list(dict.fromkeys(IN_BLOCK.sub(r".\2", module) for module in written))
     if not _overlap(ends, plain):
         return ends
     names = set(written)
