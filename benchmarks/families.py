@@ -27,6 +27,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # its pool of threads refuses to start on two cores otherwise
@@ -45,6 +46,8 @@ from lora_merge.errors import LoraMergeError
 
 SECONDS = 240
 PLAIN = "plain"
+UNBUILT = "-"
+"""Stands where formats do for a family that could not be built."""
 DEPLOYED = """
     llama mixtral qwen3_moe deepseek_v3 gpt_oss llama4 qwen2 qwen3 mistral gemma2 gemma3_text phi phi3 granite cohere2
     t5 bert llava qwen2_vl qwen2_5_vl gemma3 gemma3n qwen3_vl mllama falcon opt bloom gpt_neox olmo2 stablelm starcoder2
@@ -113,7 +116,7 @@ class Family:
                     folder, merged = merged_by_peft.adapter_on_all(self.home / "adapter", base, self.name)
                     adapters = [folder]
         except Exception as error:
-            yield "-", Cell("unbuilt", _said(error))
+            yield UNBUILT, Cell("unbuilt", said(error))
             return
         for format in formats:
             yield format, self.cell(base, format, adapters, merged)
@@ -131,9 +134,9 @@ class Family:
                 else:
                     found = self.opened(base, format)
         except LoraMergeError as error:
-            return Cell("refused", _said(error))
+            return Cell("refused", said(error))
         except Exception as error:
-            return Cell("FAULT", _said(error))
+            return Cell("FAULT", said(error))
         mark, _, told = str(found).partition(" ")
         if format == PLAIN:
             return Cell(mark, told)
@@ -150,7 +153,7 @@ class Family:
         except Exception as error:
             if format not in opened.KERNELS:
                 raise
-            first = _said(error)
+            first = said(error)
         if found and not found.right and opened.OUTPUTS[format]["format"] == "compressed-tensors":
             other = opened_by_library.compare(out, plain)
             return other if other.right else found
@@ -171,6 +174,8 @@ def _keep(file: Path, model_type: str, name: str, cells: dict[str, Cell]) -> Non
     """Add the cells of one family to a file of them, which has a line for each family."""
     rows = json.loads(file.read_text()) if file.exists() else {}
     row = rows.setdefault(model_type, {"class": name, "cells": {}})
+    if UNBUILT not in cells:
+        row["cells"].pop(UNBUILT, None)
     for format, cell in cells.items():
         share = None if cell.share is None else round(cell.share, 3)
         row["cells"][format] = {
@@ -179,15 +184,21 @@ def _keep(file: Path, model_type: str, name: str, cells: dict[str, Cell]) -> Non
             "share": share,
             "notes": [note[:160] for note in cell.notes[:3]],
         }
+    file.write_text(as_text(rows))
+
+
+def as_text(rows: dict[str, Any]) -> str:
+    """The file of cells: a line for each family."""
     lines = [f"{json.dumps(key)}: {json.dumps(rows[key])}" for key in sorted(rows)]
-    file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 FOLDERS = re.compile(r"(?<![\w.%])/(?:[^ ()':/]+/)+")
 """Where files lie on the machine that ran it, in what errors say."""
 
 
-def _said(error: BaseException) -> str:
+def said(error: BaseException) -> str:
+    """Its class and the beginning of its message, in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
 
 

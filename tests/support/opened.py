@@ -98,7 +98,7 @@ def load(folder: Path, name: str, format: str = "plain") -> tuple[Any, dict[str,
         words["quantization_config"] = tf.CompressedTensorsConfig(dequantize=True)
     if format in KERNELS:
         words["quantization_config"] = KERNELS[format]()
-    with _without_gpu(format):
+    with without_gpu(format):
         model, info = getattr(tf, name).from_pretrained(folder, output_loading_info=True, **words)
     if not getattr(model, "is_quantized", False):
         model.float()  # FP8 that was dequantized leaves what was plain in the dtype of the file
@@ -180,7 +180,7 @@ def quantized(out: Path) -> int:
 
 
 @contextmanager
-def _without_gpu(format: str) -> Iterator[None]:
+def without_gpu(format: str) -> Iterator[None]:
     """Let a loader that needs a GPU build and fill its modules on the CPU."""
     if format not in ON_GPU:
         yield

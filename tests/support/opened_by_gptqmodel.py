@@ -6,6 +6,7 @@ In a process of its own: gptqmodel replaces model classes of transformers while 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,11 +24,17 @@ def compare(out: Path, plain: Path, count: int) -> opened.Found:
     """
     done = subprocess.run([sys.executable, __file__, str(out), str(plain)], capture_output=True, text=True)
     if done.returncode:
-        raise ValueError(f"gptqmodel: {done.stderr.strip().splitlines()[-1][:240]}")
+        raise ValueError(f"gptqmodel: {last_error(done.stderr)[:240]}")
     told = json.loads(done.stdout.strip().splitlines()[-1])
     if told["held"] != count:
         raise ValueError(f"gptqmodel takes {told['held']} weights of {count} for quantized")
     return opened.Found({}, told["far"], 2.0**-8, "weights gptqmodel", count)
+
+
+def last_error(told: str) -> str:
+    """The line of a process's words that names the exception it died of, or the last of them."""
+    lines = told.strip().splitlines()
+    return next((line for line in reversed(lines) if re.match(r"[\w.]*(Error|Exception)\b", line)), lines[-1])
 
 
 def _main(out: Path, plain: Path) -> None:

@@ -97,6 +97,8 @@ EXTRA: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("glm46v_text", "glm_ocr_text", "glm4v_text"), _mrope(4, 6, 6)),
     "glm4v_moe_text": _mrope(2, 3, 3),
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8},
+    "mamba2": {"num_heads": 8, "head_dim": 32},
+    "falcon_h1": {"mamba_d_ssm": 256, "mamba_d_head": 32, "mamba_n_heads": 8},
     "hunyuan_v1_dense": {"head_dim": 32},
     "hunyuan_v1_moe": {"head_dim": 32},
     "ministral": {"head_dim": 32},
