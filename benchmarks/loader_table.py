@@ -34,7 +34,7 @@ REASONS = (
     (r"^weights library", "library",
      "Experts. transformers leaves NVFP4's global scale out where it stacks them, and knows no way from single experts "
      "to Granite's stack; gptqmodel does not know Granite's, and looks for `gate_proj` where files of Mixtral and "
-     f"Phi-MoE say `w1`, as published ones do. {SERVERS}."),
+     f"Phi-MoE say `w1`, as published ones do; Jamba needs a library for GPUs there. {SERVERS}."),
     (r"in 16 bits: cls\.", "part", "The head's own linear, which is in no block."),
     (r"in 16 bits: model\.connector", "part", "The projector, which stays plain like towers."),
     (r"missing_keys \(.*experts", "loader",
