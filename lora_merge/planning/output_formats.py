@@ -13,6 +13,7 @@ from lora_merge.errors import UnsupportedError, UsageError, listed
 from lora_merge.formats import METHODS, Format, FormatOptions, Plain, StoredWeight, unread
 from lora_merge.formats.chatglm import is_chatglm
 from lora_merge.formats.method import SECTION, ConfigPath, Loader
+from lora_merge.models.decoders import of_names
 from lora_merge.models.families import model_type, of_type
 from lora_merge.models.fused import FusedSets
 from lora_merge.models.linears import Linears, linears
@@ -193,6 +194,8 @@ def _matches(patterns: Sequence[re.Pattern[str]], module: str) -> bool:
 
 def skeleton(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> Skeleton | None:
     """The model class over these names; None where transformers has none."""
+    if model := of_names(config, tensors):
+        return model
     try:
         return build(config, tensors)
     except NoSkeleton:
