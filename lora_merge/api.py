@@ -132,7 +132,7 @@ def inspect(path: Path) -> Inspection:
 def _stage(request: Request, out: Path, plan: Plan, inputs: Inputs, stop: Stop) -> Stage:
     run, stamp = request.run, resuming.stamp(inputs)
     choice = {"resume": run.resume, "restart": run.restart, "overwrite": run.overwrite}
-    return Stage.open(out, plan.digest, stamp, **choice, stop=stop)
+    return Stage.open(out, plan.digest, stamp, **choice, stop=stop, digest=request.recipe.digest)
 
 
 def _work(shards: Sequence[Shard], left: Leftovers) -> int:

@@ -14,6 +14,7 @@ import click
 
 from lora_merge import __version__
 from lora_merge.abilities import FORMATS, QUANT_TYPES, WIDTHS
+from lora_merge.digests import DIGESTS
 from lora_merge.dtypes import MODEL_DTYPES
 from lora_merge.errors import LoraMergeError, StorageError, UsageError, printable
 from lora_merge.request import (
@@ -47,7 +48,7 @@ SECTIONS = {
     "Inputs": ("weight", "alpha", "base_is_residual", "trained_on", "adapter_base", "allow_unused"),
     "Output": (
         *("bits", "format", "dtype", "quant_type", "double_quant", "group_size", "keep"),
-        *("quantize_towers", "tokenizer", "card", "max_shard_size", "overwrite", "verify"),
+        *("quantize_towers", "tokenizer", "card", "digest", "max_shard_size", "overwrite", "verify"),
     ),
     "Rounding": ("rounding", "scales", "seed", "min_survival"),
     "Running": ("dry_run", "device", "max_memory", "threads", "resume", "restart"),
@@ -127,6 +128,7 @@ def chosen(word: str, known: tuple[str, ...], text: str, metavar: str | None = N
 @click.option("--quantize-towers", is_flag=True, help="Quantize encoders of images and sounds, and projectors, too.")
 @chosen("--tokenizer", TOKENIZERS, "Whose tokenizer, template and generation config; auto: the adapter's if it fits.")
 @chosen("--card", CARDS, "README.md: a new model card with the base's beside it, or the base's as it is.")
+@chosen("--digest", DIGESTS, "How lora_merge.json names the files: XXH3, or SHA-256, which costs as much as copying.")
 @click.option("--max-shard-size", type=Size(), help="Cut shards at this size. Default: as the base is cut.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT where it is an earlier output; nothing else ever is.")
 @click.option("--verify/--no-verify", default=False, help="Read OUT again before it is published.")

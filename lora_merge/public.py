@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from lora_merge import api
+from lora_merge.digests import DigestName
 from lora_merge.errors import UsageError
 from lora_merge.keywords import PathLike, checked_call, path_of, paths_of, request_of
 from lora_merge.progress import Progress, no_progress
@@ -43,6 +44,7 @@ def merge(
     allow_unused: str | None = None,
     tokenizer: TokenizerFrom = "auto",
     card: Card = "new",
+    digest: DigestName = "xxh3",
     max_shard_size: int | str | None = None,
     device: str = "auto",
     max_memory: int | str | None = None,
@@ -79,6 +81,7 @@ def merge(
     tokenizer: where tokenizer, chat template, generation config and processor come from: base, adapter; auto: the
         adapter where it brings them and the merged embedding has a row for each of its tokens.
     card: new: write a model card as README.md, with the base's beside it; base: the base's README.md as it is.
+    digest: by which lora_merge.json names the files: xxh3, or sha256, which costs as much as copying them.
     max_shard_size: bytes, or a text like `2GB`; None: shards as the base has them.
     device: auto, cpu, cuda or cuda:N.
     max_memory: limit of the process's own memory; bytes, or a text like `2GB`.
@@ -96,7 +99,7 @@ def merge(
         bits=bits, format=format, dtype=dtype, quant_type=quant_type, double_quant=double_quant,
         group_size=group_size, keep=keep, quantize_towers=quantize_towers, rounding=rounding, scales=scales, seed=seed,
         min_survival=min_survival, trained_on=trained_on, adapter_base=adapter_base, weight=weight, alpha=alpha,
-        base_is_residual=base_is_residual, allow_unused=allow_unused, tokenizer=tokenizer, card=card,
+        base_is_residual=base_is_residual, allow_unused=allow_unused, tokenizer=tokenizer, card=card, digest=digest,
         max_shard_size=max_shard_size, device=device, max_memory=max_memory, threads=threads, resume=resume,
         restart=restart, overwrite=overwrite, verify=verify,
     )  # fmt: skip
@@ -129,6 +132,7 @@ def plan(
     allow_unused: str | None = None,
     tokenizer: TokenizerFrom = "auto",
     card: Card = "new",
+    digest: DigestName = "xxh3",
     max_shard_size: int | str | None = None,
     device: str = "auto",
     max_memory: int | str | None = None,
@@ -164,6 +168,7 @@ def plan(
     tokenizer: where tokenizer, chat template, generation config and processor come from: base, adapter; auto: the
         adapter where it brings them and the merged embedding has a row for each of its tokens.
     card: new: write a model card as README.md, with the base's beside it; base: the base's README.md as it is.
+    digest: by which lora_merge.json names the files: xxh3, or sha256, which costs as much as copying them.
     max_shard_size: bytes, or a text like `2GB`; None: shards as the base has them.
     device: auto, cpu, cuda or cuda:N.
     max_memory: limit of the process's own memory; bytes, or a text like `2GB`.
@@ -180,7 +185,7 @@ def plan(
         bits=bits, format=format, dtype=dtype, quant_type=quant_type, double_quant=double_quant,
         group_size=group_size, keep=keep, quantize_towers=quantize_towers, rounding=rounding, scales=scales, seed=seed,
         min_survival=min_survival, trained_on=trained_on, adapter_base=adapter_base, weight=weight, alpha=alpha,
-        base_is_residual=base_is_residual, allow_unused=allow_unused, tokenizer=tokenizer, card=card,
+        base_is_residual=base_is_residual, allow_unused=allow_unused, tokenizer=tokenizer, card=card, digest=digest,
         max_shard_size=max_shard_size, device=device, max_memory=max_memory, threads=threads, resume=resume,
         restart=restart, overwrite=overwrite, verify=verify,
     )  # fmt: skip

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from lora_merge.abilities import ABILITIES, DOUBLE_QUANT, FORMATS, QUANT_TYPES, WIDTHS
+from lora_merge.digests import DIGESTS, USUAL, DigestName
 from lora_merge.dtypes import MODEL_DTYPES
 from lora_merge.errors import UsageError, quoted
 
@@ -75,6 +76,7 @@ class Recipe:
     allow_unused: str | None = None
     tokenizer: TokenizerFrom = "auto"
     card: Card = "new"
+    digest: DigestName = USUAL
     max_shard_size: int | None = None
 
     def __post_init__(self) -> None:
@@ -87,7 +89,7 @@ class Recipe:
         for name, known in (
             ("bits", WIDTHS), ("format", FORMATS), ("dtype", tuple(MODEL_DTYPES)), ("quant_type", QUANT_TYPES),
             ("rounding", ROUNDINGS), ("scales", SCALES), ("trained_on", TRAINED_ON),
-            ("tokenizer", TOKENIZERS), ("card", CARDS),
+            ("tokenizer", TOKENIZERS), ("card", CARDS), ("digest", DIGESTS),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value not in known:
@@ -130,7 +132,7 @@ class Recipe:
 
     def _check_types(self) -> None:
         _check_flags(self, ("double_quant", "quantize_towers", "base_is_residual"))
-        _check_texts(self, ("scales", "rounding", "trained_on", "tokenizer", "card"))
+        _check_texts(self, ("scales", "rounding", "trained_on", "tokenizer", "card", "digest"))
         _check_texts(self, ("format", "dtype", "quant_type", "adapter_base", "allow_unused"), optional=True)
         if not isinstance(self.keep, tuple) or not all(isinstance(pattern, str) for pattern in self.keep):
             raise UsageError(f"--keep: {quoted(self.keep)} is not a regular expression, nor several of them")

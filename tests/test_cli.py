@@ -133,14 +133,16 @@ def test_every_word_reaches_the_request(job: Path, monkeypatch: pytest.MonkeyPat
     words = """--bits 4 --format bitsandbytes --dtype bfloat16 --quant-type fp4 --double-quant --group-size 128
         --scales keep --rounding dither --seed 7 --keep lm_head --keep q_proj --quantize-towers --trained-on nf4
         --adapter-base same --min-survival 0.5 --weight 2 --alpha 16 --base-is-residual --allow-unused x
-        --tokenizer adapter --card base --max-shard-size 1GB --device cpu
+        --tokenizer adapter --card base --digest sha256 --max-shard-size 1GB --device cpu
         --max-memory 2GB --threads 3 --resume --overwrite --verify"""
     with pytest.raises(Asked) as found:
         cli.run(["base", "adapter", "out", *words.split(), "--dry-run"])
     recipe = Recipe(
-        *(Path("base"), (Path("adapter"),), 4, "bitsandbytes", "bfloat16", "fp4", True, 128, "keep", "dither", 7),
-        *(("lm_head", "q_proj"), True, "nf4", "same", (2.0,), 16.0, True, "x", "adapter", "base", 10**9),
-    )
+        Path("base"), (Path("adapter"),), bits=4, format="bitsandbytes", dtype="bfloat16", quant_type="fp4",
+        double_quant=True, group_size=128, scales="keep", rounding="dither", seed=7, keep=("lm_head", "q_proj"),
+        quantize_towers=True, trained_on="nf4", adapter_base="same", weight=(2.0,), alpha=16.0, base_is_residual=True,
+        allow_unused="x", tokenizer="adapter", card="base", digest="sha256", max_shard_size=10**9,
+    )  # fmt: skip
     run = RunOptions(0.5, "cpu", 2 * 10**9, 3, True, False, True, True)
     assert found.value.args[0] == Request(recipe, Path("out"), run)
     with pytest.raises(Asked) as found:

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "lora_merge"
 # A wing imports from itself, from those below it, and from none above; modules beside the wings are front or ground.
 FRONT = {"__main__", "cli", "api", "public", "inspection", "model_card"}
 GROUND = {"abilities", "request", "keywords", "results", "progress"}
-GROUND |= {"dtypes", "errors", "spec", "lora_merge"}
+GROUND |= {"digests", "dtypes", "errors", "spec", "lora_merge"}
 WINGS: dict[str, set[str]] = {
     "terminal": {"verification"},
     "verification": {"execution", "planning", "output", "checkpoint"},

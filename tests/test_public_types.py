@@ -15,7 +15,7 @@ import torch
 from mypy import api as mypy
 
 import lora_merge
-from lora_merge import abilities, public, request
+from lora_merge import abilities, digests, public, request
 from lora_merge.dtypes import MODEL_DTYPES
 from lora_merge.request import Recipe, RunOptions
 
@@ -27,6 +27,7 @@ WORDS = {
     "rounding": (request.Rounding, request.ROUNDINGS), "scales": (request.Scales, request.SCALES),
     "trained_on": (request.TrainedOn, request.TRAINED_ON), "tokenizer": (request.TokenizerFrom, request.TOKENIZERS),
     "card": (request.Card, request.CARDS),
+    "digest": (digests.DigestName, digests.DIGESTS),
 }  # fmt: skip
 CONSUMER = """
 import lora_merge
@@ -38,7 +39,7 @@ def tell(tensor: str, count: int, of: int) -> None: ...
 
 done = lora_merge.merge("base", ["adapter", Path("other")], "out", bits=4, format="gptq", dtype=torch.bfloat16,
     quant_type="int", keep=["lm_head"], rounding="dither", scales="fresh", weight=[0.5, 1], max_memory="2GB",
-    trained_on="nf4", min_survival=0, tokenizer="adapter", card="base", progress=tell)
+    trained_on="nf4", min_survival=0, tokenizer="adapter", card="base", digest="sha256", progress=tell)
 assert_type(done, lora_merge.MergeResult)
 assert_type(done.weights[0].survival, float | None)
 assert_type(lora_merge.plan("base", "adapter", max_shard_size=10**9).weights, tuple[lora_merge.PlannedWeight, ...])

@@ -78,7 +78,7 @@ WRONG_WORDS: dict[str, tuple[object, ...]] = {
     "weight": ("1", ["1"], [None], [[1]], {1: 2}.values), "format": (3, "gguf", torch), "double_quant": ("yes", 1),
     "resume": (0, "no"), "device": (0,), "adapter_base": (3, b"x", "a\0b"), "allow_unused": (3, "(", b"x"),
     "rounding": ([], "up"), "trained_on": ({},), "tokenizer": (1, "mine"), "card": (False, "none"),
-    "verify": (1,), "nonsense": (1,),
+    "digest": (5, "md5"), "verify": (1,), "nonsense": (1,),
 }  # fmt: skip
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from lora_merge.containers.json_file import read_json
 from lora_merge.containers.regular_file import RegularFile
 from lora_merge.containers.safetensors import open_safetensors
 from lora_merge.containers.torch_bin import TorchBinFile, open_torch_bin
+from lora_merge.digests import Digest
 from lora_merge.dtypes import TORCH_NAMES
 from lora_merge.errors import InputError, UnsupportedError, listed, printable
 from lora_merge.request import Recipe
@@ -139,15 +139,19 @@ def open_adapter(path: Path) -> Checkpoint:
 
 
 def file_sha256(path: Path) -> str:
-    """sha256 of a file, in hex."""
-    sha256 = hashlib.sha256()
+    """SHA-256 of a file, in hex: the name of an input."""
+    return str(file_digest(path, Digest("sha256"))).partition(":")[2]
+
+
+def file_digest(path: Path, digest: Digest) -> Digest:
+    """The digest, which has seen nothing yet, after all of a file."""
     file = RegularFile(path)
     try:
         for offset in range(0, file.size, 2**20):
-            sha256.update(file.read(offset, min(2**20, file.size - offset), "content"))
+            digest.update(file.read(offset, min(2**20, file.size - offset), "content"))
     finally:
         file.close()
-    return sha256.hexdigest()
+    return digest
 
 
 def identity(file: TensorFile) -> dict[str, Any]:

@@ -10,12 +10,9 @@ import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from lora_merge.digests import USUAL, Digest, DigestName
 from lora_merge.output.location import storage_error, storing
-
-if TYPE_CHECKING:
-    from hashlib import _Hash as Hash
 
 BLOCK = 4 << 20
 FLOW = 64 << 20
@@ -29,12 +26,15 @@ class FileWriter:
 
     A new one never opens what is there already, be it a file or a link; the mode follows the umask.
     nbytes: the size promised. started: how many bytes are there, and their digest; what follows them is cut off.
+    digest: which kind a new file gets.
     """
 
-    def __init__(self, path: Path, nbytes: int, started: tuple[int, Hash] | None = None) -> None:
+    def __init__(
+        self, path: Path, nbytes: int, started: tuple[int, Digest] | None = None, digest: DigestName = USUAL
+    ) -> None:
         self.path = path
         self.nbytes = nbytes
-        self.written, self._sha256 = started or (0, hashlib.sha256())
+        self.written, self._digest = started or (0, Digest(digest))
         self._flowing = self.written
         self._over = False
         self._fd = -1
@@ -47,13 +47,9 @@ class FileWriter:
                 os.ftruncate(self._fd, self.written)
                 os.lseek(self._fd, 0, os.SEEK_END)
 
-    @property
-    def sha256(self) -> str:
-        return self._sha256.hexdigest()
-
-    def so_far(self) -> Hash:
+    def so_far(self) -> Digest:
         """The digest of what is written, apart from what follows."""
-        return self._sha256.copy()
+        return self._digest.copy()
 
     def write(self, data: memoryview | bytes) -> None:
         """The next bytes of the file. StorageError where the disk is full or fails."""
@@ -61,7 +57,7 @@ class FileWriter:
             return
         left = memoryview(data).cast("B")
         assert self.written + len(left) <= self.nbytes, f"{self.path}: more than the {self.nbytes} bytes promised"
-        self._sha256.update(left)
+        self._digest.update(left)
         while left:
             try:
                 count = os.write(self._fd, left)
@@ -139,13 +135,13 @@ def make_folders(top: Path, relpath: Path) -> None:
                 raise
 
 
-def holds(path: Path, nbytes: int, sha256: str, look: Callable[[], None] = lambda: None) -> bool:
+def holds(path: Path, nbytes: int, digest: str, look: Callable[[], None] = lambda: None) -> bool:
     """Whether `path` is a regular file (no link) with exactly these bytes; an unreadable file holds nothing.
 
     look: called between two blocks.
     """
     with suppress(OSError), _regular(path) as fd:
-        return os.fstat(fd).st_size == nbytes and longest(fd, [(nbytes, sha256)], look) is not None
+        return os.fstat(fd).st_size == nbytes and longest(fd, [(nbytes, digest)], look) is not None
     return False
 
 
@@ -163,18 +159,21 @@ def _regular(path: Path) -> Iterator[int]:
 
 def longest_prefix(
     path: Path, points: Sequence[tuple[int, str]], look: Callable[[], None] = lambda: None
-) -> tuple[int, Hash] | None:
+) -> tuple[int, Digest] | None:
     """Which of these prefixes (their sizes rise) is the longest that a regular file has, and its digest."""
     with suppress(OSError), _regular(path) as fd:
         return longest(fd, points, look)
     return None
 
 
-def longest(fd: int, points: Sequence[tuple[int, str]], look: Callable[[], None]) -> tuple[int, Hash] | None:
-    """One pass over the file, whatever the number of `points` (bytes and SHA-256 of each prefix)."""
-    digest, block, at = hashlib.sha256(), memoryview(bytearray(BLOCK)), 0
-    found = None
-    for number, (nbytes, sha256) in enumerate(points):
+def longest(fd: int, points: Sequence[tuple[int, str]], look: Callable[[], None]) -> tuple[int, Digest] | None:
+    """One pass over the file, whatever the number of `points` (bytes and digest of each prefix, all of one kind)."""
+    block, at, found = memoryview(bytearray(BLOCK)), 0, None
+    try:
+        digest = Digest.like(points[0][1]) if points else Digest()
+    except ValueError:
+        return None
+    for number, (nbytes, told) in enumerate(points):
         while at < nbytes:
             look()
             count = os.preadv(fd, [block[: nbytes - at]], at)
@@ -182,7 +181,7 @@ def longest(fd: int, points: Sequence[tuple[int, str]], look: Callable[[], None]
                 return found
             digest.update(block[:count])
             at += count
-        if digest.hexdigest() != sha256:
+        if str(digest) != told:
             return found
         found = number, digest.copy()
     return found

@@ -3,9 +3,9 @@
     {"journal": 1, "job": "<id>", "inputs": "<stamp>"}
                                               the first line
     {"inputs": "<stamp>"}                     what is there was proved to be made of the inputs as they are
-    {"job": "<id>", "file": "<name>", "bytes": n, "sha256": "<hex>", "results": [...], "sources": {...}}
+    {"job": "<id>", "file": "<name>", "bytes": n, "digest": "<kind>:<hex>", "results": [...], "sources": {...}}
                                               a finished shard; of several lines for one file the last counts
-    {"job": "<id>", "begun": "<name>", "from": m, "bytes": n, "sha256": "<hex>", "jobs": k, "results": [...],
+    {"job": "<id>", "begun": "<name>", "from": m, "bytes": n, "digest": "<kind>:<hex>", "jobs": k, "results": [...],
      "sources": {...}}                        the first n bytes of a shard in the making: k whole jobs, the last perhaps
                                               begun; results and sources are those since the line that ends at m
     {"moves": {"new": [...], "old": [...]}}   these entries are about to be moved into and out of OUT
@@ -38,12 +38,12 @@ _FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
 @dataclass(frozen=True, slots=True)
 class ShardRecord:
-    """A finished shard: its name, size in bytes, SHA-256, its rewritten weights, and what was read of the base for
+    """A finished shard: its name, size in bytes, digest, its rewritten weights, and what was read of the base for
     them."""
 
     file: str
     nbytes: int
-    sha256: str
+    digest: str
     results: Sequence[MergedWeight] = ()
     sources: Reads = field(default_factory=dict)
 
@@ -59,7 +59,7 @@ class Prefix:
     file: str
     begin: int
     nbytes: int
-    sha256: str
+    digest: str
     jobs: int
     results: Sequence[MergedWeight]
     sources: Reads
@@ -111,12 +111,12 @@ class Journal:
                 sync(self._fd)
 
     def add_shard(self, record: ShardRecord) -> None:
-        shard = {"file": record.file, "bytes": record.nbytes, "sha256": record.sha256}
+        shard = {"file": record.file, "bytes": record.nbytes, "digest": record.digest}
         self.add({"job": self.job} | shard | _findings(record))
 
     def add_prefix(self, prefix: Prefix) -> None:
         """The bytes need not be on the disk, nor wait for the line to be there."""
-        place = {"begun": prefix.file, "from": prefix.begin, "bytes": prefix.nbytes, "sha256": prefix.sha256}
+        place = {"begun": prefix.file, "from": prefix.begin, "bytes": prefix.nbytes, "digest": prefix.digest}
         self.add({"job": self.job} | place | {"jobs": prefix.jobs} | _findings(prefix), lasting=False)
 
     def close(self) -> None:
@@ -169,8 +169,8 @@ def _take_line(state: JournalState, line: bytes) -> bool:
 
 
 def _take_shard(state: JournalState, body: Mapping[str, Any]) -> bool:
-    file, nbytes, sha256 = _place(body, "file")
-    record = ShardRecord(file, nbytes, sha256, _results(body["results"]), _sources(body.get("sources", {})))
+    file, nbytes, digest = _place(body, "file")
+    record = ShardRecord(file, nbytes, digest, _results(body["results"]), _sources(body.get("sources", {})))
     state.finished[file] = record
     state.started.pop(file, None)
     return True
@@ -178,9 +178,9 @@ def _take_shard(state: JournalState, body: Mapping[str, Any]) -> bool:
 
 def _take_prefix(state: JournalState, body: Mapping[str, Any]) -> bool:
     """A prefix goes on from one that is noted, or from the start; what was noted beyond that did not hold."""
-    file, nbytes, sha256 = _place(body, "begun")
+    file, nbytes, digest = _place(body, "begun")
     begin, jobs = integer(body["from"], "from"), integer(body["jobs"], "jobs")
-    prefix = Prefix(file, begin, nbytes, sha256, jobs, _results(body["results"]), _sources(body["sources"]))
+    prefix = Prefix(file, begin, nbytes, digest, jobs, _results(body["results"]), _sources(body["sources"]))
     before = [one for one in state.started.get(file, []) if one.nbytes <= begin]
     if not (begin == (before[-1].nbytes if before else 0) < nbytes):
         return False
@@ -194,9 +194,9 @@ def _findings(shard: ShardRecord | Prefix) -> dict[str, object]:
 
 
 def _place(body: Mapping[str, Any], key: str) -> tuple[str, int, str]:
-    """Name, bytes and SHA-256 of a shard; ValueError where the name is none of a file in a folder."""
+    """Name, bytes and digest of a shard; ValueError where the name is none of a file in a folder."""
     file = _file_name(text(body[key], key))
-    return file, integer(body["bytes"], "bytes"), text(body["sha256"], "sha256")
+    return file, integer(body["bytes"], "bytes"), text(body["digest"], "digest")
 
 
 def _file_name(name: str) -> str:

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 
-from lora_merge.checkpoint.opening import file_sha256
+from lora_merge.checkpoint.opening import file_digest
 from lora_merge.checkpoint.weight_files import model_in
+from lora_merge.digests import Digest
 from lora_merge.errors import LoraMergeError, OutputExistsError, UsageError, VerificationError, listed, printable
 from lora_merge.output.record import MANIFEST, Record, RecordedFile, read_record
 
@@ -106,10 +107,11 @@ def _is_as_recorded(path: Path, entry: RecordedFile, written: int) -> bool:
         return False
     if found.st_mtime_ns <= written:
         return True
-    return _digest(path, (found.st_ino, found.st_mtime_ns, found.st_ctime_ns)) == entry.sha256
+    return _digest(path, entry.digest, (found.st_ino, found.st_mtime_ns, found.st_ctime_ns)) == entry.digest
 
 
 @lru_cache(maxsize=1024)
-def _digest(path: Path, state: tuple[int, ...]) -> str:
-    """`digest`, read once for a file in this state: a copied output is looked at before the work and after it."""
-    return file_sha256(path)
+def _digest(path: Path, told: str, state: tuple[int, ...]) -> str:
+    """Of the kind that was told, read once for a file in this state: a copied output is looked at before the work and
+    after it."""
+    return str(file_digest(path, Digest.like(told)))

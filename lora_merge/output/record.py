@@ -1,7 +1,7 @@
-"""`lora_merge.json`, the record in every output: what was merged from what, and each file with its size and SHA-256.
+"""`lora_merge.json`, the record in every output: what was merged from what, and each file with its size and digest.
 
     {"lora_merge": "<version>", "job": "<digest>", "inputs": [...], "options": {...}, "versions": {...},
-     "notes": [...], "files": {"<path>": {"bytes": n, "sha256": "<hex>"}}, "weights": [...], "sha256": "<hex>"}
+     "notes": [...], "files": {"<path>": {"bytes": n, "digest": "<kind>:<hex>"}}, "weights": [...], "sha256": "<hex>"}
 
 Its last key is the SHA-256 of its own bytes without that key, so that a record which was changed is known as such.
 Anybody can seal one, so what is read is of the right types, or is no record.
@@ -23,6 +23,7 @@ from lora_merge.checkpoint.opening import Checkpoint, Inputs, file_sha256, ident
 from lora_merge.checkpoint.weight_files import MANIFEST as MANIFEST
 from lora_merge.containers.json_types import integer, items, mapping, text, texts
 from lora_merge.containers.regular_file import RegularFile
+from lora_merge.digests import Digest
 from lora_merge.errors import LoraMergeError, StorageError, VerificationError, printable
 from lora_merge.results import MergedWeight
 
@@ -31,10 +32,10 @@ MAX_JSON = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class RecordedFile:
-    """A file of the output: its size in bytes and its SHA-256 in hex."""
+    """A file of the output: its size in bytes and its digest, as `digests` tells it."""
 
     nbytes: int
-    sha256: str
+    digest: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +115,7 @@ class Record:
             "options": self.options,
             "versions": self.versions,
             "notes": self.notes,
-            "files": {path: {"bytes": one.nbytes, "sha256": one.sha256} for path, one in self.files.items()},
+            "files": {path: {"bytes": one.nbytes, "digest": one.digest} for path, one in self.files.items()},
             "weights": [weight.as_json() for weight in self.weights or ()],
         })  # fmt: skip
 
@@ -204,7 +205,9 @@ def _inner(path: str) -> str:
 
 def _file(path: str, body: object) -> RecordedFile:
     entry = mapping(body, f"files of {path}")
-    return RecordedFile(integer(entry.get("bytes"), f"bytes of {path}"), text(entry.get("sha256"), f"sha256 of {path}"))
+    digest = text(entry.get("digest"), f"digest of {path}")
+    Digest.like(digest)
+    return RecordedFile(integer(entry.get("bytes"), f"bytes of {path}"), digest)
 
 
 def _json(body: Mapping[str, Any]) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -10,17 +9,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lora_merge.checkpoint.sources import Reads
+from lora_merge.digests import USUAL, Digest, DigestName
 from lora_merge.errors import StorageError
 from lora_merge.output.files import FileWriter, longest_prefix, sync_folder
 from lora_merge.output.journal import Prefix, ShardRecord
 from lora_merge.output.location import storing
 from lora_merge.results import MergedWeight
-
-if TYPE_CHECKING:
-    from hashlib import _Hash as Hash
 
 SPAN = 64 << 20
 PAUSE = 2.0
@@ -36,12 +32,12 @@ class StartedShard:
     jobs: int = 0
     results: Sequence[MergedWeight] = ()
     sources: Reads = field(default_factory=dict)
-    digest: Hash = field(default_factory=hashlib.sha256)
+    digest: Digest = field(default_factory=Digest)
 
     @classmethod
     def proved(cls, path: Path, prefixes: Sequence[Prefix], look: Callable[[], None]) -> StartedShard | None:
         """The longest of these prefixes that the file at `path` really has; None where it has none."""
-        longest = longest_prefix(path, [(prefix.nbytes, prefix.sha256) for prefix in prefixes], look)
+        longest = longest_prefix(path, [(prefix.nbytes, prefix.digest) for prefix in prefixes], look)
         if longest is None:
             return None
         whole = prefixes[: longest[0] + 1]
@@ -55,7 +51,7 @@ class Point:
     """A place where the work can go on: bytes, their digest, and how many jobs, results and sources come before it."""
 
     nbytes: int
-    digest: Hash
+    digest: Digest
     jobs: int
     results: int
     sources: int
@@ -77,8 +73,9 @@ class ShardWriter(FileWriter):
         started: StartedShard | None,
         noted: Callable[[Prefix], None],
         record: Callable[[ShardRecord], None],
+        digest: DigestName = USUAL,
     ) -> None:
-        super().__init__(path, nbytes, (started.nbytes, started.digest.copy()) if started else None)
+        super().__init__(path, nbytes, (started.nbytes, started.digest.copy()) if started else None, digest)
         self.started = started or StartedShard()
         self._target = target
         self._noted, self._record = noted, record
@@ -101,7 +98,7 @@ class ShardWriter(FileWriter):
         with storing(self._target, "moving the finished shard into place"):
             os.rename(self.path, self._target)
             sync_folder(self._target.parent)
-        record = ShardRecord(self._target.name, self.nbytes, self.sha256, [*results], sources or {})
+        record = ShardRecord(self._target.name, self.nbytes, str(self.so_far()), [*results], sources or {})
         self._record(record)
         return record
 
@@ -119,7 +116,7 @@ class ShardWriter(FileWriter):
         if point.nbytes > last.nbytes:
             results = list(self._results[last.results : point.results])
             sources = dict(islice(self._sources.items(), last.sources, point.sources))
-            place = self._target.name, last.nbytes, point.nbytes, point.digest.hexdigest(), point.jobs
+            place = self._target.name, last.nbytes, point.nbytes, str(point.digest), point.jobs
             self._noted(Prefix(*place, results, sources))
             self._last = point
         self._time = time.monotonic()

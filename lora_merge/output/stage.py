@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from lora_merge.containers.regular_file import RegularFile
+from lora_merge.digests import USUAL, DigestName
 from lora_merge.errors import LoraMergeError, MemoryLimitError, StorageError
 from lora_merge.output import journal, occupied, publishing
 from lora_merge.output.files import BLOCK, FileWriter, make_folders, sync_folders
@@ -44,12 +45,14 @@ class Stage:
 
     folder: what will be OUT. leftovers: what an earlier run left and this one goes on with. proved: whether these are
     known to be made of the inputs as they are. shards: finished ones by file name, of this run and of the earlier one.
-    files: size and SHA-256 of everything that will be in OUT, by path.
+    files: size and digest of everything that will be in OUT, by path.
     Left without `publish`, what is done of shards stays for --resume; a stage without any is removed.
     Shards may be written from several threads at once.
     """
 
-    def __init__(self, staging: StagingFolder, owner: Owner, inputs: str, overwrite: bool, stop: Stop) -> None:
+    def __init__(
+        self, staging: StagingFolder, owner: Owner, inputs: str, overwrite: bool, stop: Stop, digest: DigestName = USUAL
+    ) -> None:
         self.out = staging.out
         self.staging = staging
         self.folder = staging.files
@@ -61,6 +64,7 @@ class Stage:
         self._inputs = inputs
         self._stop = stop
         self._overwrite = overwrite
+        self._digest = digest
         self._published = False
         self._journal: Journal | None = None
         self._lock = threading.Lock()
@@ -76,12 +80,14 @@ class Stage:
         restart: bool = False,
         overwrite: bool = False,
         stop: Stop | None = None,
+        digest: DigestName = USUAL,
     ) -> Stage:
         """Take the right to make `out`; missing folders above it are made.
 
         job: digest of the job. inputs: stamp of the files that are read; where it is not that of the earlier run,
         `proved` is False. resume: continue an earlier run of the same job, if there is one. restart: drop an earlier
-        run. stop: learns what there is to be resumed, and is looked at while what an earlier run left is hashed.
+        run. digest: which kind the files get. stop: learns what there is to be resumed, and is looked at while what an
+        earlier run left is hashed.
         Raises OutputExistsError where OUT is taken, where another run lives, or where an earlier run left shards and
         neither resume nor restart is asked for; StorageError where the folder cannot be made.
         """
@@ -91,7 +97,7 @@ class Stage:
             if not os.path.lexists(staging.path):  # a refusal then leaves nothing behind
                 publishing.check_vacant(staging.out, overwrite)
             staging.out.parent.mkdir(parents=True, exist_ok=True)
-        stage = cls(staging, Owner.take(staging.path, staging.out), inputs, overwrite, stop)
+        stage = cls(staging, Owner.take(staging.path, staging.out), inputs, overwrite, stop, digest)
         stop.held = True
         try:
             with storing(staging.path, "opening the stage"):
@@ -116,7 +122,9 @@ class Stage:
         """A writer for the shard `name` of exactly `nbytes` bytes; it goes on where an earlier run stopped."""
         assert os.path.basename(name) == name and name not in self.shards, name
         place = self.staging.unfinished(name), self.folder / name
-        return ShardWriter(*place, nbytes, self.leftovers.started.get(name), self._note_prefix, self._record)
+        return ShardWriter(
+            *place, nbytes, self.leftovers.started.get(name), self._note_prefix, self._record, self._digest
+        )
 
     def trust(self) -> None:
         """What is left was proved to be made of the inputs as they are: the next run need not prove it again."""
@@ -221,12 +229,12 @@ class Stage:
         assert path.parts and not path.is_absolute() and ".." not in path.parts, relpath
         with storing(self.folder / path, "creating"):
             make_folders(self.folder, path.parent)
-        return FileWriter(self.folder / path, nbytes)
+        return FileWriter(self.folder / path, nbytes, digest=self._digest)
 
     def _finish(self, relpath: str, writer: FileWriter) -> None:
         writer.complete()
         with self._lock:
-            self.files[relpath] = RecordedFile(writer.nbytes, writer.sha256)
+            self.files[relpath] = RecordedFile(writer.nbytes, str(writer.so_far()))
 
     def _record(self, record: ShardRecord) -> None:
         assert self._journal is not None
@@ -241,5 +249,5 @@ class Stage:
     def _note(self, record: ShardRecord) -> None:
         with self._lock:
             self.shards[record.file] = record
-            self.files[record.file] = RecordedFile(record.nbytes, record.sha256)
+            self.files[record.file] = RecordedFile(record.nbytes, record.digest)
         self._stop.resumable = True

@@ -116,7 +116,7 @@ class StagingFolder:
         finished = {
             file: one
             for file, one in state.finished.items()
-            if holds(self.files / file, one.nbytes, one.sha256, look)
+            if holds(self.files / file, one.nbytes, one.digest, look)
         }  # fmt: skip
         proved = {file: StartedShard.proved(self.unfinished(file), one, look) for file, one in state.started.items()}
         return Leftovers(finished, {file: one for file, one in proved.items() if one is not None})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_merge.containers.regular_file import RegularFile
 from lora_merge.containers.safetensors import SafetensorsFile, open_safetensors
+from lora_merge.digests import Digest
 from lora_merge.errors import InputError, LoraMergeError, VerificationError, listed, printable
 from lora_merge.output.record import MANIFEST, Record, RecordedFile, bounded, parse_object, read_record
 from lora_merge.progress import Progress, no_progress
@@ -54,7 +54,7 @@ class Verification:
 def verify_output(out: Path, progress: Progress = no_progress) -> Verification:
     """Prove that `out` is what its `lora_merge.json` says, and that a loader would find just that.
 
-    Checked: the record itself, size and SHA-256 of each file, no further weight files, headers, the index against the
+    Checked: the record itself, size and digest of each file, no further weight files, headers, the index against the
     headers both ways and its total_size, finiteness of every merged float tensor, `config.json`.
     progress: called with (name, nbytes, total) after each block. Memory: a block, the headers, the JSON files.
     Raises VerificationError that lists everything found wrong, InputError where `out` is no folder.
@@ -106,7 +106,7 @@ class _Check:
         for name, recorded in self.files.items():
             model = name in shards or (name.startswith("model-") and name.endswith(".safetensors"))
             try:
-                found = self._read(name, model, merged, total)
+                found = self._read(name, model, merged, total, Digest.like(recorded.digest))
             except LoraMergeError as error:
                 self.faults.append(f"{name}: {str(error).removeprefix(f'{self.out / name}: ')}")
                 continue
@@ -120,26 +120,28 @@ class _Check:
         if "config.json" in self.files:
             self._object("config.json")
 
-    def _read(self, name: str, model: bool, merged: set[str] | None, total: int) -> RecordedFile:
+    def _read(self, name: str, model: bool, merged: set[str] | None, total: int, digest: Digest) -> RecordedFile:
         """Size and digest of a file; its tensors are looked into on the way."""
         if not model:
             file = RegularFile(self.out / name)
             try:
                 blocks = _blocks(lambda start, part: file.read_into(start, part, "content"), file.size)
-                return RecordedFile(file.size, self._digest(name, blocks, total))
+                return RecordedFile(file.size, self._whole(name, blocks, total, digest))
             finally:
                 file.close()
         tensors = open_safetensors(self.out / name)
         try:
-            return self._read_tensors(name, tensors, merged, total)
+            return self._read_tensors(name, tensors, merged, total, digest)
         finally:
             tensors.close()
 
-    def _read_tensors(self, file: str, tensors: SafetensorsFile, merged: set[str] | None, total: int) -> RecordedFile:
+    def _read_tensors(
+        self, file: str, tensors: SafetensorsFile, merged: set[str] | None, total: int, digest: Digest
+    ) -> RecordedFile:
         self.headers[file] = {name: spec.nbytes for name, spec in tensors.tensors.items()}
         size = tensors.path.stat().st_size
         head = _head(tensors.path, size - sum(self.headers[file].values()))
-        digest = hashlib.sha256(head)
+        digest.update(head)
         self.progress(file, len(head), total)
         for name, spec in tensors.tensors.items():
             bad = 0
@@ -150,14 +152,13 @@ class _Check:
                     bad += _not_finite(spec.dtype, block)
             if bad:
                 self.faults.append(f"{file}: tensor {name}: {bad} of {spec.numel} values are NaN or infinite")
-        return RecordedFile(size, digest.hexdigest())
+        return RecordedFile(size, str(digest))
 
-    def _digest(self, name: str, blocks: Iterator[memoryview], total: int) -> str:
-        digest = hashlib.sha256()
+    def _whole(self, name: str, blocks: Iterator[memoryview], total: int, digest: Digest) -> str:
         for block in blocks:
             digest.update(block)
             self.progress(name, len(block), total)
-        return digest.hexdigest()
+        return str(digest)
 
     def _extra(self) -> list[str]:
         found = [

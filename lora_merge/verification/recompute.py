@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lora_merge.checkpoint.opening import file_sha256
+from lora_merge.checkpoint.opening import file_digest
 from lora_merge.checkpoint.sources import Reads
+from lora_merge.digests import Digest
 from lora_merge.errors import UsageError, VerificationError, listed, printable
 from lora_merge.execution.executor import Executor
 from lora_merge.execution.memory import fit
@@ -76,9 +76,14 @@ def recompute(out: Path, plan: Plan, progress: Progress) -> None:
 
 def _other_small_files(plan: Plan, recorded: Mapping[str, RecordedFile]) -> list[str]:
     """Small files that the inputs would give with other bytes than the record has, or that it does not have."""
-    digests = {name: hashlib.sha256(data).hexdigest() for name, data in plan.files.items()}
-    digests |= {name: file_sha256(path) for name, path in plan.side_files.items()}
-    return [name for name, sha256 in digests.items() if name not in recorded or recorded[name].sha256 != sha256]
+    names = (*plan.files, *plan.side_files)
+    return [name for name in names if name not in recorded or not _is_recorded(plan, name, recorded[name].digest)]
+
+
+def _is_recorded(plan: Plan, name: str, recorded: str) -> bool:
+    """Whether a small file as the inputs give it has the digest that is recorded."""
+    digest = Digest.like(recorded, plan.files.get(name, b""))
+    return str(file_digest(plan.side_files[name], digest) if name in plan.side_files else digest) == recorded
 
 
 class Comparison:

@@ -10,7 +10,7 @@ import pytest
 from pages import README, ROOT, Page, rows
 
 import lora_merge
-from lora_merge import cli, errors, request
+from lora_merge import cli, digests, errors, request
 from lora_merge.abilities import ABILITIES, PLAIN, QUANT_TYPES
 from lora_merge.adapters import KINDS, LATER, NEVER
 from lora_merge.dtypes import MODEL_DTYPES
@@ -46,6 +46,7 @@ def test_the_table_of_roundings_is_the_code() -> None:
         ("trained-on", request.TRAINED_ON),
         ("tokenizer", request.TOKENIZERS),
         ("card", request.CARDS),
+        ("digest", digests.DIGESTS),
     ],
 )
 def test_choices_are_all_named(option: str, known: Iterable[str]) -> None:
@@ -81,6 +82,7 @@ def test_defaults_are_the_code() -> None:
         "--trained-on": "`as-is` by default",
         "--tokenizer": "`auto` by default",
         "--card": "`new` by default",
+        "--digest": "`xxh3` by default",
         "--device": "`auto` by default",
     }
     for option, words in shown.items():

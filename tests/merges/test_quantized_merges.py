@@ -1,6 +1,5 @@
 """compressed-tensors checkpoints merged in their own format, in others and at 16 bits, judged by plain decoders."""
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lora_merge
+from lora_merge.digests import Digest
 from lora_merge.errors import UnsupportedError, UsageError, VerificationError
 from lora_merge.output.record import MANIFEST, sealed
 from lora_merge.planning.side_files import CARD
@@ -335,7 +335,7 @@ def test_a_scale_that_is_not_finite_is_found_by_verify(tmp_path: Path, base: Cal
     body = json.loads((out / MANIFEST).read_bytes())
     del body["sha256"]
     data = (out / "model.safetensors").read_bytes()
-    body["files"]["model.safetensors"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    body["files"]["model.safetensors"] = {"bytes": len(data), "digest": str(Digest(data=data))}
     (out / MANIFEST).write_bytes(sealed(body))
     with pytest.raises(VerificationError, match=r"gate_proj\.weight_scale: 1 of \d+ values are NaN"):
         lora_merge.verify(out)

@@ -160,7 +160,7 @@ def test_notes_that_do_not_go_on_from_one_another_are_not_believed(tmp_path: Pat
     path, head = tmp_path / "journal", {"journal": 1, "job": "j"}
 
     def note(begin: int, end: int, **words: object) -> dict[str, object]:
-        said = {"sha256": "x", "jobs": end, "results": [], "sources": {}}
+        said = {"digest": "x", "jobs": end, "results": [], "sources": {}}
         return {"job": "j", "begun": "f", "from": begin, "bytes": end} | said | words
 
     def told(*lines: dict[str, object]) -> list[int]:
@@ -172,7 +172,7 @@ def test_notes_that_do_not_go_on_from_one_another_are_not_believed(tmp_path: Pat
     assert told(note(0, 5), note(0, 2)) == [2]
     for bad in (note(4, 9), note(5, 5), note(5, 9, job="k"), note(5, 9, begun="../f"), note(5, 9, results=None)):
         assert told(note(0, 5), bad, note(5, 8)) == [5], bad
-    finished = {"job": "j", "file": "f", "bytes": 9, "sha256": "x", "results": []}
+    finished = {"job": "j", "file": "f", "bytes": 9, "digest": "x", "results": []}
     assert told(note(0, 5), finished) == [] and journal.read(path).finished["f"].sources == {}
 
 

@@ -6,13 +6,13 @@ import os
 import shutil
 import stat
 import threading
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 from trial import SHARDS, WHOLE, content, fail, make, put, result
 
+from lora_merge.digests import Digest
 from lora_merge.errors import InputError, OutputExistsError, StorageError
 from lora_merge.output import files, journal
 from lora_merge.output.record import RecordedFile
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("no_disk")
 def test_a_run_leaves_out_and_nothing_else(out: Path) -> None:
     stage = make(out)
     assert content(out) == WHOLE and os.listdir(out.parent) == ["out"]
-    assert stage.files == {name: RecordedFile(len(data), sha256(data).hexdigest()) for name, data in WHOLE.items()}
+    assert stage.files == {name: RecordedFile(len(data), str(Digest(data=data))) for name, data in WHOLE.items()}
     assert stage.shards[next(iter(SHARDS))].results == [result(next(iter(SHARDS)))]
 
 
@@ -80,7 +80,7 @@ def test_a_failed_run_is_resumed(out: Path) -> None:
     with Stage.open(out, "job", resume=True) as resumed:
         assert resumed.leftovers.finished == resumed.shards and list(resumed.shards) == [first]
         assert resumed.leftovers.finished[first].results == [result(first)]
-        assert resumed.files[first] == RecordedFile(5000, sha256(SHARDS[first]).hexdigest())
+        assert resumed.files[first] == RecordedFile(5000, str(Digest(data=SHARDS[first])))
     make(out, resume=True)
     assert content(out) == WHOLE and os.listdir(out.parent) == ["out"]
     assert (out / first).stat().st_mtime_ns == before.st_mtime_ns
@@ -146,7 +146,7 @@ def test_a_journal_torn_in_its_first_line_is_none(out: Path, length: int) -> Non
 def test_foreign_lines_are_not_believed(tmp_path: Path) -> None:
     path = tmp_path / "journal"
     head = b'{"journal": 1, "job": "j"}\n'
-    good = b'{"job": "j", "file": "f", "bytes": 1, "sha256": "x", "results": []}\n'
+    good = b'{"job": "j", "file": "f", "bytes": 1, "digest": "x", "results": []}\n'
     for bad in (b"[]\n", b"{}\n", b"\xff\n", good.replace(b'"f"', b'"../f"'), good.replace(b'"j"', b'"k"'), good[:-1]):
         path.write_bytes(head + good + bad + good.replace(b'"f"', b'"g"'))
         state = journal.read(path)
@@ -211,7 +211,7 @@ def test_side_files_are_copied_byte_for_byte(out: Path, tmp_path: Path) -> None:
         stage.publish()
     assert content(out) == {"nested/tokenizer.model": data, "empty": b""}
     assert not (out / "nested/tokenizer.model").is_symlink()
-    assert stage.files["nested/tokenizer.model"] == RecordedFile(len(data), sha256(data).hexdigest())
+    assert stage.files["nested/tokenizer.model"] == RecordedFile(len(data), str(Digest(data=data)))
 
 
 @pytest.mark.parametrize("relpath", ["../x", "/x", "a/../../x", ""])

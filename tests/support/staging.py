@@ -11,10 +11,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from lora_merge.digests import Digest
 from lora_merge.errors import LoraMergeError, OutputExistsError
 from lora_merge.output.record import MANIFEST, sealed
 from lora_merge.output.stage import Stage
@@ -36,7 +36,7 @@ def small_files(job: str) -> dict[str, bytes]:
 
 def recorded(files: dict[str, bytes]) -> dict[str, bytes]:
     """These files and their record, which comes last."""
-    entries = {name: {"bytes": len(data), "sha256": sha256(data).hexdigest()} for name, data in files.items()}
+    entries = {name: {"bytes": len(data), "digest": str(Digest(data=data))} for name, data in files.items()}
     return {**files, MANIFEST: sealed({"files": entries})}
 
 

@@ -1,11 +1,11 @@
 """A small run on a stage, whole or stopped, and what it must leave."""
 
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lora_merge.digests import Digest
 from lora_merge.output.record import MANIFEST, sealed
 from lora_merge.output.stage import Stage
 from lora_merge.results import MergedWeight
@@ -18,7 +18,7 @@ NOTES = {"config.json": b"{}", "sub/deep/notes.txt": b"notes"}
 
 def recorded(files: dict[str, bytes]) -> bytes:
     """The record of these files."""
-    entries = {name: {"bytes": len(data), "sha256": sha256(data).hexdigest()} for name, data in sorted(files.items())}
+    entries = {name: {"bytes": len(data), "digest": str(Digest(data=data))} for name, data in sorted(files.items())}
     return sealed({"files": entries})
 
 

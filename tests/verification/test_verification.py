@@ -1,6 +1,5 @@
 """A finished output is proved by every byte of it, and by what a loader would find."""
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 
 from lora_merge.containers.safetensors import layout
+from lora_merge.digests import Digest
 from lora_merge.errors import InputError, VerificationError
 from lora_merge.output.record import MANIFEST, sealed
 from lora_merge.spec import TensorSpec
@@ -37,7 +37,7 @@ def record(out: Path, **more: object) -> None:
     files = {
         path.relative_to(out).as_posix(): {
             "bytes": path.stat().st_size,
-            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "digest": str(Digest("sha256", path.read_bytes())),
         }
         for path in paths
     }
@@ -137,7 +137,7 @@ def test_a_missing_or_foreign_record(out: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", ["../secret", "/etc/passwd", "", "sub/../../secret"])
 def test_a_record_leads_nowhere_else(out: Path, path: str) -> None:
-    (out / MANIFEST).write_bytes(sealed({"files": {path: {"bytes": 0, "sha256": "x"}}}))
+    (out / MANIFEST).write_bytes(sealed({"files": {path: {"bytes": 0, "digest": "x"}}}))
     assert "`files`" in fault(out)
 
 
