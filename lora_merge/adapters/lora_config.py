@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lora_merge.adapters.base import Options
-from lora_merge.errors import AdapterError, UnsupportedError, listed, printable, quoted
-from lora_merge.request import STRONGEST
+from lora_merge.adapters.config_fields import (
+    Pattern,
+    flag,
+    number,
+    patterns,
+    positive,
+    strings,
+    token_indices,
+    version,
+)
+from lora_merge.errors import AdapterError, UnsupportedError, listed, printable
 
 PLAIN_INITS = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
 RECOMPUTED_INITS = ("pissa", "olora")
@@ -37,34 +45,6 @@ HARMLESS = (
     "runtime_config", "target_modules", "target_modules_to_tie", "task_type", "velora_config",
 )  # fmt: skip
 """Fields that steer training or selection only."""
-
-LONGEST_PATTERN = 1000
-MOST_REPEATS = 4  # each more makes a hostile pattern a path's length slower
-
-
-@dataclass(frozen=True, slots=True)
-class Pattern:
-    """A key of rank_pattern or alpha_pattern, a regex for the end of a module's path, with its value."""
-
-    regex: re.Pattern[str]
-    tail: str
-    value: float
-
-    @classmethod
-    def from_json(cls, field: str, key: str, value: float) -> Pattern:
-        """Raises AdapterError for keys that are no regex, or one that could run for ever."""
-        if len(key) > LONGEST_PATTERN or re.search(r"\)[*+{]", key) or len(re.findall("[*+{]", key)) > MOST_REPEATS:
-            raise AdapterError(f"adapter_config.json: the {field} key {printable(key[:60])!r} is too complex to match")
-        try:
-            regex = re.compile(rf"(.*\.)?({key})$")
-        except (re.error, RecursionError, OverflowError) as error:
-            raise AdapterError(
-                f"adapter_config.json: the {field} key {printable(key)!r} is no valid pattern: {error}"
-            ) from None
-        return cls(regex, key.rpartition(".")[2] if re.fullmatch(r"[\w.-]+", key) else "", value)
-
-    def matches(self, path: str) -> bool:
-        return path.endswith(self.tail) and self.regex.match(path) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,23 +84,23 @@ class LoraConfig:
             if config.get(field):
                 raise UnsupportedError(f"adapter_config.json: {field} is set: {reason}")
         return cls(
-            r=_rank(config.get("r"), "r"),
+            r=positive(config.get("r"), "r"),
             alpha=_alpha(config, options),
-            rank_pattern=_patterns(config, "rank_pattern", _rank),
-            alpha_pattern=_patterns(config, "alpha_pattern", number),
-            rslora=_flag(config, "use_rslora"),
-            fan_in_fan_out=_flag(config, "fan_in_fan_out"),
+            rank_pattern=patterns(config, "rank_pattern", positive),
+            alpha_pattern=patterns(config, "alpha_pattern", number),
+            rslora=flag(config, "use_rslora"),
+            fan_in_fan_out=flag(config, "fan_in_fan_out"),
             init=_init(config, options),
-            dora=_flag(config, "use_dora"),
+            dora=flag(config, "use_dora"),
             kasa=bool(config.get("kasa_config")),
             bias=str(config.get("bias") or "none"),
-            modules_to_save=_strings(config, "modules_to_save"),
+            modules_to_save=strings(config, "modules_to_save"),
             token_indices=token_indices(config.get("trainable_token_indices"), "trainable_token_indices"),
             layer_replication=_replication(config.get("layer_replication")),
-            target_parameters=_strings(config, "target_parameters"),
+            target_parameters=strings(config, "target_parameters"),
             block_diagonal=_block_diagonal(config.get("use_bdlora")),
-            ties=_flag(config, "ensure_weight_tying"),
-            version=_version(config.get("peft_version")),
+            ties=flag(config, "ensure_weight_tying"),
+            version=version(config.get("peft_version")),
             notes=tuple(_remarks(config, options)),
         )
 
@@ -149,46 +129,9 @@ class LoraConfig:
     def ambiguous(self, path: str) -> bool:
         """Whether more than one pattern names this module: the sorted file hides which came first in training."""
         return any(
-            len({pattern.value for pattern in patterns if pattern.matches(path)}) > 1
-            for patterns in (self.rank_pattern, self.alpha_pattern)
+            len({pattern.value for pattern in table if pattern.matches(path)}) > 1
+            for table in (self.rank_pattern, self.alpha_pattern)
         )
-
-
-def number(value: object, field: str) -> float:
-    """A number that is not a bool, and from which a strength can be made in float32; AdapterError else."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= STRONGEST:
-        raise AdapterError(
-            f"adapter_config.json: {printable(field)} is {quoted(value)}, expected a number from {-STRONGEST:g} to "
-            f"{STRONGEST:g}"
-        )
-    return float(value)
-
-
-def token_indices(value: object, field: str) -> tuple[int, ...] | Mapping[str, tuple[int, ...]]:
-    """A list of token ids, or a list per layer name."""
-    if value is None:
-        return ()
-    if isinstance(value, Mapping):
-        return {str(name): _indices(indices, f"{field}[{name}]") for name, indices in value.items()}
-    return _indices(value, field)
-
-
-def _indices(value: object, field: str) -> tuple[int, ...]:
-    if (
-        not isinstance(value, list)
-        or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in value)
-        or len(set(value)) != len(value)
-    ):
-        raise AdapterError(f"adapter_config.json: {printable(field)} must be a list of different token ids")
-    return tuple(value)
-
-
-def _rank(value: object, field: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise AdapterError(
-            f"adapter_config.json: {printable(field)} is {quoted(value)}, expected a positive whole number"
-        )
-    return value
 
 
 def _alpha(config: Mapping[str, Any], options: Options) -> float:
@@ -197,33 +140,6 @@ def _alpha(config: Mapping[str, Any], options: Options) -> float:
     if "lora_alpha" not in config:
         raise AdapterError("adapter_config.json: lora_alpha is missing; without it the scale of the update is unknown")
     return number(config["lora_alpha"], "lora_alpha")
-
-
-def _flag(config: Mapping[str, Any], field: str) -> bool:
-    value = config.get(field)
-    if value is not None and not isinstance(value, bool):
-        raise AdapterError(f"adapter_config.json: {field} is {quoted(value)}, expected true or false")
-    return bool(value)
-
-
-def _strings(config: Mapping[str, Any], field: str) -> tuple[str, ...]:
-    value = config.get(field)
-    if value is None:
-        return ()
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise AdapterError(f"adapter_config.json: {field} must be a list of names")
-    return tuple(value)
-
-
-def _patterns(config: Mapping[str, Any], field: str, value_of: Callable[[object, str], float]) -> tuple[Pattern, ...]:
-    patterns = config.get(field)
-    if patterns is None:
-        return ()
-    if not isinstance(patterns, Mapping):
-        raise AdapterError(f"adapter_config.json: {field} must map module patterns to numbers")
-    return tuple(
-        Pattern.from_json(field, str(key), value_of(value, f"{field}[{key}]")) for key, value in patterns.items()
-    )
 
 
 def _init(config: Mapping[str, Any], options: Options) -> str | None:
@@ -267,13 +183,8 @@ def _block_diagonal(value: object) -> tuple[tuple[str, ...], tuple[str, ...], in
         raise AdapterError(
             "adapter_config.json: use_bdlora must hold target_modules_bd_a, target_modules_bd_b, nblocks"
         )
-    blocks = _rank(value.get("nblocks", 1), "use_bdlora.nblocks")
-    return _strings(value, "target_modules_bd_a"), _strings(value, "target_modules_bd_b"), blocks
-
-
-def _version(value: object) -> tuple[int, int]:
-    found = re.match(r"(\d+)\.(\d+)", value) if isinstance(value, str) else None
-    return (int(found[1]), int(found[2])) if found else (0, 0)
+    blocks = positive(value.get("nblocks", 1), "use_bdlora.nblocks")
+    return strings(value, "target_modules_bd_a"), strings(value, "target_modules_bd_b"), blocks
 
 
 def _remarks(config: Mapping[str, Any], options: Options) -> list[str]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_merge.adapters import saved_modules
 from lora_merge.adapters.base import Bound, Claim, Options, Patch, Reading
-from lora_merge.adapters.lora_config import token_indices
+from lora_merge.adapters.config_fields import token_indices
 from lora_merge.adapters.lowrank import FLOAT, Read
 from lora_merge.adapters.peft_keys import Entry, read_keys
 from lora_merge.errors import AdapterError, listed, printable

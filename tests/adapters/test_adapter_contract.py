@@ -11,9 +11,9 @@ from small_models import apply, spec
 
 from lora_merge.adapters import KINDS, LATER, NEVER, layers, saved_modules, tokens
 from lora_merge.adapters.base import Additive, Needs, Patch
+from lora_merge.adapters.config_fields import token_indices
 from lora_merge.adapters.experts import Stack
 from lora_merge.adapters.layers import Pair
-from lora_merge.adapters.lora_config import token_indices
 from lora_merge.adapters.peft_keys import parse
 from lora_merge.models.families import USUAL
 from lora_merge.spec import Location, TensorSpec
