@@ -2,6 +2,10 @@
 
 | file | kinds |
 |---|---|
+| `adalora.py` | ADALORA |
+| `vera.py` | VERA, PVERA |
+| `loha.py` | LOHA |
+| `lokr.py` | LOKR |
 | `lora.py` | LORA of PEFT, with `layers.py` (linear, embedding, convolution), `experts.py`, `dora.py`, `residual.py` |
 | `tokens.py` | TRAINABLE_TOKENS, and `trainable_token_indices` of LORA |
 | `saved_modules.py` | tensors brought whole: modules_to_save, biases, embeddings |
@@ -13,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lora_merge.adapters import lora, loralib, tokens
+from lora_merge.adapters import adalora, loha, lokr, lora, loralib, tokens, vera
 from lora_merge.adapters.base import Options, Reading
 from lora_merge.errors import AdapterError, UnsupportedError, listed, printable
 from lora_merge.spec import TensorSpec
@@ -21,6 +25,11 @@ from lora_merge.spec import TensorSpec
 KINDS: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, TensorSpec], Options], Reading]] = {
     "LORA": lora.read,
     "TRAINABLE_TOKENS": tokens.read,
+    "ADALORA": adalora.read,
+    "VERA": vera.read,
+    "PVERA": vera.read,
+    "LOHA": loha.read,
+    "LOKR": lokr.read,
 }
 """peft_type in adapter_config.json -> its reader."""
 
@@ -42,9 +51,9 @@ NEVER: Mapping[str, str] = {
 """peft_type -> why it cannot be merged."""
 
 LATER = (
-    "ADALORA", "ADAMSS", "BEFT", "BOFT", "BONE", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA", "GRALORA",
-    "HIRA", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "MISS", "OFT", "OSF", "PEANUT", "PSOFT", "PVERA", "RANDLORA",
-    "ROAD", "SHIRA", "SUPERTUNING", "TINYLORA", "UNILORA", "VBLORA", "VERA", "WAVEFT",
+    "ADAMSS", "BEFT", "BOFT", "BONE", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA", "GRALORA", "HIRA",
+    "HRA", "IA3", "LN_TUNING", "MISS", "OFT", "OSF", "PEANUT", "PSOFT", "RANDLORA", "ROAD", "SHIRA", "SUPERTUNING",
+    "TINYLORA", "UNILORA", "VBLORA", "WAVEFT",
 )  # fmt: skip
 """peft_types that could be merged and are not read yet."""
 
@@ -95,7 +104,7 @@ def _read_bare(tensors: Mapping[str, TensorSpec], options: Options) -> Reading:
 
 def _check_complete(reading: Reading, tensors: Mapping[str, TensorSpec]) -> None:
     """Every tensor belongs to one claim, or is ignored with a reason: nothing is lost in silence."""
-    used = set(reading.ignored)
+    used = set(reading.ignored) | reading.shared
     for claim in reading.claims:
         assert used.isdisjoint(claim.factors), "an adapter tensor belongs to one claim"
         used.update(claim.factors)

@@ -153,6 +153,9 @@ class Claim:
     shape for a convolution and a saved tensor."""
     keeps_tie: bool = False
     """The change is meant for every parameter tied to this one: the weight stays tied (trained tokens)."""
+    survey: Callable[[Location, TensorSpec], None] | None = None
+    """Called once for each tensor of the claim before any patch of the adapter is built, where the patches depend on
+    all weights that are adapted (VeRA's projections are as large as the largest)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +166,7 @@ class Reading:
     layer_replication: `[(start, stop), ...]` of layers to repeat before the claims apply, or None.
     ties_embeddings: `ensure_weight_tying` was on: a claim on embeddings and head is one claim on the shared matrix.
     notes: remarks for the person who merges, one sentence each.
+    shared: adapter tensors that patches of several claims read, and that are no claim's own.
     """
 
     kind: str
@@ -171,6 +175,7 @@ class Reading:
     layer_replication: tuple[tuple[int, int], ...] | None = None
     ties_embeddings: bool = False
     notes: tuple[str, ...] = ()
+    shared: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

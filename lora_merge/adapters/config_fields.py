@@ -109,3 +109,43 @@ def version(value: object) -> tuple[int, int]:
     """(major, minor), (0, 0) where it is no version."""
     found = re.match(r"(\d+)\.(\d+)", value) if isinstance(value, str) else None
     return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """r and alpha of modules, from `r`, `alpha` and their patterns: `scale = alpha / r`."""
+
+    r: int
+    alpha: float
+    rank_pattern: tuple[Pattern, ...]
+    alpha_pattern: tuple[Pattern, ...]
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any], alpha: str = "alpha", default: float = 8) -> Ranks:
+        """alpha: name of its field; default: its value where the file lacks it. AdapterError for broken fields."""
+        return cls(
+            positive(config.get("r", 8), "r"),
+            number(config.get(alpha, default), alpha),
+            patterns(config, "rank_pattern", positive),
+            patterns(config, "alpha_pattern", number),
+        )
+
+    def first(self, path: str) -> int:
+        """r of a module, the one that PEFT takes."""
+        return self.possible(path)[0]
+
+    def possible(self, path: str) -> list[int]:
+        """Every r that the config gives a module: the sorted file hides which pattern came first in training."""
+        return [int(pattern.value) for pattern in self.rank_pattern if pattern.matches(path)] or [self.r]
+
+    def rank(self, path: str, found: int) -> int:
+        """r of a module whose factors have rank `found`; AdapterError where the config says another."""
+        if found not in self.possible(path):
+            raise AdapterError(
+                f"{printable(path)}: its factors have rank {found}, adapter_config.json says r = {self.first(path)}"
+            )
+        return found
+
+    def scale(self, path: str, r: int) -> float:
+        """alpha / r."""
+        return next((pattern.value for pattern in self.alpha_pattern if pattern.matches(path)), self.alpha) / r

@@ -18,6 +18,7 @@ from lora_merge.adapters.base import Claim
 from lora_merge.adapters.dora import Dora
 from lora_merge.adapters.lowrank import Factor, LowRank, Shift
 from lora_merge.adapters.residual import Residual
+from lora_merge.adapters.seats import seat
 from lora_merge.errors import AdapterError, UnsupportedError, printable
 from lora_merge.spec import Location, TensorSpec
 
@@ -68,25 +69,17 @@ class Pair:
 
     def on_linear(self, location: Location, weight: TensorSpec) -> LowRank | Dora | Residual:
         """The patch of a linear layer's weight; a method, since it takes a quarter of a closure's memory."""
-        rows = location.rows or (0, self.outputs)
-        height = rows[1] - rows[0]
-        one_expert = location.within is not None and len(weight.shape) == 3
-        total, columns = weight.matrix(stacked=one_expert)
-        first, last = location.within or (0, total)
-        whole = location.rows is None and location.within is None
-        fits = last - first == height and last <= total and rows[1] <= self.outputs
-        as_is = fits and columns == self.inputs and (len(weight.shape) == 2 or one_expert)
-        transposed = whole and weight.shape == (self.inputs, self.outputs)
-        if location.expert is not None or not (as_is or transposed):
+        found = seat(location, weight, self.outputs, self.inputs, self.conv1d)
+        if found is None:
             raise self.misfit(location, weight, f"a weight {[self.outputs, self.inputs]}")
         a = Factor(self.a, _flat(self.a_shape), blocks=self.a_blocks)
         b = Factor(self.b, _flat(self.b_shape), blocks=self.b_blocks, diagonal=self.diagonal)
-        if transposed and not (as_is and (location.as_linear or not self.conv1d)):
+        if found.turned:
             update = LowRank(replace(a, transpose=True), replace(b, transpose=True), self.scale)
             return _started(self, _magnified(self, update, columnwise=True), weight, True, location)
-        left = replace(b, rows=location.rows) if location.rows else b
-        update = LowRank(left, a, self.scale, first, stacked=True if one_expert else None)
-        return _started(self, _magnified(self, update, rows=location.rows), weight, False, location)
+        left = replace(b, rows=found.rows) if found.rows else b
+        update = LowRank(left, a, self.scale, found.first, stacked=found.stacked)
+        return _started(self, _magnified(self, update, rows=found.rows), weight, False, location)
 
 
 def linear(pair: Pair, parameter: str = "weight") -> Claim:

@@ -103,12 +103,12 @@ def parse(key: str, adapter: str = "default") -> Entry:
 
 
 def _entry(key: str, path: str, role: str, parameter: str = "", adapter: str | None = None) -> Entry:
-    module, depth, parent = _located(path)
+    module, depth, parent = located(path)
     return Entry(key, module, role, parameter, depth, parent, adapter)
 
 
 @lru_cache(maxsize=4096)
-def _located(path: str) -> tuple[str, int, str | None]:
+def located(path: str) -> tuple[str, int, str | None]:
     """Module, depth and parent of an Entry; factors of one module lie near each other, and share what is found."""
     segments = path.split(".")
     depth = 0

@@ -91,6 +91,8 @@ def resolve(
                 if locations[0].tensor not in resolver.tensors:  # else it is there, with other labels
                     added.append(locations[0].tensor)
             for location in locations:
+                if claim.survey is not None and location.tensor in resolver.tensors:
+                    claim.survey(location, resolver.tensors[location.tensor])
                 by_tensor[location.tensor].append(PlacedClaim(index, claim, location))
             if not locations and not _allowed(claim, allow_unused):
                 unmatched.append(UnmatchedClaim(index, claim, resolution.note))

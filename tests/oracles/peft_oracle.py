@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 import zoo
-from peft import LoraConfig, PeftConfig, PeftModel, TrainableTokensConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
 
 Tensors = dict[str, torch.Tensor]
@@ -28,7 +29,7 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 class Adapter:
     """One adapter of a case.
 
-    lora: arguments of LoraConfig (`peft_type="TRAINABLE_TOKENS"`: of TrainableTokensConfig).
+    lora: arguments of LoraConfig; with `peft_type`, of the config of that kind.
     write: makes tensors and config by hand instead, from the base as it is on disk.
     edit: changes the saved files for both sides.
     disguise: changes the files that lora_merge gets; PEFT reads the files without it.
@@ -50,8 +51,10 @@ class Adapter:
 
 def config_of(adapter: Adapter) -> PeftConfig:
     words = deepcopy(dict(adapter.lora))  # PEFT edits the lists that it is given
-    if words.pop("peft_type", "LORA") == "TRAINABLE_TOKENS":
-        return TrainableTokensConfig(**words)
+    kind = words.pop("peft_type", "LORA")
+    if kind != "LORA":
+        found: PeftConfig = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)](**words)
+        return found
     return LoraConfig(**{"r": 4, "lora_alpha": 8, **words})
 
 

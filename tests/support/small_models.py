@@ -59,6 +59,10 @@ def merge_reading(
     """Every claim on the tensor of its own name; rounded once, at the end."""
     merged = {name: tensor.clone() for name, tensor in base.items()}
     dtypes = {name: tensor.dtype for name, tensor in base.items()}
+    for claim in reading.claims:
+        if claim.survey is not None:
+            name = f"{claim.module}.{claim.parameter}"
+            claim.survey(Location(name), spec(base[name]))
     for claim in sorted(reading.claims, key=lambda claim: claim.order):
         name = f"{claim.module}.{claim.parameter}"
         like = TensorSpec(DTYPES[dtypes[name]], tuple(merged[name].shape))

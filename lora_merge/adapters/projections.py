@@ -1,0 +1,85 @@
+"""Random matrices that all layers of an adapter share: drawn from a seed as torch draws them, or stored once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from lora_merge.errors import AdapterError, listed, printable, quoted
+from lora_merge.spec import Location, TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+LARGEST_SEED = 1 << 64
+DRAWN = (
+    "The random projections are not in the adapter's file: they are drawn again from its seed, and rounded to the "
+    "base's dtype, as PEFT does. A base of another dtype than the one trained on gives slightly other ones."
+)
+"""For the person who merges."""
+
+
+def seed(value: object, field: str) -> int:
+    """A seed of a torch generator; AdapterError else."""
+    if isinstance(value, bool) or not isinstance(value, int) or not -(LARGEST_SEED >> 1) <= value < LARGEST_SEED:
+        raise AdapterError(
+            f"adapter_config.json: {field} is {quoted(value)}, expected a whole number of 64 bits; without it the "
+            "random part of the adapter cannot be drawn again"
+        )
+    return value
+
+
+def uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator) -> torch.Tensor:
+    """Float32 numbers from `-bound` to `bound`, on the CPU: other devices draw others from the same seed."""
+    import torch
+
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+class Extent:
+    """The sides of the largest adapted weight, which shared projections have.
+
+    It grows while the claims of an adapter are placed, and is complete before the first patch is built.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.inputs = 0
+        self.outputs = 0
+        self.expected: set[str] = set()
+        self.seen: set[str] = set()
+
+    def expect(self, module: str, outputs: int) -> None:
+        """Every module of the file, before any is placed."""
+        self.expected.add(module)
+        self.outputs = max(self.outputs, outputs)
+
+    def widen(self, inputs: int) -> None:
+        self.inputs = max(self.inputs, inputs)
+
+    def survey(self, module: str, outputs: int) -> Callable[[Location, TensorSpec], None]:
+        """Sees a tensor of a module."""
+
+        def see(location: Location, weight: TensorSpec) -> None:
+            self.seen.add(module)
+            self.widen(self.inputs_of(location, weight, outputs))
+
+        return see
+
+    def inputs_of(self, location: Location, weight: TensorSpec, outputs: int) -> int:
+        """Inputs of the linear that has these outputs and lies in this tensor, either way round."""
+        shape = weight.shape
+        if len(shape) == 2 and location.rows is None and location.within is None and shape[0] != outputs:
+            return shape[0]
+        return shape[-1] if shape else 0
+
+    def check(self, stored: bool) -> None:
+        """Raises AdapterError where modules without a place would have decided how large the projections are."""
+        if stored or len(self.seen) == len(self.expected):
+            return
+        missing = sorted(map(printable, self.expected - self.seen))
+        raise AdapterError(
+            f"{len(missing)} modules of the adapter are not in the base ({listed(missing)}); the projections of "
+            f"{self.name} are drawn for all of them together, and others come out without these. Merge onto the base "
+            "that the adapter was trained on"
+        )

@@ -1,0 +1,55 @@
+"""Where a linear layer's change `[out, in]` sits in the tensor that is found for it, and which way round."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from lora_merge.spec import Location, TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """The rows of a tensor that a change `[out, in]` is added to.
+
+    turned: the tensor is `[in, out]` (Conv1D).
+    rows: the piece `[start, stop)` of the change's outputs that the tensor holds; None: all.
+    first: the tensor's row where they begin.
+    stacked: rows are those of the first two dimensions; None: either view will do.
+    """
+
+    turned: bool = False
+    rows: tuple[int, int] | None = None
+    first: int = 0
+    stacked: bool | None = None
+
+
+def seat(location: Location, weight: TensorSpec, outputs: int, inputs: int, conv1d: bool) -> Seat | None:
+    """The seat of a change in a linear's weight, or None where it does not fit.
+
+    conv1d: a square weight is stored `[in, out]`.
+    """
+    rows = location.rows or (0, outputs)
+    one_expert = location.within is not None and len(weight.shape) == 3
+    total, columns = weight.matrix(stacked=one_expert)
+    first, last = location.within or (0, total)
+    whole = location.rows is None and location.within is None
+    fits = last - first == rows[1] - rows[0] and last <= total and rows[1] <= outputs
+    as_is = fits and columns == inputs and (len(weight.shape) == 2 or one_expert)
+    turned = whole and weight.shape == (inputs, outputs)
+    if location.expert is not None or not (as_is or turned):
+        return None
+    if turned and not (as_is and (location.as_linear or not conv1d)):
+        return Seat(turned=True)
+    return Seat(False, location.rows, first, True if one_expert else None)
+
+
+def kernel_seat(location: Location, weight: TensorSpec, outputs: int, inputs: int) -> Seat | None:
+    """The seat of a change in the whole weight of a convolution, `[out, in, *kernel]`, or None where it does not fit.
+
+    inputs: of the flattened kernels, `in * prod(kernel)`.
+    """
+    shape = weight.shape
+    if len(shape) < 3 or location != Location(location.tensor) or (shape[0], math.prod(shape[1:])) != (outputs, inputs):
+        return None
+    return Seat(stacked=False)

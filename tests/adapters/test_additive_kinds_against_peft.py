@@ -1,0 +1,108 @@
+"""Every kind that adds to a weight, against PEFT's own merge of it, one small module at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from small_models import assert_changed, assert_same, merge_folder, merged_by_peft, trained
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+BF16, F32 = torch.bfloat16, torch.float32
+
+
+class Block(nn.Module):
+    """Linears of three shapes, Conv1Ds, one of them square, convolutions and a norm."""
+
+    config = {"model_type": "custom"}  # noqa: RUF012 (PEFT reads it from the instance)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(24, 36)
+        self.down = nn.Linear(36, 24, bias=False)
+        self.same = nn.Linear(24, 24)
+        self.c_fc = Conv1D(36, 24)
+        self.c_proj = Conv1D(24, 24)
+        self.wide = nn.Conv2d(8, 36, 3)
+        self.point = nn.Conv2d(8, 36, 1)
+        self.audio = nn.Conv1d(8, 36, 3)
+        self.norm = nn.LayerNorm(24)
+
+
+LINEARS = ["up", "down", "same"]
+CONV1D = ["c_fc", "c_proj"]
+CONV2D = ["wide", "point"]
+CONVOLUTIONS = [*CONV2D, "audio"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """kind: the peft_type. words: of its config. once: PEFT rounds the delta before it adds it."""
+
+    kind: str
+    targets: list[str]
+    words: dict[str, Any] = field(default_factory=dict)
+    once: bool = False
+    parameter: str = "weight"
+
+    @property
+    def name(self) -> str:
+        given = "-".join(f"{key}={value}" for key, value in self.words.items() if key != "fan_in_fan_out")
+        return "-".join(filter(None, (self.kind.lower(), self.targets[0], given.replace(" ", "")[:40])))
+
+
+def conv1d(kind: str, **words: Any) -> Case:
+    return Case(kind, CONV1D, {"fan_in_fan_out": True, **words})
+
+
+ADALORA = {"init_r": 6, "target_r": 3, "lora_alpha": 9, "total_step": 10}
+CASES = [
+    Case("ADALORA", LINEARS, ADALORA),
+    conv1d("ADALORA", **ADALORA),
+    Case("ADALORA", CONV2D, ADALORA),
+    Case("ADALORA", ["same"], {**ADALORA, "lora_alpha": -1}),
+    *(
+        one
+        for kind in ("VERA", "PVERA")
+        for saved in (True, False)
+        for one in (
+            Case(kind, LINEARS, {"r": 5, "save_projection": saved, "projection_prng_key": 3}),
+            conv1d(kind, r=5, save_projection=saved),
+        )
+    ),
+    Case("LOHA", LINEARS, {"r": 4, "alpha": 6, "rank_pattern": {"up": 3}, "alpha_pattern": {"down": 2}}),
+    Case("LOHA", CONVOLUTIONS, {"r": 4}),
+    Case("LOHA", CONVOLUTIONS, {"r": 4, "use_effective_conv2d": True}),
+    Case("LOKR", LINEARS, {"r": 1, "alpha": 3, "decompose_both": True}),
+    Case("LOKR", LINEARS, {"r": 2, "alpha": 3, "rank_pattern": {"up": 1}, "decompose_factor": 2}),
+    Case("LOKR", LINEARS, {"r": 40}),
+    Case("LOKR", CONVOLUTIONS, {"r": 1}),
+    Case("LOKR", CONVOLUTIONS, {"r": 2, "use_effective_conv2d": True}),
+    Case("LOKR", CONVOLUTIONS, {"r": 16, "use_effective_conv2d": True}),
+]
+
+
+def model(dtype: torch.dtype) -> Block:
+    torch.manual_seed(4)
+    return Block().to(dtype)
+
+
+def config_of(case: Case) -> Any:
+    return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(case.kind)](target_modules=list(case.targets), **case.words)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_merge_equals_peft(case: Case, dtype: torch.dtype, tmp_path: Path) -> None:
+    base = model(dtype)
+    trained(base, config_of(case), tmp_path)
+    merged = merge_folder(tmp_path, base.state_dict())
+    assert_same(merged, merged_by_peft(base, tmp_path, once=case.once))
+    assert_changed(merged, base.state_dict(), {f"{target}.{case.parameter}" for target in case.targets})
