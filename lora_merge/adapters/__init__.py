@@ -6,6 +6,14 @@
 | `vera.py` | VERA, PVERA |
 | `loha.py` | LOHA |
 | `lokr.py` | LOKR |
+| `ln_tuning.py` | LN_TUNING |
+| `fourierft.py` | FOURIERFT |
+| `vblora.py` | VBLORA |
+| `c3a.py` | C3A |
+| `shira.py` | SHIRA |
+| `delora.py` | DELORA |
+| `gralora.py` | GRALORA |
+| `beft.py` | BEFT |
 | `lora.py` | LORA of PEFT, with `layers.py` (linear, embedding, convolution), `experts.py`, `dora.py`, `residual.py` |
 | `tokens.py` | TRAINABLE_TOKENS, and `trainable_token_indices` of LORA |
 | `saved_modules.py` | tensors brought whole: modules_to_save, biases, embeddings |
@@ -17,7 +25,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lora_merge.adapters import adalora, loha, lokr, lora, loralib, tokens, vera
+from lora_merge.adapters import (
+    adalora,
+    beft,
+    c3a,
+    delora,
+    fourierft,
+    gralora,
+    ln_tuning,
+    loha,
+    lokr,
+    lora,
+    loralib,
+    shira,
+    tokens,
+    vblora,
+    vera,
+)
 from lora_merge.adapters.base import Options, Reading
 from lora_merge.errors import AdapterError, UnsupportedError, listed, printable
 from lora_merge.spec import TensorSpec
@@ -30,6 +54,14 @@ KINDS: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, TensorSpec], Optio
     "PVERA": vera.read,
     "LOHA": loha.read,
     "LOKR": lokr.read,
+    "LN_TUNING": ln_tuning.read,
+    "FOURIERFT": fourierft.read,
+    "VBLORA": vblora.read,
+    "C3A": c3a.read,
+    "SHIRA": shira.read,
+    "DELORA": delora.read,
+    "GRALORA": gralora.read,
+    "BEFT": beft.read,
 }
 """peft_type in adapter_config.json -> its reader."""
 
@@ -51,9 +83,8 @@ NEVER: Mapping[str, str] = {
 """peft_type -> why it cannot be merged."""
 
 LATER = (
-    "ADAMSS", "BEFT", "BOFT", "BONE", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA", "GRALORA", "HIRA",
-    "HRA", "IA3", "LN_TUNING", "MISS", "OFT", "OSF", "PEANUT", "PSOFT", "RANDLORA", "ROAD", "SHIRA", "SUPERTUNING",
-    "TINYLORA", "UNILORA", "VBLORA", "WAVEFT",
+    "ADAMSS", "BOFT", "BONE", "DEFT", "FROD", "GLORA", "HIRA", "HRA", "IA3", "MISS", "OFT", "OSF", "PEANUT",
+    "PSOFT", "RANDLORA", "ROAD", "SUPERTUNING", "TINYLORA", "UNILORA", "WAVEFT",
 )  # fmt: skip
 """peft_types that could be merged and are not read yet."""
 

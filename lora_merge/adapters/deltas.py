@@ -7,12 +7,13 @@ by row where the formula allows, so that a delta is never held whole beside its 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_merge.adapters.base import Bound, Claim, Patch
 from lora_merge.adapters.lowrank import FLOAT, BoundLowRank, Read
-from lora_merge.adapters.seats import Seat, kernel_seat, seat
+from lora_merge.adapters.seats import Seat, kernel_seat, seat, whole_shape
 from lora_merge.errors import AdapterError, printable
 from lora_merge.spec import Location, TensorSpec
 
@@ -95,14 +96,26 @@ class Factored(Delta):
         return Product(right.T.contiguous(), left.T.contiguous()) if turned else Product(left, right)
 
 
-class Dense(OpenDelta):
-    """A delta that could only be made whole."""
+class Sparse(OpenDelta):
+    """Single numbers of a delta: row, column and value of each; at the same place they add up."""
 
-    def __init__(self, matrix: torch.Tensor) -> None:
-        self.matrix = matrix
+    def __init__(
+        self, row: torch.Tensor, column: torch.Tensor, value: torch.Tensor, columns: int, turned: bool
+    ) -> None:
+        row, column = (column, row) if turned else (row, column)
+        order = row.argsort(stable=True)
+        self.row = row[order]
+        self.column = column[order]
+        self.value = value[order]
+        self.columns = columns
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
-        return self.matrix[start:stop].clone()
+        import torch
+
+        ends = torch.searchsorted(self.row, torch.tensor([start, stop], device=self.row.device))
+        held = slice(*ends.tolist())
+        made = self.value.new_zeros(stop - start, self.columns)
+        return made.index_put_((self.row[held] - start, self.column[held]), self.value[held], accumulate=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +182,26 @@ def added(kind: str, module: str, delta: Delta, location: Location, weight: Tens
             "trained on?"
         )
     return Added(delta, found, kind)
+
+
+def shaped_claim(
+    kind: str, module: str, factors: tuple[str, ...], conv1d: bool, make: Callable[[tuple[int, int]], Delta]
+) -> Claim:
+    """The claim of a delta whose factors do not tell its sides: it is made for those of the weight, `out, in`.
+
+    conv1d: the class of the module holds its weight `[in, out]`.
+    """
+
+    def build(location: Location, weight: TensorSpec) -> Added:
+        shape = whole_shape(location, weight, conv1d)
+        if shape is None:
+            raise AdapterError(
+                f"{printable(module)}: {kind} is made for a whole linear layer; {printable(location.tensor)} is "
+                f"{weight}, a piece of one or something else"
+            )
+        return added(kind, module, make(shape), location, weight, conv1d)
+
+    return Claim(module, "weight", factors, build)
 
 
 def claim(

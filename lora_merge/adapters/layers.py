@@ -137,8 +137,8 @@ def convolution(pair: Pair) -> Claim:
     return Claim(pair.module, "weight", pair.factors, build, shape=shape)
 
 
-def bias(module: str, key: str, length: int, scale: float) -> Claim:
-    """The claim of `lora_B.bias` on the bias of its module."""
+def bias(module: str, key: str, length: int, scale: float, kind: str = "lora_bias") -> Claim:
+    """The claim of a vector, as `lora_B.bias` is, that is added to the bias of its module."""
 
     def build(location: Location, weight: TensorSpec) -> Shift:
         rows = location.rows or (0, length)
@@ -148,7 +148,7 @@ def bias(module: str, key: str, length: int, scale: float) -> Claim:
                 f"{printable(key)} has {length} numbers for the bias of {printable(module)}; "
                 f"{printable(location.tensor)} is {weight}"
             )
-        return Shift(key, length, scale, location.rows, first)
+        return Shift(key, length, scale, location.rows, first, kind)
 
     return Claim(module, "bias", (key,), build, shape=(length,))
 

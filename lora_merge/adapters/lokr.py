@@ -78,7 +78,8 @@ class OpenKronecker(OpenDelta):
             return (left.unsqueeze(2) * right.unsqueeze(1)).flatten(1)  # [n, c, d * prod(kernel)]
         left, right = self.w1[row % len(self.w1)], self.w2[row // len(self.w1)]
         right = right.unflatten(1, (-1, 1, self.kernel))  # [n, d, 1, k]
-        return (left[:, None, :, None] * right).flatten(1)  # [n, d, c, k]
+        made: torch.Tensor = left[:, None, :, None] * right  # [n, d, c, k]
+        return made.flatten(1)
 
 
 def _matrix(read: Read, names: tuple[str, ...]) -> torch.Tensor:

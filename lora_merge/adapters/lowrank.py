@@ -179,7 +179,7 @@ class Shift(Patch):
         return 3 * self.length * FLOAT
 
     def bind(self, read: Read, weight: TensorSpec) -> BoundShift:
-        vector = read(self.name).float()
+        vector = read(self.name).float().reshape(-1)
         vector = vector[slice(*self.rows)] if self.rows else vector
         return BoundShift(vector.mul(self.scale).unsqueeze(1), self.first)
 

@@ -17,6 +17,7 @@ from lora_merge.errors import AdapterError, listed, printable
 from lora_merge.models.families import is_conv1d
 from lora_merge.spec import TensorSpec
 
+WHOLE_NUMBERS = ("U8", "I8", "I16", "I32", "I64")
 READ_BY_ALL = (
     "bias", "fan_in_fan_out", "init_weights", "modules_to_save", "peft_type", "peft_version", "trainable_token_indices",
 )  # fmt: skip
@@ -160,8 +161,8 @@ class Kind:
                 offences.append(f"{key} and {first} are the same factor; save each adapter to its own folder")
             if not module and role not in self.shared:
                 offences.append(f"{key} names no module")
-            if tensors[key].dtype not in PLAIN_FLOATS and role not in self.integers:
-                offences.append(f"{key} is {tensors[key]}, not a float")
+            if tensors[key].dtype not in PLAIN_FLOATS + (WHOLE_NUMBERS if role in self.integers else ()):
+                offences.append(f"{key} is {tensors[key]}, not {'a number' if role in self.integers else 'a float'}")
             place[role] = key
         if offences:
             raise AdapterError(f"{len(offences)} adapter tensors cannot be used: {listed(offences, 8, counted=False)}")

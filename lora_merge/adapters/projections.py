@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -83,3 +84,32 @@ class Extent:
             f"{self.name} are drawn for all of them together, and others come out without these. Merge onto the base "
             "that the adapter was trained on"
         )
+
+
+class Places:
+    """The random places of single numbers in a matrix, which depend on a seed and the matrix's shape alone."""
+
+    def __init__(self, key: int) -> None:
+        self.key = key
+        self.found: dict[tuple[tuple[int, int], int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self.lock = threading.Lock()
+
+    def numbers(self, shape: tuple[int, int]) -> int:
+        """Numbers of 4 bytes that the permutation of all places takes."""
+        return 4 * shape[0] * shape[1]
+
+    def check(self, module: str, shape: tuple[int, int], count: int) -> None:
+        """Raises AdapterError where a matrix has fewer places than numbers."""
+        if count > shape[0] * shape[1]:
+            raise AdapterError(f"{printable(module)}: {count} numbers do not find room in a weight {list(shape)}")
+
+    def of(self, shape: tuple[int, int], count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows and columns of the first `count` places; layers of one shape have the same."""
+        import torch
+
+        with self.lock:
+            if (shape, count) not in self.found:
+                order = torch.randperm(shape[0] * shape[1], generator=torch.Generator().manual_seed(self.key))
+                order = order[:count].clone()
+                self.found[shape, count] = order // shape[1], order % shape[1]
+            return self.found[shape, count]

@@ -53,3 +53,16 @@ def kernel_seat(location: Location, weight: TensorSpec, outputs: int, inputs: in
     if len(shape) < 3 or location != Location(location.tensor) or (shape[0], math.prod(shape[1:])) != (outputs, inputs):
         return None
     return Seat(stacked=False)
+
+
+def whole_shape(location: Location, weight: TensorSpec, conv1d: bool) -> tuple[int, int] | None:
+    """`out, in` of the linear in this tensor, for factors that do not tell; None where it holds only a piece of one.
+
+    conv1d: the class holds it `[in, out]`.
+    """
+    if len(weight.shape) != 2 or location.rows is not None or location.expert is not None:
+        return None
+    rows, columns = weight.shape
+    if location.within is not None:
+        rows = location.within[1] - location.within[0]
+    return (columns, rows) if conv1d and not location.as_linear else (rows, columns)

@@ -43,13 +43,16 @@ CONVOLUTIONS = [*CONV2D, "audio"]
 
 @dataclass(frozen=True)
 class Case:
-    """kind: the peft_type. words: of its config. once: PEFT rounds the delta before it adds it."""
+    """kind: the peft_type. words: of its config. once: PEFT rounds the delta before it adds it.
+
+    parameters: what changes in each target.
+    """
 
     kind: str
     targets: list[str]
     words: dict[str, Any] = field(default_factory=dict)
     once: bool = False
-    parameter: str = "weight"
+    parameters: tuple[str, ...] = ("weight",)
 
     @property
     def name(self) -> str:
@@ -85,6 +88,20 @@ CASES = [
     Case("LOKR", CONVOLUTIONS, {"r": 1}),
     Case("LOKR", CONVOLUTIONS, {"r": 2, "use_effective_conv2d": True}),
     Case("LOKR", CONVOLUTIONS, {"r": 16, "use_effective_conv2d": True}),
+    Case("LN_TUNING", ["norm"], parameters=("weight", "bias")),
+    Case("FOURIERFT", LINEARS, {"n_frequency": 90, "scaling": 9.0, "n_frequency_pattern": {"up": 7}}),
+    conv1d("FOURIERFT", n_frequency=30, random_loc_seed=5, scaling=5.0),
+    Case("VBLORA", LINEARS, {"r": 3, "topk": 2, "num_vectors": 7, "vector_length": 6}),
+    Case("VBLORA", LINEARS, {"r": 3, "topk": 3, "num_vectors": 7, "vector_length": 4, "save_only_topk_weights": True}),
+    conv1d("VBLORA", r=3, topk=2, num_vectors=7, vector_length=6),
+    Case("C3A", LINEARS, {"block_size": 12}, once=True),
+    Case("C3A", LINEARS, {"block_size": 3, "block_size_pattern": {"same": 1}}, once=True),
+    Case("SHIRA", LINEARS, {"r": 3}),
+    Case("DELORA", LINEARS, {"r": 4, "delora_lambda": 5}, once=True),
+    Case("GRALORA", LINEARS, {"r": 6, "gralora_k": 3, "alpha": 10}),
+    Case("GRALORA", LINEARS, {"r": 4, "gralora_k": 2, "hybrid_r": 3}),
+    conv1d("GRALORA", r=4, gralora_k=2, hybrid_r=3),
+    Case("BEFT", ["up", "same"], parameters=("bias",)),
 ]
 
 
@@ -105,4 +122,5 @@ def test_merge_equals_peft(case: Case, dtype: torch.dtype, tmp_path: Path) -> No
     trained(base, config_of(case), tmp_path)
     merged = merge_folder(tmp_path, base.state_dict())
     assert_same(merged, merged_by_peft(base, tmp_path, once=case.once))
-    assert_changed(merged, base.state_dict(), {f"{target}.{case.parameter}" for target in case.targets})
+    names = {f"{target}.{parameter}" for target in case.targets for parameter in case.parameters}
+    assert_changed(merged, base.state_dict(), names)

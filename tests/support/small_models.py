@@ -21,6 +21,7 @@ from lora_merge.spec import Location, TensorSpec
 torch.set_num_threads(1)
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.int8: "I8"}
+DTYPES |= {torch.int32: "I32", torch.int16: "I16", torch.uint8: "U8"}
 
 
 def spec(tensor: torch.Tensor) -> TensorSpec:
