@@ -9,6 +9,9 @@
 | `ln_tuning.py` | LN_TUNING |
 | `fourierft.py` | FOURIERFT |
 | `vblora.py` | VBLORA |
+| `randlora.py` | RANDLORA |
+| `waveft.py` | WAVEFT, with `wavelets.py` |
+| `osf.py` | OSF |
 | `c3a.py` | C3A |
 | `shira.py` | SHIRA |
 | `delora.py` | DELORA |
@@ -37,10 +40,13 @@ from lora_merge.adapters import (
     lokr,
     lora,
     loralib,
+    osf,
+    randlora,
     shira,
     tokens,
     vblora,
     vera,
+    waveft,
 )
 from lora_merge.adapters.base import Options, Reading
 from lora_merge.errors import AdapterError, UnsupportedError, listed, printable
@@ -57,11 +63,14 @@ KINDS: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, TensorSpec], Optio
     "LN_TUNING": ln_tuning.read,
     "FOURIERFT": fourierft.read,
     "VBLORA": vblora.read,
+    "RANDLORA": randlora.read,
     "C3A": c3a.read,
     "SHIRA": shira.read,
+    "WAVEFT": waveft.read,
     "DELORA": delora.read,
     "GRALORA": gralora.read,
     "BEFT": beft.read,
+    "OSF": osf.read,
 }
 """peft_type in adapter_config.json -> its reader."""
 
@@ -83,8 +92,8 @@ NEVER: Mapping[str, str] = {
 """peft_type -> why it cannot be merged."""
 
 LATER = (
-    "ADAMSS", "BOFT", "BONE", "DEFT", "FROD", "GLORA", "HIRA", "HRA", "IA3", "MISS", "OFT", "OSF", "PEANUT",
-    "PSOFT", "RANDLORA", "ROAD", "SUPERTUNING", "TINYLORA", "UNILORA", "WAVEFT",
+    "ADAMSS", "BOFT", "BONE", "DEFT", "FROD", "GLORA", "HIRA", "HRA", "IA3", "MISS", "OFT", "PEANUT", "PSOFT",
+    "ROAD", "SUPERTUNING", "TINYLORA", "UNILORA",
 )  # fmt: skip
 """peft_types that could be merged and are not read yet."""
 

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from lora_merge.adapters.seats import whole_shape
 from lora_merge.errors import AdapterError, listed, printable, quoted
 from lora_merge.spec import Location, TensorSpec
 
@@ -49,6 +50,8 @@ class Extent:
         self.outputs = 0
         self.expected: set[str] = set()
         self.seen: set[str] = set()
+        self.made: dict[str, tuple[torch.Tensor, ...]] = {}
+        self.lock = threading.Lock()
 
     def expect(self, module: str, outputs: int) -> None:
         """Every module of the file, before any is placed."""
@@ -66,6 +69,24 @@ class Extent:
             self.widen(self.inputs_of(location, weight, outputs))
 
         return see
+
+    def survey_whole(self, module: str, conv1d: bool) -> Callable[[Location, TensorSpec], None]:
+        """Sees a tensor of a module whose factors do not tell its outputs. conv1d: its class holds it `[in, out]`."""
+        self.expected.add(module)
+
+        def see(location: Location, weight: TensorSpec) -> None:
+            if shape := whole_shape(location, weight, conv1d):
+                self.seen.add(module)
+                self.outputs, self.inputs = max(self.outputs, shape[0]), max(self.inputs, shape[1])
+
+        return see
+
+    def drawn(self, dtype: str, draw: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, ...]:
+        """Projections for weights of a dtype, drawn once."""
+        with self.lock:
+            if dtype not in self.made:
+                self.made = {dtype: draw()}
+            return self.made[dtype]
 
     def inputs_of(self, location: Location, weight: TensorSpec, outputs: int) -> int:
         """Inputs of the linear that has these outputs and lies in this tensor, either way round."""

@@ -57,13 +57,10 @@ class Residual(Patch):
         return self.update.stacked
 
     def workspace(self, weight: TensorSpec) -> int:
-        # gesdd of [m, n] with k = min(m, n): a copy of the weight, U, Vh, a work array of some 4 k² + 7 k, and the
-        # product; LAPACK's blocks come on top.
         total, n = weight.matrix(bool(self.stacked))
         m = self.rows[1] - self.rows[0] if self.rows else total
-        k = min(m, n)
-        numbers = (4 if self.transposed else 3) * m * n + 2 * k * (m + n) + 8 * k * k + 64 * (m + n) + 1024
-        return numbers * FLOAT + self.update.workspace(weight)
+        turned = m * n * FLOAT if self.transposed else 0
+        return factorisation_bytes((m, n)) + turned + self.update.workspace(weight)
 
     def bind(self, read: Read, weight: TensorSpec) -> BoundResidual:
         return BoundResidual(self, self.update.bind(read, weight), weight.dtype)
@@ -86,6 +83,17 @@ class BoundResidual(Bound):
         weight.copy_(left.T if patch.transposed else left)
         self.update.observe(rows, start)
         return self.update.apply(rows, start)
+
+
+def factorisation_bytes(shape: tuple[int, int]) -> int:
+    """What a factorisation of a float32 weight holds beside the weight, and the product of what is kept of it.
+
+    gesdd of [m, n] with k = min(m, n): a copy of the weight, U, Vh, a work array of some 4 k² + 7 k; LAPACK's blocks
+    come on top.
+    """
+    m, n = shape
+    k = min(m, n)
+    return (3 * m * n + 2 * k * (m + n) + 8 * k * k + 64 * (m + n) + 1024) * FLOAT
 
 
 def residual(weight: torch.Tensor, method: str, r: int, scale: float) -> torch.Tensor:

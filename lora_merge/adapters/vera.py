@@ -70,10 +70,14 @@ class Projections:
 
     def make(self, read: Read) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B, whole."""
-        import torch
-
         if self.a and self.b:
             return read(self.a), read(self.b)
+        a, b = self.extent.drawn(self.dtype, self._draw)
+        return a, b
+
+    def _draw(self) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
         generator = torch.Generator().manual_seed(self.key)
         a = uniform((self.rows, self.extent.inputs), math.sqrt(6 / self.extent.inputs), generator)
         b = uniform((self.outputs, self.r), math.sqrt(6 / self.r), generator)

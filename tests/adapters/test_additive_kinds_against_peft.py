@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import pytest
 import torch
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from small_models import assert_changed, assert_same, merge_folder, merged_by_peft, trained
+from safetensors.torch import load_file, save_file
+from small_models import assert_changed, assert_same, merge_folder, merged_by_peft, read_folder, trained
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -94,13 +96,22 @@ CASES = [
     Case("VBLORA", LINEARS, {"r": 3, "topk": 2, "num_vectors": 7, "vector_length": 6}),
     Case("VBLORA", LINEARS, {"r": 3, "topk": 3, "num_vectors": 7, "vector_length": 4, "save_only_topk_weights": True}),
     conv1d("VBLORA", r=3, topk=2, num_vectors=7, vector_length=6),
+    Case("RANDLORA", LINEARS, {"r": 7, "randlora_alpha": 3}, once=True),
+    Case("RANDLORA", CONV1D, {"fan_in_fan_out": True, "r": 6, "randlora_alpha": 4}, once=True),
     Case("C3A", LINEARS, {"block_size": 12}, once=True),
     Case("C3A", LINEARS, {"block_size": 3, "block_size_pattern": {"same": 1}}, once=True),
     Case("SHIRA", LINEARS, {"r": 3}),
+    Case("WAVEFT", LINEARS, {"n_frequency": 90, "use_idwt": False}),
+    *(
+        Case("WAVEFT", LINEARS, {"n_frequency": 90, "wavelet_family": family, "scaling": 2.0})
+        for family in ("db1", "db2", "db3", "db10", "sym4", "sym5", "coif1", "coif2")
+    ),
+    conv1d("WAVEFT", n_frequency=60, wavelet_family="db3", scaling=2.0),
     Case("DELORA", LINEARS, {"r": 4, "delora_lambda": 5}, once=True),
     Case("GRALORA", LINEARS, {"r": 6, "gralora_k": 3, "alpha": 10}),
     Case("GRALORA", LINEARS, {"r": 4, "gralora_k": 2, "hybrid_r": 3}),
     conv1d("GRALORA", r=4, gralora_k=2, hybrid_r=3),
+    Case("OSF", LINEARS, {"effective_rank": 9, "rank_pattern": {"up": 0.5}}),
     Case("BEFT", ["up", "same"], parameters=("bias",)),
 ]
 
@@ -124,3 +135,34 @@ def test_merge_equals_peft(case: Case, dtype: torch.dtype, tmp_path: Path) -> No
     assert_same(merged, merged_by_peft(base, tmp_path, once=case.once))
     names = {f"{target}.{parameter}" for target in case.targets for parameter in case.parameters}
     assert_changed(merged, base.state_dict(), names)
+
+
+DRAWN = [
+    Case("VERA", LINEARS, {"r": 5, "projection_prng_key": 9}),
+    Case("PVERA", CONV1D, {"r": 5, "fan_in_fan_out": True}),
+    *(
+        Case("RANDLORA", targets, {"r": 7, "projection_prng_key": 6, **sparse})
+        for targets in (LINEARS, ["up"], ["down"])
+        for sparse in ({}, {"sparse": True}, {"very_sparse": True})
+    ),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("case", DRAWN, ids=lambda case: case.name)
+def test_projections_are_drawn_as_training_drew_them(case: Case, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Of two equal adapters one has its projections in the file: PEFT merges that one, the other is merged here."""
+    base = model(dtype)
+    trained(base, config_of(case), tmp_path)
+    theirs = merged_by_peft(base, tmp_path, once=True)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    shared = [key for key in tensors if key.endswith(("_A", "_B"))]
+    assert len(shared) >= 2
+    save_file(
+        {key: value for key, value in tensors.items() if key not in shared}, tmp_path / "adapter_model.safetensors"
+    )
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"save_projection": False}))
+    assert_same(merge_folder(tmp_path, base.state_dict()), theirs)
+    assert "drawn again" in read_folder(tmp_path)[0].notes[0]
