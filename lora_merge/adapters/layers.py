@@ -32,6 +32,7 @@ class Pair:
     magnitude: DoRA's vector; diagonal: KaSA's.
     init: `pissa`, `olora` or `kasa` where training changed the base first.
     conv1d: a square weight is stored `[in, out]`.
+    group_size: of QA-LoRA, whose lora_A takes the mean of that many inputs, times the number of groups; 1 else.
     """
 
     module: str
@@ -47,10 +48,11 @@ class Pair:
     diagonal: str | None = None
     init: str | None = None
     conv1d: bool = False
+    group_size: int = 1
 
     @property
     def inputs(self) -> int:
-        return self.a_shape[1] * self.a_blocks
+        return self.a_shape[1] * self.a_blocks * self.group_size
 
     @property
     def outputs(self) -> int:
@@ -72,7 +74,7 @@ class Pair:
         found = seat(location, weight, self.outputs, self.inputs, self.conv1d)
         if found is None:
             raise self.misfit(location, weight, f"a weight {[self.outputs, self.inputs]}")
-        a = Factor(self.a, _flat(self.a_shape), blocks=self.a_blocks)
+        a = Factor(self.a, _flat(self.a_shape), blocks=self.a_blocks, repeat=self.group_size)
         b = Factor(self.b, _flat(self.b_shape), blocks=self.b_blocks, diagonal=self.diagonal)
         if found.turned:
             update = LowRank(replace(a, transpose=True), replace(b, transpose=True), self.scale)
@@ -85,6 +87,21 @@ class Pair:
 def linear(pair: Pair, parameter: str = "weight") -> Claim:
     """The claim of a linear layer, stored either way round, or of a piece of one."""
     return Claim(pair.module, parameter, pair.factors, pair.on_linear, shape=_shape(pair.outputs, pair.inputs))
+
+
+def pooled(pair: Pair, group_size: int) -> Claim:
+    """The claim of a QA-LoRA: its lora_A takes means of groups of inputs, times the number of groups.
+
+    Layers of a base that is not in GPTQ train a plain pair beside them; which one it is, the weight's inputs tell.
+    """
+
+    def build(location: Location, weight: TensorSpec) -> LowRank | Dora | Residual:
+        if weight.shape[-1:] == pair.a_shape[1:]:
+            return pair.on_linear(location, weight)
+        wide = replace(pair, group_size=group_size, scale=pair.scale * pair.a_shape[1] / group_size)
+        return wide.on_linear(location, weight)
+
+    return Claim(pair.module, "weight", pair.factors, build)
 
 
 @cache

@@ -214,7 +214,8 @@ class ClaimReader:
         pair = self._pair(place, roles, outer.module if doubled else place.module)
         update = replace(pair, scale=2 * pair.scale) if doubled else pair
         convolution = len(self.tensors[roles["A"]].shape) > 2
-        claims = [layers.convolution(update) if convolution else layers.linear(update)]
+        linear = layers.pooled(update, self.settings.group_size) if self.settings.group_size > 1 else None
+        claims = [layers.convolution(update) if convolution else linear or layers.linear(update)]
         if "B.bias" in roles:
             length = self.tensors[roles["B.bias"]].numel
             claims.append(layers.bias(place.module, roles["B.bias"], length, pair.scale))

@@ -28,7 +28,6 @@ REFUSED = {
     "alora_invocation_tokens": "activated LoRA applies only from its invocation tokens on, so it has no merged weight",
     "arrow_config": "Arrow routes every token through other experts, so it has no merged weight",
     "megatron_config": "Megatron's parallel layers are sharded; export the adapter from Megatron first",
-    "use_qalora": "QALoRA is defined on the groups of a GPTQ base only",
     "enable_lora": "a MergedLinear of PEFT before 0.3 is not supported; re-save the adapter with a newer PEFT",
 }
 """Fields that, when set, change what the tensors mean."""
@@ -36,12 +35,12 @@ REFUSED = {
 READ = (
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "init_lora_weights", "use_dora",
     "bias", "lora_bias", "modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters",
-    "use_bdlora", "kasa_config", "ensure_weight_tying", "peft_type", "peft_version",
+    "use_bdlora", "kasa_config", "ensure_weight_tying", "peft_type", "peft_version", "use_qalora", "qalora_group_size",
 )  # fmt: skip
 HARMLESS = (
     "alpha", "arrow", "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules",
     "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config",
-    "megatron_core", "merge_weights", "modules_to_tie", "monteclora_config", "qalora_group_size", "revision",
+    "megatron_core", "merge_weights", "modules_to_tie", "monteclora_config", "revision",
     "runtime_config", "target_modules", "target_modules_to_tie", "task_type", "velora_config",
 )  # fmt: skip
 """Fields that steer training or selection only."""
@@ -56,6 +55,7 @@ class LoraConfig:
     token_indices: one list for all token adapters, or a list per layer name.
     block_diagonal: patterns of modules whose lora_A is block-diagonal, of those whose lora_B is, and the blocks.
     version: (major, minor) of PEFT, (0, 0) for adapters older than the field.
+    group_size: how many inputs QA-LoRA pools; 1 without it.
     """
 
     r: int
@@ -75,6 +75,7 @@ class LoraConfig:
     block_diagonal: tuple[tuple[str, ...], tuple[str, ...], int] | None
     ties: bool
     version: tuple[int, int]
+    group_size: int
     notes: tuple[str, ...]
 
     @classmethod
@@ -101,6 +102,7 @@ class LoraConfig:
             block_diagonal=_block_diagonal(config.get("use_bdlora")),
             ties=flag(config, "ensure_weight_tying"),
             version=version(config.get("peft_version")),
+            group_size=_group_size(config),
             notes=tuple(_remarks(config, options)),
         )
 
@@ -185,6 +187,15 @@ def _block_diagonal(value: object) -> tuple[tuple[str, ...], tuple[str, ...], in
         )
     blocks = positive(value.get("nblocks", 1), "use_bdlora.nblocks")
     return strings(value, "target_modules_bd_a"), strings(value, "target_modules_bd_b"), blocks
+
+
+def _group_size(config: Mapping[str, Any]) -> int:
+    if not flag(config, "use_qalora"):
+        return 1
+    size = positive(config.get("qalora_group_size", 16), "qalora_group_size")
+    if size == 1 or config.get("use_dora") or config.get("kasa_config") or config.get("use_bdlora"):
+        raise UnsupportedError("adapter_config.json: use_qalora goes with groups of several inputs and with plain LoRA")
+    return size
 
 
 def _remarks(config: Mapping[str, Any], options: Options) -> list[str]:

@@ -34,6 +34,7 @@ class Factor:
     transpose: turn each matrix round.
     rows, columns: the piece `[start, stop)` of the transposed matrix to keep.
     diagonal: name of a vector that scales the columns of the stored matrix.
+    repeat: how often each stored column stands beside itself (QA-LoRA's groups of inputs).
     """
 
     name: str
@@ -46,6 +47,7 @@ class Factor:
     rows: tuple[int, int] | None = None
     columns: tuple[int, int] | None = None
     diagonal: str | None = None
+    repeat: int = 1
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -55,7 +57,7 @@ class Factor:
             m //= self.experts
         else:
             n //= self.experts
-        m *= self.blocks
+        m *= self.blocks * self.repeat
         n, m = (m, n) if self.transpose else (n, m)
         n = self.rows[1] - self.rows[0] if self.rows else n
         m = self.columns[1] - self.columns[0] if self.columns else m
@@ -86,6 +88,7 @@ class Factor:
             stack = torch.block_diag(*stack[0].chunk(self.blocks)).unsqueeze(0)
         if self.diagonal is not None:
             stack = stack.float() * read(self.diagonal).float()
+        stack = stack.repeat_interleave(self.repeat, 2) if self.repeat > 1 else stack
         stack = stack.transpose(1, 2) if self.transpose else stack
         stack = stack[:, slice(*self.rows)] if self.rows else stack
         stack = stack[:, :, slice(*self.columns)] if self.columns else stack
@@ -114,7 +117,7 @@ class LowRank(Patch):
 
     def workspace(self, weight: TensorSpec) -> int:
         # Both factors in float32, and while one is transposed, itself as stored (in 8 bytes a number at most).
-        stored = max(f.shape[0] * f.shape[1] * f.blocks for f in (self.left, self.right))
+        stored = max(f.shape[0] * f.shape[1] * f.blocks * f.repeat for f in (self.left, self.right))
         return self.left.nbytes + self.right.nbytes + stored * 2 * FLOAT
 
     def bind(self, read: Read, weight: TensorSpec) -> BoundLowRank:

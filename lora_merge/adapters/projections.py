@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
+from lora_merge.adapters.config_fields import flag
 from lora_merge.adapters.seats import whole_shape
 from lora_merge.errors import AdapterError, listed, printable, quoted
 from lora_merge.spec import Location, TensorSpec
@@ -29,6 +30,12 @@ def seed(value: object, field: str) -> int:
             "random part of the adapter cannot be drawn again"
         )
     return value
+
+
+def drawing_seed(config: Mapping[str, Any]) -> int | None:
+    """The seed of projections that are not in the file; None where they are."""
+    saved = flag({"save_projection": True, **config}, "save_projection")
+    return None if saved else seed(config.get("projection_prng_key"), "projection_prng_key")
 
 
 def uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator) -> torch.Tensor:

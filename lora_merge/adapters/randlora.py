@@ -25,7 +25,7 @@ from lora_merge.adapters.config_fields import flag, number, positive
 from lora_merge.adapters.deltas import Added, Delta, OpenDelta, added
 from lora_merge.adapters.lowrank import Read
 from lora_merge.adapters.modules import Kind, Module
-from lora_merge.adapters.projections import DRAWN, Extent, seed
+from lora_merge.adapters.projections import DRAWN, Extent, drawing_seed
 from lora_merge.adapters.residual import rounded
 from lora_merge.adapters.seats import whole_shape
 from lora_merge.errors import AdapterError, printable
@@ -188,8 +188,7 @@ class Reader:
 
 def read(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec], options: Options) -> Reading:
     """Claims of every tensor of a RandLoRA; all read the shared projections."""
-    saved = flag(config, "save_projection")
-    key = None if saved else seed(config.get("projection_prng_key"), "projection_prng_key")
+    key = drawing_seed(config)
     r = positive(config.get("r", 32), "r")
     scale = number(config.get("randlora_alpha", 640), "randlora_alpha") / r
     sparse = next((field for field in ("very_sparse", "sparse") if flag(config, field)), "")

@@ -21,11 +21,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.adapters.base import Claim, Options, Reading
-from lora_merge.adapters.config_fields import flag, positive
+from lora_merge.adapters.config_fields import positive
 from lora_merge.adapters.deltas import Added, Factored, added
 from lora_merge.adapters.lowrank import Read
 from lora_merge.adapters.modules import Kind, Module
-from lora_merge.adapters.projections import DRAWN, Extent, seed, uniform
+from lora_merge.adapters.projections import DRAWN, Extent, drawing_seed, uniform
 from lora_merge.adapters.residual import rounded
 from lora_merge.errors import AdapterError, printable
 from lora_merge.spec import Location, TensorSpec
@@ -156,7 +156,7 @@ class Reader:
 def read(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec], options: Options) -> Reading:
     """Claims of every tensor of a VeRA or a PVeRA; both read the shared projections."""
     name = str(config["peft_type"]).lower()
-    key = None if flag(config, "save_projection") else seed(config.get("projection_prng_key"), "projection_prng_key")
+    key = drawing_seed(config)
     reader = Reader(name, positive(config.get("r", 256), "r"), key, Extent(name))
     reading = kind(name).read(config, tensors, options, reader.claims)
     return reading if reading.shared else replace(reading, notes=(*reading.notes, DRAWN))

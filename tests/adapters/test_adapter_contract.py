@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import additive_examples
 import pytest
 import torch
 from small_models import apply, spec
 
-from lora_merge.adapters import KINDS, LATER, NEVER, layers, saved_modules, tokens
-from lora_merge.adapters.base import Additive, Needs, Patch
+from lora_merge.adapters import KINDS, LATER, NEVER, layers, read_adapter, saved_modules, tokens
+from lora_merge.adapters.base import Additive, Needs, Options, Patch
 from lora_merge.adapters.config_fields import token_indices
 from lora_merge.adapters.experts import Stack
 from lora_merge.adapters.layers import Pair
@@ -38,6 +39,11 @@ def build(
 ) -> Patch:
     patch: Patch = claim_of(pair).build(target or Location("w"), spec(weight))  # type: ignore[attr-defined]
     return patch
+
+
+def narrowed(factor: torch.Tensor) -> torch.Tensor:
+    """A factor as a 16-bit file holds it; whole numbers stay as they are."""
+    return factor.bfloat16() if factor.is_floating_point() else factor
 
 
 def pair(a: torch.Tensor, b: torch.Tensor, **more: object) -> Pair:
@@ -121,7 +127,20 @@ def token_rows() -> Case:
     return Case(claim.build(Location("w"), spec(weight)), weight, {entry.key: values}, {entry.key: weight[[29, 0, 4]]})
 
 
+def by_reader(name: str) -> Case:
+    """The patch of a kind that is its keys and its formula, as its reader makes it from an example file."""
+    example = additive_examples.EXAMPLES[name]
+    weight, factors = noise(*example.weight), example.tensors()
+    claims = read_adapter(example.config, {key: spec(value) for key, value in factors.items()}, Options()).claims
+    (claim,) = claims
+    if claim.survey is not None:
+        claim.survey(Location("w"), spec(weight))
+    neutral = {key: torch.zeros_like(value) if example.neutral in key else value for key, value in factors.items()}
+    return Case(claim.build(Location("w"), spec(weight)), weight, factors, neutral)
+
+
 CASES: dict[str, Callable[[], Case]] = {
+    **{name: lambda name=name: by_reader(name) for name in additive_examples.EXAMPLES},  # type: ignore[misc]
     **{
         kind: lambda kind=kind: low_rank(kind)  # type: ignore[misc]
         for kind in ("linear", "conv1d", "conv2d", "embedding", "within", "rows", "experts", "turned", "expert")
@@ -136,7 +155,7 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 
 
-ALWAYS_CHANGE = ("pissa", "olora", "kasa", "saved")
+ALWAYS_CHANGE = ("pissa", "olora", "kasa", "saved", "osf")
 SUMS = (
     "bias_rows",
     "linear",
@@ -150,6 +169,7 @@ SUMS = (
     "expert",
     "bias",
     "bias_within",
+    *(name for name in additive_examples.EXAMPLES if name != "osf"),
 )
 
 
@@ -189,7 +209,7 @@ def test_reads_exactly_its_factors_and_leaves_them(case: Case) -> None:
 
 
 def test_sixteen_bit_factors_are_used_in_float32(case: Case) -> None:
-    narrow = {name: tensor.bfloat16() for name, tensor in case.factors.items()}
+    narrow = {name: narrowed(tensor) for name, tensor in case.factors.items()}
     wide = {name: tensor.float() for name, tensor in narrow.items()}
     result = apply(case.patch, case.weight, narrow.__getitem__)
     assert result.dtype is torch.float32
@@ -223,7 +243,7 @@ def test_workspace_covers_the_bytes_that_binding_and_applying_take(name: str) ->
     case = CASES[name]()
     weight = spec(case.weight)
     rows = case.weight.reshape(weight.matrix(bool(case.patch.stacked))).clone()
-    narrow = {key: tensor.bfloat16() for key, tensor in case.factors.items()}
+    narrow = {key: narrowed(tensor) for key, tensor in case.factors.items()}
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         bound = case.patch.bind(lambda key: narrow[key].clone(), weight)
         bound.observe(rows, 0)
