@@ -44,9 +44,9 @@ class FourierFT(Delta):
 
     def numbers(self) -> int:
         # Complex numbers of one side of the transform, for each column with a number in it, twice while it is made;
-        # a block of rows on its way through the other side; the permutation of all places.
+        # and a block of rows on its way through the other side.
         side = min(self.count, min(self.shape)) * max(self.shape)
-        return 4 * side + 8 * max(self.shape) + 6 * (1 << 18) + self.places.numbers(self.shape) + 8 * self.count
+        return 4 * side + 8 * max(self.shape) + 6 * (1 << 18) + 8 * self.count
 
     def open(self, read: Read, turned: bool) -> OpenSpectrum:
         row, column = self.places.of(self.shape, self.count)

@@ -122,10 +122,6 @@ class Places:
         self.found: dict[tuple[tuple[int, int], int], tuple[torch.Tensor, torch.Tensor]] = {}
         self.lock = threading.Lock()
 
-    def numbers(self, shape: tuple[int, int]) -> int:
-        """Numbers of 4 bytes that the permutation of all places takes."""
-        return 4 * shape[0] * shape[1]
-
     def check(self, module: str, shape: tuple[int, int], count: int) -> None:
         """Raises AdapterError where a matrix has fewer places than numbers."""
         if count > shape[0] * shape[1]:
@@ -133,11 +129,29 @@ class Places:
 
     def of(self, shape: tuple[int, int], count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows and columns of the first `count` places; layers of one shape have the same."""
-        import torch
-
         with self.lock:
             if (shape, count) not in self.found:
-                order = torch.randperm(shape[0] * shape[1], generator=torch.Generator().manual_seed(self.key))
-                order = order[:count].clone()
+                order = first_of_permutation(shape[0] * shape[1], count, self.key)
                 self.found[shape, count] = order // shape[1], order % shape[1]
             return self.found[shape, count]
+
+
+def first_of_permutation(size: int, count: int, key: int) -> torch.Tensor:
+    """The first `count` numbers of `torch.randperm(size)` with a generator of this seed, int64.
+
+    torch draws them one after the other by exchanging places (Fisher and Yates) with numbers of a Mersenne Twister, so
+    that the first are known without the rest, which would be 8 bytes for each number of a weight.
+    """
+    import numpy as np
+    import torch
+
+    if size >= 1 << 32 or 2 * count > size:
+        return torch.randperm(size, generator=torch.Generator().manual_seed(key))[:count].clone()
+    drawn = np.random.RandomState(key % (1 << 32)).randint(0, 1 << 32, size=count, dtype=np.uint32).tolist()
+    moved: dict[int, int] = {}
+    found = []
+    for place, number in enumerate(drawn):
+        other = place + number % (size - place)
+        found.append(moved.get(other, other))
+        moved[other] = moved.get(place, place)
+    return torch.tensor(found)

@@ -84,7 +84,7 @@ class WaveFT(Delta):
     def numbers(self) -> int:
         taps = len(self.low or ())
         blocks = 8 * ((1 << 18) + max(self.shape) + 2 * taps)
-        return self.places.numbers(self.shape) + 32 * self.count + blocks
+        return 32 * self.count + blocks
 
     def open(self, read: Read, turned: bool) -> OpenDelta:
         values = read(self.spectrum).float()

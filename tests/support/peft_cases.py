@@ -25,6 +25,11 @@ def lora(target: Any = ATTENTION, **words: Any) -> tuple[Adapter, ...]:
     return (Adapter(lora={"target_modules": target, **words}, **ours),)
 
 
+def other(peft_type: str, target: Any = ATTENTION, **words: Any) -> tuple[Adapter, ...]:
+    """One adapter of another kind than LoRA, made by PEFT."""
+    return (Adapter(lora={"peft_type": peft_type, "target_modules": target, **words}),)
+
+
 @dataclass(frozen=True)
 class Case:
     """One configuration.
@@ -231,6 +236,45 @@ _MERGED = (
     ),
 )
 
+ADALORA = {"init_r": 6, "target_r": 3, "lora_alpha": 0.3, "total_step": 10, "init_lora_weights": False}
+VBLORA = {"r": 3, "topk": 2, "num_vectors": 8, "vector_length": 8, "init_vector_bank_bound": 0.4}
+TURNED = {"fan_in_fan_out": True}
+_ADDED = (
+    # kinds that add to weights
+    Case("adalora", "llama", other("ADALORA", LLAMA, **ADALORA)),
+    Case("adalora_conv2d", "resnet", other("ADALORA", ["convolution"], **ADALORA)),
+    Case("vera", "llama", other("VERA", LLAMA, r=5, save_projection=False)),
+    Case("vera_conv1d", "gpt2", other("VERA", GPT2, r=5, **TURNED)),
+    Case("pvera", "llama", other("PVERA", LLAMA, r=5)),
+    Case("pvera_conv1d", "gpt2", other("PVERA", GPT2, r=5, save_projection=False, **TURNED)),
+    Case("loha", "llama", other("LOHA", LLAMA, r=4, alpha=40, rank_pattern={"q_proj": 2}, init_weights=False)),
+    Case("loha_conv2d", "resnet", other("LOHA", ["convolution"], r=4, use_effective_conv2d=True, init_weights=False)),
+    Case("lokr", "llama", other("LOKR", LLAMA, r=2, alpha=6, decompose_both=True, init_weights=False)),
+    Case("lokr_conv2d", "resnet", other("LOKR", ["convolution"], r=2, init_weights=False)),
+    Case("ln_tuning", "llama", other("LN_TUNING", ["input_layernorm", "norm"])),
+    Case("ln_tuning_bert", "bert", other("LN_TUNING", ["LayerNorm"])),
+    Case("fourierft", "llama", other("FOURIERFT", n_frequency=100, scaling=60.0)),
+    Case("fourierft_conv1d", "gpt2", other("FOURIERFT", GPT2, n_frequency=100, scaling=60.0, **TURNED)),
+    Case("vblora", "llama", other("VBLORA", LLAMA, **VBLORA)),
+    Case("vblora_topk", "gpt2", other("VBLORA", GPT2, **VBLORA, save_only_topk_weights=True, **TURNED)),
+    Case("randlora", "llama", other("RANDLORA", LLAMA, r=6, randlora_alpha=60, save_projection=False)),
+    Case("randlora_conv1d", "gpt2", other("RANDLORA", GPT2, r=6, randlora_alpha=60, **TURNED)),
+    Case("c3a", "llama", other("C3A", LLAMA, block_size=8, init_weights="gaussian")),
+    Case("c3a_bert", "bert", other("C3A", ["query", "dense"], block_size=8, init_weights="gaussian")),
+    Case("shira", "llama", other("SHIRA", LLAMA, r=4)),
+    Case("shira_bert", "bert", other("SHIRA", ["query", "dense"], r=4, init_weights=False)),
+    Case("waveft", "llama", other("WAVEFT", LLAMA, n_frequency=200, wavelet_family="db3")),
+    Case("waveft_conv1d", "gpt2", other("WAVEFT", GPT2, n_frequency=200, use_idwt=False, **TURNED)),
+    Case("delora", "llama", other("DELORA", LLAMA, r=4, init_weights=False)),
+    Case("delora_bert", "bert", other("DELORA", ["query", "dense"], r=4, init_weights=False, task_type="SEQ_CLS")),
+    Case("gralora", "llama", other("GRALORA", LLAMA, r=4, gralora_k=2, init_weights=False)),
+    Case("gralora_conv1d", "gpt2", other("GRALORA", GPT2, r=4, gralora_k=2, hybrid_r=2, init_weights=False, **TURNED)),
+    Case("beft", "llama_bias", other("BEFT", LLAMA)),
+    Case("beft_bert", "bert", other("BEFT", ["query", "dense"])),
+    Case("osf", "llama", other("OSF", LLAMA, effective_rank=0.75)),
+    Case("osf_bert", "bert", other("OSF", ["query", "dense"], effective_rank=9)),
+)
+
 # embeddings, MultiheadAttention, 3-D experts, BD-LoRA, KaSA and MiCA; and sums of adapters, whose factors it rounds
 ROUNDED_TWICE = {
     *("embedding", "embedding_with_base_copy", "embedding_bert", "embedding_wpe", "vocabulary_targeted"),
@@ -246,6 +290,7 @@ ROUNDED_TWICE = {
         "gpt_oss_gate_up_router",
     ),
     *("sharded_experts", "two_adapters", "two_experts", "three_conv1d"),
+    *("randlora", "randlora_conv1d", "c3a", "c3a_bert", "delora", "delora_bert"),
 }
 
 _UNMERGED = (
@@ -332,6 +377,6 @@ _UNMERGED = (
     ),
 )
 
-MERGED = tuple(replace(case, rounds_twice=case.name in ROUNDED_TWICE) for case in _MERGED)
+MERGED = tuple(replace(case, rounds_twice=case.name in ROUNDED_TWICE) for case in (*_MERGED, *_ADDED))
 assert {case.name for case in MERGED} >= ROUNDED_TWICE
 UNMERGED = tuple(replace(case, trained=False) for case in _UNMERGED)
