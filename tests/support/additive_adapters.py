@@ -1,0 +1,60 @@
+"""Adapters of the kinds that add to weights, made by hand for the weights of a base."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def _shapes(kind: str, out: int, inp: int) -> Shapes:
+    """Suffix and shape of every factor of one module."""
+    r, bases = 4, -(-min(out, inp) // 8)
+    return {
+        "ADALORA": {"lora_A": (r, inp), "lora_B": (out, r), "lora_E": (r, 1)},
+        "VERA": {"vera_lambda_b": (out,), "vera_lambda_d": (r,)},
+        "LOHA": {"hada_w1_a": (out, r), "hada_w1_b": (r, inp), "hada_w2_a": (out, r), "hada_w2_b": (r, inp)},
+        "LOKR": {"lokr_w1": (8, 8), "lokr_w2": (out // 8, inp // 8)},
+        "FOURIERFT": {"fourierft_spectrum": (64,)},
+        "RANDLORA": {"randlora_lambda": (8, bases), "randlora_gamma": (bases, min(out, inp))},
+        "C3A": {"c3a_kernel": (out // 16, inp // 16, 16)},
+        "WAVEFT": {"waveft_spectrum": (64,)},
+        "DELORA": {"delora_A": (r, inp), "delora_B": (out, r), "delora_lambda": (1,), "delora_w_norm": (inp,)},
+        "GRALORA": {"gralora_A": (2, inp // 2, r), "gralora_B": (2, r, out // 2)},
+        "OSF": {f"osf_svd_params.{part}_low": shape for part, shape in (("U", (out, r)), ("S", (r,)), ("V", (r, inp)))},
+    }[kind]  # fmt: skip
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "ADALORA": {"init_r": 4, "lora_alpha": 1},
+    "VERA": {"r": 4, "save_projection": False, "projection_prng_key": 7},
+    "LOHA": {"r": 4, "alpha": 1},
+    "LOKR": {"r": 4, "alpha": 1},
+    "FOURIERFT": {"scaling": 20.0},
+    "RANDLORA": {"r": 8, "randlora_alpha": 1, "save_projection": False, "projection_prng_key": 7},
+    "C3A": {"block_size": 16},
+    "WAVEFT": {"scaling": 1.0, "wavelet_family": "db2"},
+    "DELORA": {"r": 4},
+    "GRALORA": {"alpha": 1},
+    "OSF": {"effective_rank": 0.9},
+}
+
+
+def write(folder: Path, kind: str, weights: Mapping[str, tuple[int, int]], size: float = 0.2) -> Path:
+    """An adapter on these weights, `[out, in]` by name; its factors are normal numbers times `size`."""
+    generator = torch.Generator().manual_seed(5)
+    tensors = {
+        f"base_model.model.{name.removesuffix('.weight')}.{suffix}": torch.randn(shape, generator=generator) * size
+        for name, sides in weights.items()
+        for suffix, shape in _shapes(kind, *sides).items()
+    }
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": kind, **CONFIGS[kind]}))
+    return folder
