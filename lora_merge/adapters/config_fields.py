@@ -69,8 +69,8 @@ def _indices(value: object, field: str) -> tuple[int, ...]:
 
 
 def positive(value: object, field: str) -> int:
-    """A whole number above 0; AdapterError else."""
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+    """A whole number above 0 that fits into 64 bits; AdapterError else."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 63:
         raise AdapterError(
             f"adapter_config.json: {printable(field)} is {quoted(value)}, expected a positive whole number"
         )

@@ -30,7 +30,7 @@ FORMATS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module", params=FORMATS)
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A 4-bit base whose linears are all quantized."""
-    folder = tmp_path_factory.mktemp("base") / request.param
+    folder: Path = tmp_path_factory.mktemp("base") / request.param
     lora_merge.merge(PLAIN, [], folder.with_name("wide"), dtype="float32")  # what is decoded stays float32
     lora_merge.merge(folder.with_name("wide"), [], folder, **FORMATS[request.param])
     return folder

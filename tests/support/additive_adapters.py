@@ -16,11 +16,14 @@ Shapes = dict[str, tuple[int, ...]]
 def _shapes(kind: str, out: int, inp: int) -> Shapes:
     """Suffix and shape of every factor of one module."""
     r, bases = 4, -(-min(out, inp) // 8)
-    return {
+    shapes: dict[str, Shapes] = {
         "ADALORA": {"lora_A": (r, inp), "lora_B": (out, r), "lora_E": (r, 1)},
         "VERA": {"vera_lambda_b": (out,), "vera_lambda_d": (r,)},
         "LOHA": {"hada_w1_a": (out, r), "hada_w1_b": (r, inp), "hada_w2_a": (out, r), "hada_w2_b": (r, inp)},
         "LOKR": {"lokr_w1": (8, 8), "lokr_w2": (out // 8, inp // 8)},
+        "VBLORA": {"vblora_logits_A": (r, inp // 8, 6), "vblora_logits_B": (out // 8, r, 6)},
+        "SHIRA": {"shira_weight": (r,), "shira_indices": (2, r)},
+        "LN_TUNING": {"ln_tuning_layers.weight": (out, inp)},
         "FOURIERFT": {"fourierft_spectrum": (64,)},
         "RANDLORA": {"randlora_lambda": (8, bases), "randlora_gamma": (bases, min(out, inp))},
         "C3A": {"c3a_kernel": (out // 16, inp // 16, 16)},
@@ -28,18 +31,22 @@ def _shapes(kind: str, out: int, inp: int) -> Shapes:
         "DELORA": {"delora_A": (r, inp), "delora_B": (out, r), "delora_lambda": (1,), "delora_w_norm": (inp,)},
         "GRALORA": {"gralora_A": (2, inp // 2, r), "gralora_B": (2, r, out // 2)},
         "OSF": {f"osf_svd_params.{part}_low": shape for part, shape in (("U", (out, r)), ("S", (r,)), ("V", (r, inp)))},
-    }[kind]  # fmt: skip
+    }  # fmt: skip
+    return shapes[kind]
 
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "ADALORA": {"init_r": 4, "lora_alpha": 1},
     "VERA": {"r": 4, "save_projection": False, "projection_prng_key": 7},
-    "LOHA": {"r": 4, "alpha": 1},
-    "LOKR": {"r": 4, "alpha": 1},
-    "FOURIERFT": {"scaling": 20.0},
-    "RANDLORA": {"r": 8, "randlora_alpha": 1, "save_projection": False, "projection_prng_key": 7},
+    "LOHA": {"r": 4, "alpha": 1, "rank_pattern": {"q_proj": 4}, "alpha_pattern": {"q_proj": 2}},
+    "LOKR": {"r": 4, "alpha": 1, "rank_pattern": {"q_proj": 4}},
+    "VBLORA": {"r": 4, "topk": 2},
+    "SHIRA": {"r": 1},
+    "LN_TUNING": {"target_modules": ["q_proj"]},
+    "FOURIERFT": {"scaling": 20.0, "random_loc_seed": 3},
+    "RANDLORA": {"r": 8, "randlora_alpha": 1, "sparse": False, "save_projection": False, "projection_prng_key": 7},
     "C3A": {"block_size": 16},
-    "WAVEFT": {"scaling": 1.0, "wavelet_family": "db2"},
+    "WAVEFT": {"scaling": 1.0, "wavelet_family": "db2", "use_idwt": True, "random_loc_seed": 3},
     "DELORA": {"r": 4},
     "GRALORA": {"alpha": 1},
     "OSF": {"effective_rank": 0.9},
@@ -54,6 +61,10 @@ def write(folder: Path, kind: str, weights: Mapping[str, tuple[int, int]], size:
         for name, sides in weights.items()
         for suffix, shape in _shapes(kind, *sides).items()
     }
+    for key in [key for key in tensors if key.endswith("indices")]:
+        tensors[key] = tensors[key].div(size).abs().mul(9).int()
+    if kind == "VBLORA":
+        tensors["base_model.vblora_vector_bank"] = torch.randn(6, 8, generator=generator) * size
     folder.mkdir(parents=True)
     save_file(tensors, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": kind, **CONFIGS[kind]}))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import additive_adapters
 import malformed_quantized
 import quantized_bases
 import torch
@@ -38,7 +39,7 @@ FULL = LORA | {
     "init_lora_weights": True, "target_modules": ["q_proj"], "modules_to_save": None, "inference_mode": True,
     "target_parameters": None, "use_dora": False, "task_type": "CAUSAL_LM", "lora_dropout": 0.0, "revision": None,
 }  # fmt: skip
-Q = "model.layers.1.self_attn.q_proj"
+Q, GATE = "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.gate_proj"
 ZOO = (
     "llama",
     "llama_bias",
@@ -154,12 +155,25 @@ def _experts(home: Path) -> Subject:
     )  # fmt: skip
 
 
+def additive(home: Path, name: str) -> Subject:
+    """Another kind than LoRA, on two matrices."""
+    folder = home / name
+    zoo.save(zoo.build("llama"), folder / BASE)
+    additive_adapters.write(folder / ADAPTER, name, {f"{Q}.weight": (32, 32), f"{GATE}.weight": (48, 32)}, 0.05)
+    return Subject(name, folder, {})
+
+
 ADAPTERS = (_dora, _pissa, _kasa, _blocks, _repeated, _saved, _tokens, _tokens_alone, _experts)
 
 
 def names() -> list[str]:
     """Of all subjects."""
-    return [*malformed_quantized.FOLDERS, *ZOO, *(make.__name__.removeprefix("_") for make in ADAPTERS)]
+    return [
+        *malformed_quantized.FOLDERS,
+        *ZOO,
+        *additive_adapters.CONFIGS,
+        *(make.__name__.removeprefix("_") for make in ADAPTERS),
+    ]
 
 
 def subject(home: Path, name: str) -> Subject:
@@ -167,4 +181,6 @@ def subject(home: Path, name: str) -> Subject:
     makers = {make.__name__.removeprefix("_"): make for make in ADAPTERS}
     if name in makers:
         return makers[name](home)
+    if name in additive_adapters.CONFIGS:
+        return additive(home, name)
     return plain(home, name) if name in ZOO else quantized(home, name)
