@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import additive_adapters
 import pytest
 import quantized_bases as bases
 import small
@@ -48,7 +49,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def all_ways(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str, **words: Any) -> dict[str, bytes]:
     """Merge in every way; returns the files of the first."""
     words |= {"min_survival": -9}
-    source, adapter = home / base, home / "adapter"
+    source, adapter = home / base, home / words.pop("adapter", "adapter")
     lora_merge.merge(source, adapter, tmp_path / "one", threads=1, **words)
     first = bases.contents(tmp_path / "one")
     least = lora_merge.plan(source, adapter, **words).memory + 64_000_000
@@ -88,6 +89,17 @@ def test_four_bits_in_groups(
 def test_other_formats_with_auto(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str) -> None:
     words = {"bits": 4, "quant_type": "nvfp4"} if base == "plain" else {"scales": "fresh"}
     all_ways(home, tmp_path, monkeypatch, base, **words)
+
+
+@pytest.mark.parametrize("kind", ["LOHA", "FOURIERFT", "WAVEFT", "C3A", "RANDLORA"])
+def test_other_kinds_than_lora(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Deltas that are made row by row, from several threads."""
+    monkeypatch.setattr("lora_merge.adapters.deltas.PASS", 1 << 15)  # several pieces of a tile
+    if not (home / kind).exists():
+        sides = {"up_proj": (small.WIDE, small.NARROW), "down_proj": (small.NARROW, small.WIDE)}
+        weights = {f"model.layers.0.{name}.weight": shape for name, shape in sides.items()}
+        additive_adapters.write(home / kind, kind, weights, 0.05)
+    all_ways(home, tmp_path, monkeypatch, "plain", adapter=kind)
 
 
 def test_the_seed_decides_what_is_left_to_chance(home: Path, tmp_path: Path) -> None:
