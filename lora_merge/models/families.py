@@ -28,6 +28,8 @@ class Family:
     experts_in_out: stacked experts are `[experts, in, out]`, so that rows of theirs are no rows of a linear.
     experts_transposed: the class says so (`is_transposed`), and PEFT from 0.19 on reads it there.
     experts_served_stacked: servers know its experts as stacks alone, in which gate and up take turns.
+    joined: last names of fused modules that hold their pieces one after the other.
+    apart: those of another release of the same model, whose pieces this one stores apart, in the same order.
     """
 
     model_types: tuple[str, ...]
@@ -40,6 +42,8 @@ class Family:
     experts_in_out: bool = False
     experts_transposed: bool = False
     experts_served_stacked: bool = False
+    joined: tuple[str, ...] = ()
+    apart: tuple[str, ...] = ()
 
 
 GPT2_CONV1D = ("c_attn", "q_attn", "c_proj", "c_fc")
@@ -51,6 +55,11 @@ FAMILIES = (
     ),
     Family(("aria", "aria_text"), experts_in_out=True, experts_transposed=True),
     Family(("llama4", "llama4_text"), experts_in_out=True),
+    Family(("phi3", "phi4_multimodal"), joined=("qkv_proj", "gate_up_proj")),
+    Family(("glm", "glm4"), joined=("gate_up_proj",)),
+    Family(("baichuan",), remote_code=True, joined=("W_pack",)),
+    # what Phi-3 and Baichuan are stored as by those who unfuse them
+    Family(("llama", "mistral"), apart=("qkv_proj", "gate_up_proj", "W_pack")),
     Family(("gemma2", "gpt_neo"), tied=True, alternating=True),
     Family(
         ("t5", "mt5", "umt5", "longt5", "switch_transformers", "udop", "pop2piano", "t5gemma", "t5gemma2"),

@@ -19,17 +19,17 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from lora_merge.errors import listed
-from lora_merge.models import families
-from lora_merge.models.names import BASE_PREFIXES, EXPERT_PARTS, ONE_EXPERT, SIBLINGS, SPELLINGS, TOWER, VOCABULARY
+from lora_merge.models import families, siblings
+from lora_merge.models.names import BASE_PREFIXES, EXPERT_PARTS, ONE_EXPERT, SPELLINGS, TOWER, VOCABULARY
 from lora_merge.models.skeleton import NoSkeleton, Skeleton
 from lora_merge.spec import Location, TensorSpec
 
-How = Literal["name", "prefix", "rename", "transformers", "suffix"]
+How = Literal["name", "prefix", "rename", "fused", "transformers", "suffix"]
 
 
 @dataclass(frozen=True, slots=True)
 class Resolution:
-    """Where a parameter lies. No locations: nowhere, and `note` says what was seen instead."""
+    """Where a parameter lies, and what of it should be told. No locations: nowhere, and `note` says what was seen."""
 
     locations: tuple[Location, ...]
     how: How
@@ -55,7 +55,7 @@ class Resolver:
         name = f"{module}.{parameter}" if module else parameter
         misfits: list[str] = []
         for how, locations in self._by_name(name, shape, misfits):
-            return Resolution(locations, how)
+            return Resolution(locations, how, siblings.told(name, locations) if how == "fused" else None)
         if misfits:
             return Resolution((), "name", self._misfit(misfits, shape))
         if placed := self._by_skeleton(name, shape, misfits):
@@ -99,6 +99,7 @@ class Resolver:
             if len(fitting) == 1:
                 yield how, (Location(fitting[0]),)
         yield from (("rename", locations) for locations in self._experts(name, shape, misfits))
+        yield from (("fused", locations) for locations in self._siblings(name, shape))
 
     def _prefixed(self, name: str) -> Iterator[str]:
         """The stored names among `name` itself, without its base-model prefix, and with each that the files have."""
@@ -170,6 +171,20 @@ class Resolver:
                 start = expert * rows + pieces.index(part) * shape[0]
                 yield (Location(name, within=(start, start + shape[0])),)
 
+    # one projection of a fused matrix, or a fused one whose pieces are stored
+
+    def _siblings(self, name: str, shape: tuple[int, ...] | None) -> Iterator[tuple[Location, ...]]:
+        if not (self._family.joined or self._family.apart):
+            return
+        for spelt in dict.fromkeys(
+            other for one in (name, *spellings(name)) for other in (one, *self._prefixable(one))
+        ):
+            if self._family.joined:
+                held = siblings.inside(spelt, shape, self.tensors, self.config or {}, self._family)
+                yield from ((location,) for location in held)
+            if self._family.apart:
+                yield from siblings.apart(spelt, shape, self.tensors, self._family)
+
     # by transformers' own mapping
 
     @cached_property
@@ -226,7 +241,7 @@ class Resolver:
                 return Resolution((Location(fitting[0]),), "suffix", f"{taken}: only the ends of the names agree")
             why = self._misfit(alike, shape) if alike and not fitting else f"its path ends like {listed(found)}"
             return Resolution((), "suffix", why)
-        return Resolution((), "suffix", self._fusion(name, shape) or self._refusal(name))
+        return Resolution((), "suffix", siblings.explained(name, shape, self.tensors) or self._refusal(name))
 
     @staticmethod
     def _same_side(lead: str, other: str) -> bool:
@@ -236,23 +251,6 @@ class Resolver:
     def _refusal(self, name: str) -> str | None:
         skeleton, reason = self._built
         return skeleton.refusals.get(name) if skeleton else reason
-
-    def _fusion(self, name: str, shape: tuple[int, ...] | None) -> str | None:
-        """A sentence where the base keeps this projection inside a fused one, or the pieces of this fused one."""
-        parent, _, leaf = name.removesuffix(".weight").rpartition(".")
-        for fused in (fused for siblings in SIBLINGS if leaf in siblings.pieces for fused in siblings.fused):
-            stored = f"{parent}.{fused}.weight"
-            if stored in self.tensors:
-                return (
-                    f"the base stores {leaf} inside {stored} {list(self.tensors[stored].shape)} and the adapter was "
-                    f"trained on it alone {list(shape or ())}; which rows are its own is not known for this model"
-                )
-        together = [siblings.pieces for siblings in SIBLINGS if leaf in siblings.fused]
-        pieces = [f"{parent}.{piece}.weight" for names in together for piece in names]
-        if stored_pieces := [piece for piece in pieces if piece in self.tensors]:
-            shapes = listed(f"{piece} {list(self.tensors[piece].shape)}" for piece in stored_pieces)
-            return f"the adapter was trained on a fused {leaf} {list(shape or ())}, the base stores {shapes}"
-        return None
 
     def _near_by_path(self, module: str, limit: int) -> list[str]:
         segments = [*module.split("."), "weight"]

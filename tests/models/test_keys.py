@@ -168,9 +168,40 @@ def test_split_and_fused_projections_are_told_apart() -> None:
     fused = resolver({"model.layers.0.self_attn.qkv_proj.weight": (12, 4)})
     note = fused.resolve("model.layers.0.self_attn.q_proj", "weight", (4, 4)).note
     assert note and "qkv_proj.weight [12, 4]" in note and "[4, 4]" in note
-    split = resolver({"model.layers.0.mlp.gate_proj.weight": (6, 4), "model.layers.0.mlp.up_proj.weight": (6, 4)})
+    pieces = {"model.layers.0.mlp.gate_proj.weight": (6, 4), "model.layers.0.mlp.up_proj.weight": (6, 4)}
+    split = resolver(pieces, "qwen2")
     note = split.resolve("model.layers.0.mlp.gate_up_proj", "weight", (12, 4)).note
     assert note and "gate_proj.weight [6, 4]" in note and "[12, 4]" in note
+
+
+@pytest.mark.parametrize("lead", ["model.layers.0", "layers.0", "language_model.model.layers.0"])
+def test_pieces_of_a_fused_matrix_are_its_rows_where_the_model_type_says_so(lead: str) -> None:
+    """Four heads of queries and two of keys and of values, each of 2 rows."""
+    stored = {f"{lead}.self_attn.qkv_proj.weight": (16, 4), f"{lead}.self_attn.qkv_proj.bias": (16,)}
+    tensors = {name: TensorSpec("F32", shape) for name, shape in stored.items()}
+    config = {"model_type": "phi3", "num_attention_heads": 4, "num_key_value_heads": 2}
+    found = Resolver(tensors, config)
+    q, k, v = (found.resolve(f"model.layers.0.self_attn.{name}_proj", "weight", shape)
+               for name, shape in (("q", (8, 4)), ("k", (4, 4)), ("v", (4, 4))))  # fmt: skip
+    assert [one.locations[0].within for one in (q, k, v)] == [(0, 8), (8, 12), (12, 16)]
+    assert q.how == "fused" and q.note and "is rows of qkv_proj" in q.note
+    assert found.resolve("model.layers.0.self_attn.v_proj", "bias", (4,)).locations[0].within == (12, 16)
+    for module, shape in (("q_proj", (4, 4)), ("k_proj", (8, 4)), ("k_proj", (4, 5)), ("k_proj", None)):
+        assert not found.resolve(f"model.layers.0.self_attn.{module}", "weight", shape).locations
+    for heads in (3, 0, True, "4", None, [4]):
+        wrong = Resolver(tensors, config | {"num_attention_heads": heads})
+        assert not wrong.resolve("model.layers.0.self_attn.q_proj", "weight", (8, 4)).locations, heads
+
+
+def test_a_fused_matrix_is_its_pieces_where_the_model_type_says_so() -> None:
+    lead = "model.layers.0.self_attn"
+    shapes = {f"{lead}.q_proj.weight": (8, 4), f"{lead}.k_proj.weight": (4, 4), f"{lead}.v_proj.weight": (4, 4)}
+    found = resolver(shapes, "llama").resolve(lead + ".qkv_proj", "weight", (16, 4))
+    assert [location.rows for location in found.locations] == [(0, 8), (8, 12), (12, 16)]
+    assert found.how == "fused" and found.note and "one after the other" in found.note
+    assert not resolver(shapes, "llama").resolve(lead + ".qkv_proj", "weight", (15, 4)).locations
+    assert not resolver(shapes, "llama").resolve(lead + ".c_attn", "weight", (16, 4)).locations
+    assert not resolver(shapes, "qwen2").resolve(lead + ".qkv_proj", "weight", (16, 4)).locations
 
 
 def test_the_skeleton_is_asked_last_and_once() -> None:
