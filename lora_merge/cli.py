@@ -148,7 +148,9 @@ def chosen(word: str, known: tuple[str, ...], text: str, metavar: str | None = N
 @click.option("--threads", type=int, help="Threads that compute. Default: the cores there are, at most 8.")
 @click.option("--resume", is_flag=True, help="Go on where an earlier run of the same job stopped.")
 @click.option("--restart", is_flag=True, help="Throw away what an earlier run left behind.")
-@click.option("-v", "--verbose", is_flag=True, help="With --dry-run: every weight, also those only copied.")
+@click.option(
+    "-v", "--verbose", is_flag=True, help="With --dry-run: every weight, and which adapter tensor changes it."
+)
 @with_shared
 @click.pass_obj
 def merge(

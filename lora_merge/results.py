@@ -14,8 +14,27 @@ SURVIVAL = ("survival", "raw_survival", "projection", "noise", "change_norm")
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterTensors:
+    """The tensors of an adapter that change a weight, and why they are taken for this one.
+
+    adapter: number of the adapter. names: of its tensors.
+    rule: how the weight was found: `name`, `prefix`, `rename`, `fused`, `transformers`, `suffix` or `added`.
+    of_parameter: rows `[start, stop)` of the adapter's parameter that the weight holds; None: all.
+    of_weight: rows of the weight, or of a stack of experts seen as one matrix, that the parameter is; None: all.
+    expert: the expert of the adapter's parameter that the weight is; None: all of them, or there are none.
+    """
+
+    adapter: int
+    names: tuple[str, ...]
+    rule: str
+    of_parameter: tuple[int, int] | None = None
+    of_weight: tuple[int, int] | None = None
+    expert: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class PlannedWeight:
-    """What will happen to one tensor: `action` is `copy` or `merge`."""
+    """What will happen to one tensor: `action` is `copy` or `merge`. changed_by: the adapters' tensors, in order."""
 
     name: str
     action: str
@@ -24,6 +43,7 @@ class PlannedWeight:
     target: str
     kinds: tuple[str, ...] = ()
     adapters: tuple[int, ...] = ()
+    changed_by: tuple[AdapterTensors, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,24 +17,38 @@ from lora_merge.spec import Location, TensorSpec
 
 OUT_PROJ, IN_PROJ = ".out_proj.weight", ("in_proj_weight", "q_proj_weight")
 """Weights of nn.MultiheadAttention: of its last linear, and by which else it is known."""
+EXPLAINED = 4
+"""Claims without a place for which an error says what is like them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """A patch, whose it is, and how strongly it is applied: rows + strength * (patch(rows) - rows)."""
+    """A patch, whose it is, and how strongly it is applied: rows + strength * (patch(rows) - rows).
+
+    how: by which rule the weight was found. piece: where it is not the whole of the adapter's parameter.
+    """
 
     adapter: int
     strength: float
     patch: Patch
+    how: str = "name"
+    piece: Location | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class PlacedClaim:
-    """A claim resolved to one tensor, its patch not yet built."""
+    """A claim resolved to one tensor, its patch not yet built. how: by which rule."""
 
     adapter: int
     claim: Claim
     location: Location
+    how: str = "name"
+
+    @property
+    def piece(self) -> Location | None:
+        """The location, where it says more than the name of the tensor."""
+        whole = self.location.expert is None and self.location.rows is None and self.location.within is None
+        return None if whole else self.location
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,16 +98,17 @@ def resolve(
         for claim in reading.claims:
             resolution = resolver.resolve(claim.module, claim.parameter, claim.shape)
             locations = resolution.locations
+            how: str = resolution.how
             if locations and resolution.note and resolution.note not in notes:
                 notes.append(resolution.note)
             if not locations and claim.order == 0 and claim.module.split(".")[0] in NEW_HEADS:
-                locations = (Location(f"{claim.module}.{claim.parameter}"),)
+                locations, how = (Location(f"{claim.module}.{claim.parameter}"),), "added"
                 if locations[0].tensor not in resolver.tensors:  # else it is there, with other labels
                     added.append(locations[0].tensor)
             for location in locations:
                 if claim.survey is not None and location.tensor in resolver.tensors:
                     claim.survey(location, resolver.tensors[location.tensor])
-                by_tensor[location.tensor].append(PlacedClaim(index, claim, location))
+                by_tensor[location.tensor].append(PlacedClaim(index, claim, location, how))
             if not locations and not _allowed(claim, allow_unused):
                 unmatched.append(UnmatchedClaim(index, claim, resolution.note))
     if unmatched:
@@ -154,16 +169,24 @@ def _unmatched(
     factors = (factor for one in unmatched for factor in one.claim.factors)
     seen = list(dict.fromkeys(one.seen for one in unmatched if one.seen))
     total = sum(len(reading.claims) for reading in readings)
-    first = unmatched[0].claim
-    near = resolver.suggest(first.module)
-    shape = f" (factors say {list(first.shape)})" if first.shape else ""
     hint = f" Found: {listed(seen, 2)}." if seen else ""
-    hint += f" Nearest in the base to {printable(first.module)}{shape}: {listed(near, 3)}." if near else ""
+    hint += "".join(_nearest(resolver, unmatched))
     return AdapterError(
         f"{', '.join(paths)}: {len(unmatched)} of {total} adapted parameters have no place in the base: "
         f"{listed(modules, 12, counted=False)}; adapter tensors {listed(factors, 4)}.{hint} Merge onto the base that "
         "the adapter was trained on, or allow the loss with --allow-unused REGEX"
     )
+
+
+def _nearest(resolver: Resolver, unmatched: Sequence[UnmatchedClaim]) -> Iterator[str]:
+    """What in the base is like the first claims without a place; of those that differ in numbers alone, like one."""
+    alike: dict[str, Claim] = {}
+    for one in unmatched:
+        alike.setdefault(re.sub(r"\d+", "*", one.claim.module), one.claim)
+    for claim in list(alike.values())[:EXPLAINED]:
+        shape = f" (factors say {list(claim.shape)})" if claim.shape else ""
+        if near := resolver.suggest(claim.module):
+            yield f" Nearest in the base to {printable(claim.module)}{shape}: {listed(near, 3)}."
 
 
 def patches(weight: TensorSpec | None, claims: Sequence[PlacedClaim]) -> list[tuple[PlacedClaim, Patch]]:
@@ -201,7 +224,7 @@ def build(
                     f"{after or 'nothing'}; that cannot be weighted by {strength:g}, use --weight 1 for this adapter"
                 )
             after = TensorSpec(after.dtype if after else patch.replaces.dtype, patch.replaces.shape)
-        effects.append(Effect(placed.adapter, strength, patch))
+        effects.append(Effect(placed.adapter, strength, patch, placed.how, placed.piece))
     if len(replacing) > 1:
         raise AdapterError(
             f"{printable(name)}: {len(replacing)} adapters replace it as a whole; only one can. Merge them one by one"

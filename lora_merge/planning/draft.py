@@ -76,8 +76,7 @@ class Draft:
         for name, stored in self.weights.items():
             if name in by_tensor and stored.format.as_linear:
                 by_tensor[name] = tuple(
-                    PlacedClaim(placed.adapter, placed.claim, replace(placed.location, as_linear=True))
-                    for placed in by_tensor[name]
+                    replace(placed, location=replace(placed.location, as_linear=True)) for placed in by_tensor[name]
                 )
         return replace(claims, by_tensor=by_tensor)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from lora_merge.planning.claims import Effect
 from lora_merge.planning.jobs import Job, Plan, Rewrite
 from lora_merge.request import Recipe
-from lora_merge.results import PlannedWeight, PlanResult
+from lora_merge.results import AdapterTensors, PlannedWeight, PlanResult
 
 
 def summary(recipe: Recipe, plan: Plan, disk: int, memory: int, notes: tuple[str, ...] = ()) -> PlanResult:
@@ -29,4 +30,11 @@ def _planned(job: Job) -> PlannedWeight:
     source = str(job.source.format) if job.source else "adapter"
     kinds = tuple(effect.patch.kind for effect in job.effects)
     adapters = tuple(sorted({effect.adapter for effect in job.effects}))
-    return PlannedWeight(job.name, "merge", job.weight.shape, source, str(job.target), kinds, adapters)
+    by = tuple(map(_changed_by, job.effects))
+    return PlannedWeight(job.name, "merge", job.weight.shape, source, str(job.target), kinds, adapters, by)
+
+
+def _changed_by(effect: Effect) -> AdapterTensors:
+    piece = effect.piece
+    spans = (piece.rows, piece.within, piece.expert) if piece else (None, None, None)
+    return AdapterTensors(effect.adapter, tuple(sorted(effect.patch.factors)), effect.how, *spans)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lora_merge.errors import AdapterError, listed, quoted
@@ -11,6 +12,8 @@ from lora_merge.models.ties import is_vocabulary
 from lora_merge.planning.draft import Draft
 from lora_merge.planning.jobs import Copy, Job, Rewrite
 
+LABELS = re.compile(r"(.*\.)?(score|classifier|classification_head)(\.\d+|\.out_proj)?\.weight")
+"""Weights of classification heads, a row for each label."""
 MOST_PADDING = 512
 """An embedding is padded to a multiple of a power of two, of this one at most."""
 
@@ -52,10 +55,13 @@ def follow_vocabulary(draft: Draft, jobs: Sequence[Job]) -> Vocabulary:
     after |= {job.name: job.spec.shape for job in jobs if isinstance(job, Copy) and job.adapter is not None}
     paths = vocab_paths(draft.config)
     tokens = {at(draft.config, path) for path in paths}
+    _follow_labels(draft, after)
     resized = []
     for name in [name for name, shape in after.items() if name in specs and shape != specs[name].shape]:
         old, new = specs[name].shape[0], after[name][0]
-        if not (is_vocabulary(name) or old in tokens):  # a classifier with other labels
+        if LABELS.fullmatch(name):
+            continue
+        if not (is_vocabulary(name) or old in tokens):  # a classifier of a name of its own
             draft.notes.append(f"{name} has {new} rows instead of {old}; config.json must name as many labels")
             continue
         resized.append(name)
@@ -71,3 +77,21 @@ def follow_vocabulary(draft: Draft, jobs: Sequence[Job]) -> Vocabulary:
     configured = [count for path in paths if isinstance(count := at(draft.config, path), int)]
     before = [specs[name].shape[0] for name in rows if name in specs] or configured
     return Vocabulary(max(before, default=None), max(rows.values(), default=max(configured, default=None)))
+
+
+def _follow_labels(draft: Draft, after: Mapping[str, tuple[int, ...]]) -> None:
+    """Where the adapter brings a classification head of another number of labels, the config names as many.
+
+    Their words are not in the adapter: they are called as transformers calls labels without a name.
+    """
+    for name, shape in after.items():
+        before = draft.specs[name].shape if name in draft.specs else None
+        if not LABELS.fullmatch(name) or len(shape) < 2 or before == shape:
+            continue
+        known = draft.config.get("id2label")
+        if (len(known) if isinstance(known, Mapping) else 2) == shape[0]:
+            continue
+        words = [f"LABEL_{number}" for number in range(shape[0])]
+        draft.changes |= {("id2label",): {str(n): word for n, word in enumerate(words)}}
+        draft.changes |= {("label2id",): {word: n for n, word in enumerate(words)}}
+        draft.notes.append(f"{name} has {shape[0]} rows: config.json names as many labels, by number")

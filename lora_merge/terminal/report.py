@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from lora_merge.dtypes import MODEL_DTYPES
 from lora_merge.errors import printable
+from lora_merge.terminal.mapping import mapping_rows
 from lora_merge.terminal.next_steps import next_steps
 from lora_merge.terminal.tables import fitted, shortened, table, terminal_width
 
@@ -137,6 +138,8 @@ def show_plan(plan: PlanResult, *, as_json: bool, verbose: bool) -> None:
         show_json(plan.as_json())
         return
     if show_table(_planned(plan.weights, verbose), spared=("shape",), whole=verbose):
+        print()
+    if verbose and show_table(list(mapping_rows(plan.weights, len(plan.adapters) > 1)), whole=True):
         print()
     converted = sum(weight.action == "merge" and not weight.kinds for weight in plan.weights)
     counts = _counts(plan.merged - converted, converted, len(plan.weights) - plan.merged, PLANNED)
