@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
+from lora_merge.adapters import dialects
 from lora_merge.checkpoint.opening import Checkpoint, open_adapter, open_base
 from lora_merge.formats import KNOWN_METHODS, METHODS, Format, unread
 from lora_merge.planning.base_formats import declared
@@ -17,14 +18,24 @@ WRITTEN = {"yes": "", "kept": " (only kept)", "no": " (only read)"}
 UNKNOWN = "codes of a quantization that is not known"
 SHOWN = {
     "checkpoint": ("model_type", "architectures", "dtype", "torch_dtype", "tie_word_embeddings", "vocab_size"),
-    "adapter": ("peft_type", "base_model_name_or_path", "r", "lora_alpha", "use_rslora", "use_dora", "peft_version"),
+    "adapter": (
+        "peft_type",
+        "fine_tune_type",
+        "base_model_name_or_path",
+        "r",
+        "lora_alpha",
+        "use_rslora",
+        "use_dora",
+        "peft_version",
+    ),
 }
 
 
 def inspect_path(path: Path) -> Inspection:
     """Open `path` as what it is. Raises InputError where it is neither a checkpoint nor an adapter."""
     with (open_adapter if _is_adapter(path) else open_base)(path) as opened:
-        role = "adapter" if _is_adapter(path) or any(map(FACTOR.search, opened.tensors)) else "checkpoint"
+        named = dialects.of(opened.config if _is_adapter(path) else None, opened.tensors)
+        role = "adapter" if named or _is_adapter(path) or any(map(FACTOR.search, opened.tensors)) else "checkpoint"
         config = opened.config or {}
         dtypes: Counter[str] = Counter()
         for spec in opened.tensors.values():
@@ -32,7 +43,7 @@ def inspect_path(path: Path) -> Inspection:
         return Inspection(
             path=str(path),
             role=role,
-            kind=str(config.get("peft_type", "no config")) if role == "adapter" else _format(opened),
+            kind=_kind(opened) if role == "adapter" else _format(opened),
             dtypes=dict(dtypes.most_common()),
             nbytes=sum(dtypes.values()),
             tensors=tuple(
@@ -43,6 +54,13 @@ def inspect_path(path: Path) -> Inspection:
             config={key: config[key] for key in SHOWN[role] if config.get(key) is not None},
             notes=opened.notes,
         )
+
+
+def _kind(adapter: Checkpoint) -> str:
+    """PEFT's word for the kind, or whose file it is."""
+    if dialect := dialects.of(adapter.config, adapter.tensors):
+        return f"LORA of {dialect.name}"
+    return str((adapter.config or {}).get("peft_type", "no config"))
 
 
 def _is_adapter(path: Path) -> bool:

@@ -20,7 +20,9 @@
 | `lora.py` | LORA of PEFT, with `layers.py` (linear, embedding, convolution), `experts.py`, `dora.py`, `residual.py` |
 | `tokens.py` | TRAINABLE_TOKENS, and `trainable_token_indices` of LORA |
 | `saved_modules.py` | tensors brought whole: modules_to_save, biases, embeddings |
+| `dialects.py` | which files are not of PEFT, and who reads them: |
 | `loralib.py` | state dicts of loralib, without a config |
+| `mlx.py` | adapters of mlx-lm |
 """
 
 from __future__ import annotations
@@ -33,13 +35,13 @@ from lora_merge.adapters import (
     beft,
     c3a,
     delora,
+    dialects,
     fourierft,
     gralora,
     ln_tuning,
     loha,
     lokr,
     lora,
-    loralib,
     osf,
     randlora,
     shira,
@@ -112,31 +114,27 @@ def read_adapter(config: Mapping[str, Any] | None, tensors: Mapping[str, TensorS
 
 
 def _read(config: Mapping[str, Any] | None, tensors: Mapping[str, TensorSpec], options: Options) -> Reading:
+    if dialect := dialects.of(config, tensors):
+        return dialect.read(config, tensors, options)
     if config is None:
-        return _read_bare(tensors, options)
+        raise _unrecognised(tensors)
     kind = config.get("peft_type")
     if isinstance(kind, str) and kind.upper() in KINDS:
         return KINDS[kind.upper()](config, tensors, options)
     if isinstance(kind, str) and kind.upper() in NEVER:
         raise UnsupportedError(f"adapter_config.json: {kind} cannot be merged: {NEVER[kind.upper()]}")
-    if kind is None and "fine_tune_type" in config:
-        raise UnsupportedError("adapter_config.json is of MLX; MLX adapters are not read yet")
     if kind is None:
         raise AdapterError(f"adapter_config.json names no peft_type; this version reads {', '.join(KINDS)}")
     known = "is not read yet" if str(kind).upper() in LATER else "is not known"
     raise UnsupportedError(f"adapter_config.json: {printable(kind)} {known}; this version reads {', '.join(KINDS)}")
 
 
-def _read_bare(tensors: Mapping[str, TensorSpec], options: Options) -> Reading:
-    if loralib.recognised(tensors):
-        return loralib.read(tensors, options)
-    if any(".lora_down." in key or ".lora_up." in key for key in tensors):
-        raise UnsupportedError("the tensors are named as kohya's scripts name them; these are not read yet")
+def _unrecognised(tensors: Mapping[str, TensorSpec]) -> AdapterError:
     if any(".lora_A." in key or ".lora_embedding_A" in key for key in tensors):
-        raise AdapterError(
+        return AdapterError(
             "adapter_config.json is missing; a LoRA of PEFT has its alpha there, so put it beside the weights"
         )
-    raise AdapterError(
+    return AdapterError(
         f"no adapter is recognised in {len(tensors)} tensors (first: {printable(next(iter(tensors)))}); the words are "
         "BASE ADAPTER... OUT, and an adapter has factors like q_proj.lora_A.weight"
     )

@@ -33,6 +33,7 @@ class Pair:
     init: `pissa`, `olora` or `kasa` where training changed the base first.
     conv1d: a square weight is stored `[in, out]`.
     group_size: of QA-LoRA, whose lora_A takes the mean of that many inputs, times the number of groups; 1 else.
+    turned: the file has the two as `[in, r]` and `[r, out]`; the shapes here are those of the factors as PEFT has them.
     """
 
     module: str
@@ -49,6 +50,7 @@ class Pair:
     init: str | None = None
     conv1d: bool = False
     group_size: int = 1
+    turned: bool = False
 
     @property
     def inputs(self) -> int:
@@ -69,15 +71,21 @@ class Pair:
             f"{printable(location.tensor)} is {weight}. Is this the base that the adapter was trained on?"
         )
 
+    def _factor(self, name: str, shape: tuple[int, ...], blocks: int) -> Factor:
+        if self.turned:
+            return Factor(name, _flat(shape)[::-1], transpose=True)
+        return Factor(name, _flat(shape), blocks=blocks)
+
     def on_linear(self, location: Location, weight: TensorSpec) -> LowRank | Dora | Residual:
         """The patch of a linear layer's weight; a method, since it takes a quarter of a closure's memory."""
         found = seat(location, weight, self.outputs, self.inputs, self.conv1d)
         if found is None:
             raise self.misfit(location, weight, f"a weight {[self.outputs, self.inputs]}")
-        a = Factor(self.a, _flat(self.a_shape), blocks=self.a_blocks, repeat=self.group_size)
-        b = Factor(self.b, _flat(self.b_shape), blocks=self.b_blocks, diagonal=self.diagonal)
+        a = replace(self._factor(self.a, self.a_shape, self.a_blocks), repeat=self.group_size)
+        b = replace(self._factor(self.b, self.b_shape, self.b_blocks), diagonal=self.diagonal)
         if found.turned:
-            update = LowRank(replace(a, transpose=True), replace(b, transpose=True), self.scale)
+            around = not self.turned
+            update = LowRank(replace(a, transpose=around), replace(b, transpose=around), self.scale)
             return _started(self, _magnified(self, update, columnwise=True), weight, True, location)
         left = replace(b, rows=found.rows) if found.rows else b
         update = LowRank(left, a, self.scale, found.first, stacked=found.stacked)

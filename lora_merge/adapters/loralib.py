@@ -87,10 +87,6 @@ def _pair(module: str, a: str, b: str, tensors: Mapping[str, TensorSpec], alpha:
     a_shape, b_shape = tensors[a].shape, tensors[b].shape
     where = f"{printable(a)} {list(a_shape)} and {printable(b)} {list(b_shape)}"
     if a_shape[0] != b_shape[1]:
-        if a_shape[1] == b_shape[0]:
-            raise UnsupportedError(
-                f"{where} are [in, r] and [r, out], as MLX writes them; MLX adapters are not read yet"
-            )
         if a_shape[0] % b_shape[1] == 0:
             raise UnsupportedError(
                 f"{where} belong to a MergedLinear; which of its fused outputs have an update (enable_lora) is not in "

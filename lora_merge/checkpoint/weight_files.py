@@ -25,6 +25,8 @@ BASE_WEIGHTS = (
 )
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors", "adapter_model.bin")
 ADAPTER_CONFIG = "adapter_config.json"
+_MLX_STEP = "[0-9]*_adapters.safetensors"
+"""An adapter as it was after some steps of training with mlx-lm, beside the last one and its config."""
 
 _TRAINER_STATE = ("optimizer*", "scheduler*", "rng_state*", "training_args*", "scaler*", "trainer_state*")
 
@@ -97,7 +99,7 @@ def find_adapter(path: Path) -> CheckpointFiles:
     """
     if os.path.isfile(path):
         _check_weight_file(path)
-        if path.name not in ADAPTER_WEIGHTS:
+        if path.name not in ADAPTER_WEIGHTS and not fnmatchcase(path.name, _MLX_STEP):
             return CheckpointFiles(path.parent, (path,))
         side = small_files(path.parent, listing(path.parent))
         return CheckpointFiles(path.parent, (path,), config=_config(path.parent, ADAPTER_CONFIG), side_files=side)

@@ -128,6 +128,7 @@ class Resolver:
             if stack.endswith("experts") and parameter in EXPERT_PARTS:
                 for prefixed in (stack, *self._prefixable(stack)):
                     yield from self._apart(prefixed, parameter, shape, misfits)
+                    yield from self._halves(prefixed, parameter, shape)
             elif shape is not None and (one := ONE_EXPERT.match(spelt)) and not self._family.experts_in_out:
                 for prefixed in (one["stack"], *self._prefixable(one["stack"])):
                     yield from self._within(prefixed, int(one["expert"]), one["part"], shape)
@@ -159,6 +160,18 @@ class Resolver:
                 yield tuple(locations)
             else:
                 misfits.append(locations[0].tensor)
+
+    def _halves(self, stack: str, part: str, shape: tuple[int, ...] | None) -> Iterator[tuple[Location, ...]]:
+        """The gates, or what they gate, of all experts inside a stack `[experts, 2 * out, in]` of both."""
+        fused, pieces = f"{stack}.gate_up_proj", ("gate_proj", "up_proj")
+        if part not in pieces or fused not in self.tensors or self._family.experts_in_out:
+            return
+        if len(self.tensors[fused].shape) != 3:
+            return
+        experts, rows, columns = self.tensors[fused].shape
+        if shape == (experts, rows // 2, columns) and rows % 2 == 0:
+            starts = (expert * rows + pieces.index(part) * rows // 2 for expert in range(experts))
+            yield tuple(Location(fused, n, within=(start, start + rows // 2)) for n, start in enumerate(starts))
 
     def _within(self, stack: str, expert: int, part: str, shape: tuple[int, ...]) -> Iterator[tuple[Location, ...]]:
         """One expert's linear inside a stacked tensor `[experts, out, in]`: a span of its `experts * out` rows."""

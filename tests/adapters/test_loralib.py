@@ -83,9 +83,8 @@ def test_alpha_must_be_given() -> None:
         ({"q.lora_A": A, "q.lora_B": B[:, :3]}, AdapterError, "do not multiply"),
         ({"q.lora_A": A, "q.lora_B": B, "q.lora_C": B}, AdapterError, "q.lora_C is of no known form"),
         ({"q.lora_A": torch.randn(8, 20), "q.lora_B": B}, UnsupportedError, "MergedLinear.*enable_lora"),
-        ({"q.lora_a": A.T, "q.lora_b": B.T}, UnsupportedError, "MLX"),
     ],
-    ids=["partner", "vector", "empty", "ranks", "unknown", "merged", "mlx"],
+    ids=["partner", "vector", "empty", "ranks", "unknown", "merged"],
 )
 def test_refusals(tensors: dict[str, torch.Tensor], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):

@@ -78,8 +78,19 @@ def test_layout_is_opened_by_the_library_in_any_order_and_width(tmp_path: Path) 
     laid = layout(specs.items(), {})
     assert b"__metadata__" not in laid.header
     file.close()
+
     (tmp_path / "y.safetensors").write_bytes(laid.header + bytes(laid.nbytes - len(laid.header)))
     assert set(safetensors.numpy.load_file(tmp_path / "y.safetensors")) == set(specs)
+
+
+def test_metadata_that_is_null_is_none(tmp_path: Path) -> None:
+    """MLX writes it so where it has none, and safetensors reads it."""
+    header = b'{"__metadata__":null,"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}} '
+    (tmp_path / "x").write_bytes(len(header).to_bytes(8, "little") + header + b"a")
+    assert list(load_file(tmp_path / "x")) == ["a"]
+    file = open_safetensors(tmp_path / "x")
+    assert dict(file.metadata) == {} and list(file.tensors) == ["a"]
+    file.close()
 
 
 def test_names_are_kept_and_tensors_are_in_the_order_of_their_bytes(tmp_path: Path) -> None:

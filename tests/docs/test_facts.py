@@ -13,6 +13,7 @@ import lora_merge
 from lora_merge import cli, digests, errors, request
 from lora_merge.abilities import ABILITIES, PLAIN, QUANT_TYPES
 from lora_merge.adapters import KINDS, LATER, NEVER
+from lora_merge.adapters.dialects import DIALECTS
 from lora_merge.dtypes import MODEL_DTYPES
 
 COMMANDS: dict[str, click.Command] = dict(cli.app.commands)
@@ -93,6 +94,10 @@ def test_defaults_are_the_code() -> None:
 def test_the_table_of_kinds_is_the_code() -> None:
     table = ADAPTERS.text.split("## Parts of LORA")[0]
     assert [row[0].strip("`") for row in rows(table)] == list(KINDS)
+
+
+def test_the_table_of_dialects_is_the_code() -> None:
+    assert [row[0] for row in rows(ADAPTERS.section("Files of other programs"))] == [one.name for one in DIALECTS]
 
 
 def test_refused_kinds_are_named() -> None:

@@ -1,0 +1,45 @@
+"""The dialects of adapter files beside PEFT's own: each is known by its config or its keys, and read into claims.
+
+Of two dialects that know the same file, the first has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lora_merge.adapters import loralib, mlx
+from lora_merge.adapters.base import Options, Reading
+from lora_merge.spec import TensorSpec
+
+Config = Mapping[str, Any] | None
+Tensors = Mapping[str, TensorSpec]
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """name: for people. knows: whether a file with this config (None: there is none) is of the dialect."""
+
+    name: str
+    knows: Callable[[Config, Tensors], bool]
+    read: Callable[[Config, Tensors, Options], Reading]
+
+
+def _mlx(config: Config, tensors: Tensors) -> bool:
+    return mlx.recognised(tensors) if config is None else mlx.configured(config)
+
+
+def _loralib(config: Config, tensors: Tensors) -> bool:
+    return config is None and loralib.recognised(tensors)
+
+
+DIALECTS = (
+    Dialect("MLX", _mlx, mlx.read),
+    Dialect("loralib", _loralib, lambda _, tensors, options: loralib.read(tensors, options)),
+)
+
+
+def of(config: Config, tensors: Tensors) -> Dialect | None:
+    """The dialect of a file; None: PEFT's own, or none that is known."""
+    return next((dialect for dialect in DIALECTS if dialect.knows(config, tensors)), None)
