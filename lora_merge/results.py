@@ -18,7 +18,8 @@ class AdapterTensors:
     """The tensors of an adapter that change a weight, and why they are taken for this one.
 
     adapter: number of the adapter. names: of its tensors.
-    rule: how the weight was found: `name`, `prefix`, `rename`, `fused`, `transformers`, `suffix` or `added`.
+    rule: how the weight was found: `name`, `prefix`, `rename`, `fused`, `underscores`, `transformers`,
+    `suffix` or `added`.
     of_parameter: rows `[start, stop)` of the adapter's parameter that the weight holds; None: all.
     of_weight: rows of the weight, or of a stack of experts seen as one matrix, that the parameter is; None: all.
     expert: the expert of the adapter's parameter that the weight is; None: all of them, or there are none.

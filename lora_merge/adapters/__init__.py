@@ -23,6 +23,7 @@
 | `dialects.py` | which files are not of PEFT, and who reads them: |
 | `loralib.py` | state dicts of loralib, without a config |
 | `mlx.py` | adapters of mlx-lm |
+| `diffusion.py` | LoRA of kohya's scripts, ComfyUI and diffusers, with `components.py` |
 """
 
 from __future__ import annotations

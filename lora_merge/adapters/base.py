@@ -186,3 +186,5 @@ class Options:
     base_is_residual: bool = False
     model_type: str | None = None
     """Of the base (`families.model_type`): decides square Conv1D and transposed experts."""
+    component: str | None = None
+    """The part of a pipeline of diffusers that the base is (`unet`); None: it is a model by itself."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lora_merge.adapters import loralib, mlx
+from lora_merge.adapters import diffusion, loralib, mlx
 from lora_merge.adapters.base import Options, Reading
 from lora_merge.spec import TensorSpec
 
@@ -36,6 +36,8 @@ def _loralib(config: Config, tensors: Tensors) -> bool:
 
 DIALECTS = (
     Dialect("MLX", _mlx, mlx.read),
+    Dialect("kohya", diffusion.is_kohya, diffusion.read),
+    Dialect("diffusers", diffusion.is_diffusers, diffusion.read),
     Dialect("loralib", _loralib, lambda _, tensors, options: loralib.read(tensors, options)),
 )
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_merge.adapters.base import Bound, LowRankUpdate, Patch
+from lora_merge.errors import AdapterError, printable
+from lora_merge.request import STRONGEST
 from lora_merge.spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -97,10 +99,39 @@ class Factor:
 
 
 @dataclass(frozen=True, slots=True)
+class Tucker(Factor):
+    """lora_A `[r, in]` behind a core `[r, r, *kernel]`, as the matrix `[r, in * kernel]` of both.
+
+    core: name of the core; kernel: numbers of one of its kernels.
+    """
+
+    core: str = ""
+    kernel: int = 1
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        return 1, self.shape[0], self.shape[1] * self.kernel
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.name, self.core
+
+    def stack(self, read: Read) -> torch.Tensor:
+        """Float32 `[1, r, in * kernel]`."""
+        import torch
+
+        r, inputs = self.shape
+        core = read(self.core).float().reshape(r, r, self.kernel)
+        product = torch.einsum("rsk,si->rik", core, read(self.name).float().reshape(r, inputs))
+        return product.reshape(1, r, -1).contiguous()
+
+
+@dataclass(frozen=True, slots=True)
 class LowRank(Patch):
     """`rows + scale * left @ right` on the rows of a weight, or on those from `first` on.
 
     fold: rows of the product that make one row of the view (a convolution stored as `[out * k, in * k]`).
+    alpha: name of a stored number that multiplies the scale.
     """
 
     left: Factor
@@ -110,10 +141,12 @@ class LowRank(Patch):
     fold: int = 1
     stacked: bool | None = None
     kind: str = "lora"
+    alpha: str | None = None
 
     @property
     def factors(self) -> tuple[str, ...]:
-        return (*self.left.names, *self.right.names)
+        own = (*self.left.names, *self.right.names)
+        return own if self.alpha is None else (*own, self.alpha)
 
     def workspace(self, weight: TensorSpec) -> int:
         # Both factors in float32, and while one is transposed, itself as stored (in 8 bytes a number at most).
@@ -121,7 +154,16 @@ class LowRank(Patch):
         return self.left.nbytes + self.right.nbytes + stored * 2 * FLOAT
 
     def bind(self, read: Read, weight: TensorSpec) -> BoundLowRank:
-        return BoundLowRank(self.left.stack(read), self.right.stack(read), self.scale, self.first, self.fold)
+        scale = self.scale if self.alpha is None else self.scale * _number(read, self.alpha)
+        return BoundLowRank(self.left.stack(read), self.right.stack(read), scale, self.first, self.fold)
+
+
+def _number(read: Read, name: str) -> float:
+    """A stored number by which an update is scaled. Raises AdapterError where it is none that can."""
+    value = float(read(name).double().reshape(()))
+    if not abs(value) <= STRONGEST:
+        raise AdapterError(f"{printable(name)} is {value}, expected a number from {-STRONGEST:g} to {STRONGEST:g}")
+    return value
 
 
 class BoundLowRank(Bound):

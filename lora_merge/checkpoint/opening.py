@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any
 
+from lora_merge.adapters.components import METADATA
 from lora_merge.checkpoint.weight_files import CheckpointFiles, find_adapter, find_base
 from lora_merge.containers import TensorFile
-from lora_merge.containers.json_file import read_json
+from lora_merge.containers.json_file import parsed, read_json
 from lora_merge.containers.regular_file import RegularFile
 from lora_merge.containers.safetensors import open_safetensors
 from lora_merge.containers.torch_bin import TorchBinFile, open_torch_bin
@@ -134,8 +135,19 @@ def open_base(path: Path) -> Checkpoint:
 
 
 def open_adapter(path: Path) -> Checkpoint:
-    """Open an adapter's folder (or the one sub-folder of a named adapter), or one file of factors."""
-    return _open(find_adapter(Path(path)))
+    """Open an adapter's folder (or the one sub-folder of a named adapter), or one file of factors.
+
+    What diffusers wrote of its LoRA into the header stands for the config, where there is none.
+    """
+    opened = _open(find_adapter(Path(path)))
+    said = next((file.metadata[METADATA] for file in opened.files if METADATA in file.metadata), None)
+    if said is None or opened.config is not None:
+        return opened
+    try:
+        return replace(opened, config={METADATA: parsed(said.encode(), opened.path / METADATA)})
+    except BaseException:
+        opened.close()
+        raise
 
 
 def file_sha256(path: Path) -> str:

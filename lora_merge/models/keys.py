@@ -19,12 +19,12 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from lora_merge.errors import listed
-from lora_merge.models import families, siblings
+from lora_merge.models import families, siblings, underscores
 from lora_merge.models.names import BASE_PREFIXES, EXPERT_PARTS, ONE_EXPERT, SPELLINGS, TOWER, VOCABULARY
 from lora_merge.models.skeleton import NoSkeleton, Skeleton
 from lora_merge.spec import Location, TensorSpec
 
-How = Literal["name", "prefix", "rename", "fused", "transformers", "suffix"]
+How = Literal["name", "prefix", "rename", "fused", "underscores", "transformers", "suffix"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +100,8 @@ class Resolver:
                 yield how, (Location(fitting[0]),)
         yield from (("rename", locations) for locations in self._experts(name, shape, misfits))
         yield from (("fused", locations) for locations in self._siblings(name, shape))
+        if name.count(".") == 1:  # a path without dots, and its parameter
+            yield from (("underscores", (Location(other),)) for other in self._underscored(name, shape, misfits))
 
     def _prefixed(self, name: str) -> Iterator[str]:
         """The stored names among `name` itself, without its base-model prefix, and with each that the files have."""
@@ -183,6 +185,20 @@ class Resolver:
             if expert < experts and shape == (rows // len(pieces), columns) and rows % len(pieces) == 0:
                 start = expert * rows + pieces.index(part) * shape[0]
                 yield (Location(name, within=(start, start + shape[0])),)
+
+    # underscores in the place of dots
+
+    def _underscored(self, name: str, shape: tuple[int, ...] | None, misfits: list[str]) -> Iterator[str]:
+        for spelt in underscores.other_names(name.replace(".", "_"), self.config or {}):
+            found = self._by_underscores.get(spelt)
+            if found is not None and self._fits(found, shape):
+                yield found
+            elif found is not None:
+                misfits.append(found)
+
+    @cached_property
+    def _by_underscores(self) -> dict[str, str | None]:
+        return underscores.table(self.tensors)
 
     # one projection of a fused matrix, or a fused one whose pieces are stored
 

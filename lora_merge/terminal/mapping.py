@@ -15,6 +15,7 @@ RULES = {
     "name": "the same name",
     "prefix": "a prefix more or less",
     "rename": "a known spelling",
+    "underscores": "underscores for dots",
     "fused": "the fused layout of the model type",
     "transformers": "transformers' own mapping",
     "suffix": "the only name that ends alike",
