@@ -24,6 +24,7 @@
 | `loralib.py` | state dicts of loralib, without a config |
 | `mlx.py` | adapters of mlx-lm |
 | `diffusion.py` | LoRA of kohya's scripts, ComfyUI and diffusers, with `components.py` |
+| `torchtune.py` | adapters as torchtune checkpoints them |
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from lora_merge.spec import Location, TensorSpec
 
@@ -188,3 +188,5 @@ class Options:
     """Of the base (`families.model_type`): decides square Conv1D and transposed experts."""
     component: str | None = None
     """The part of a pipeline of diffusers that the base is (`unet`); None: it is a model by itself."""
+    config: Mapping[str, Any] | None = None
+    """config.json of the base."""

@@ -9,9 +9,8 @@ from typing import Any
 
 from lora_merge.adapters.base import Options
 from lora_merge.adapters.lora_config import LoraConfig
+from lora_merge.containers.header_config import METADATA
 
-METADATA = "lora_adapter_metadata"
-"""Key of a safetensors header, and here of a config that has nothing else: a JSON object of `COMPONENT.FIELD`."""
 KOHYA = (
     ("lora_unet_", "unet"),
     ("lora_te_", "text_encoder"),

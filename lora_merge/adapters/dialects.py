@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lora_merge.adapters import diffusion, loralib, mlx
+from lora_merge.adapters import diffusion, loralib, mlx, torchtune
 from lora_merge.adapters.base import Options, Reading
 from lora_merge.spec import TensorSpec
 
@@ -30,6 +30,10 @@ def _mlx(config: Config, tensors: Tensors) -> bool:
     return mlx.recognised(tensors) if config is None else mlx.configured(config)
 
 
+def _torchtune(config: Config, tensors: Tensors) -> bool:
+    return config is None and torchtune.recognised(tensors)
+
+
 def _loralib(config: Config, tensors: Tensors) -> bool:
     return config is None and loralib.recognised(tensors)
 
@@ -38,6 +42,7 @@ DIALECTS = (
     Dialect("MLX", _mlx, mlx.read),
     Dialect("kohya", diffusion.is_kohya, diffusion.read),
     Dialect("diffusers", diffusion.is_diffusers, diffusion.read),
+    Dialect("torchtune", _torchtune, lambda _, tensors, options: torchtune.read(tensors, options)),
     Dialect("loralib", _loralib, lambda _, tensors, options: loralib.read(tensors, options)),
 )
 

@@ -24,10 +24,11 @@ from functools import lru_cache
 from typing import Any
 
 from lora_merge.adapters.base import Claim, Options, Patch, Reading
-from lora_merge.adapters.components import METADATA, Settings, component_of
+from lora_merge.adapters.components import Settings, component_of
 from lora_merge.adapters.dora import Dora
 from lora_merge.adapters.layers import Pair
 from lora_merge.adapters.lowrank import Factor, LowRank, Tucker
+from lora_merge.containers.header_config import METADATA
 from lora_merge.dtypes import PLAIN_FLOATS
 from lora_merge.errors import AdapterError, UnsupportedError, listed, printable
 from lora_merge.spec import Location, TensorSpec

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-from lora_merge.adapters.components import METADATA
 from lora_merge.checkpoint.weight_files import CheckpointFiles, find_adapter, find_base
 from lora_merge.containers import TensorFile
-from lora_merge.containers.json_file import parsed, read_json
+from lora_merge.containers.header_config import config_in
+from lora_merge.containers.json_file import read_json
 from lora_merge.containers.regular_file import RegularFile
 from lora_merge.containers.safetensors import open_safetensors
 from lora_merge.containers.torch_bin import TorchBinFile, open_torch_bin
@@ -139,15 +139,7 @@ def open_adapter(path: Path) -> Checkpoint:
 
     What diffusers wrote of its LoRA into the header stands for the config, where there is none.
     """
-    opened = _open(find_adapter(Path(path)))
-    said = next((file.metadata[METADATA] for file in opened.files if METADATA in file.metadata), None)
-    if said is None or opened.config is not None:
-        return opened
-    try:
-        return replace(opened, config={METADATA: parsed(said.encode(), opened.path / METADATA)})
-    except BaseException:
-        opened.close()
-        raise
+    return _open(find_adapter(Path(path)), header_config=True)
 
 
 def file_sha256(path: Path) -> str:
@@ -178,13 +170,14 @@ def identity(file: TensorFile) -> dict[str, Any]:
 
 
 @collecting_seldom()
-def _open(located: CheckpointFiles) -> Checkpoint:
+def _open(located: CheckpointFiles, header_config: bool = False) -> Checkpoint:
     config = read_json(located.config) if located.config else None
     files: list[TensorFile] = []
     try:
         for path in located.weights:
             files.append(open_safetensors(path) if path.suffix == ".safetensors" else open_torch_bin(path))
         homes = _homes(located, files)
+        config = config_in(files) if config is None and header_config else config
     except BaseException:
         for file in files:
             file.close()

@@ -35,7 +35,7 @@ def make(recipe: Recipe, inputs: Inputs) -> Plan:
     Raises AdapterError where an adapter does not fit, UnsupportedError where a weight cannot be merged or written.
     """
     draft, adapters = Draft.of(inputs.base), inputs.adapters
-    asked = Options(recipe.alpha, recipe.base_is_residual, model_type(draft.config))
+    asked = Options(recipe.alpha, recipe.base_is_residual, model_type(draft.config), config=draft.config)
     readings = [effects.read(adapter, asked, recipe.allow_unused) for adapter in adapters]
     draft.notes += [note for adapter in adapters for note in adapter.notes]
     draft.notes += [note for reading in readings for note in reading.notes]

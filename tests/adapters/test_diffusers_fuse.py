@@ -36,7 +36,7 @@ def filled(model: Any) -> Any:
 
 
 def unet(diffusers: Any) -> Any:
-    blocks = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")}
+    blocks: dict[str, Any] = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")}
     blocks |= {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "block_out_channels": (8, 16)}
     sizes = {"sample_size": 8, "layers_per_block": 2, "cross_attention_dim": 12, "attention_head_dim": 4}
     return filled(diffusers.UNet2DConditionModel(**blocks, **sizes, norm_num_groups=4))
@@ -47,7 +47,19 @@ def text_encoder() -> Any:
     return filled(tf.CLIPTextModel(tf.CLIPTextConfig(**sizes, vocab_size=40, max_position_embeddings=16)))
 
 
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj", "net.2", "proj_in", "proj_out", "q_proj", "out_proj", "fc1")
+TARGETS: tuple[str, ...] = (
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "proj",
+    "net.2",
+    "proj_in",
+    "proj_out",
+    "q_proj",
+    "out_proj",
+    "fc1",
+)
 TARGETS += ("v_proj", "k_proj", "fc2")
 
 
@@ -70,8 +82,7 @@ def compare(out: Path, file: str, model: Any, before: Tensors) -> None:
 
 @pytest.mark.parametrize("dialect", ["kohya", "diffusers"])
 def test_unet(diffusers: Any, dialect: str, tmp_path: Path) -> None:
-    from diffusers.loaders import StableDiffusionLoraLoaderMixin as Loader
-
+    loader = diffusers.loaders.StableDiffusionLoraLoaderMixin
     model = unet(diffusers)
     model.save_pretrained(tmp_path / "base")
     names = {"kohya": cases.kohya("lora_unet_"), "diffusers": cases.dotted("unet.", "lora.down", "lora.up")}
@@ -79,8 +90,8 @@ def test_unet(diffusers: Any, dialect: str, tmp_path: Path) -> None:
     save_file(file, tmp_path / "style.safetensors")
     before = load_file(tmp_path / "base" / "diffusion_pytorch_model.safetensors")
     lora_merge.merge(tmp_path / "base", tmp_path / "style.safetensors", tmp_path / "out")
-    state, alphas = Loader.lora_state_dict(tmp_path, weight_name="style.safetensors", unet_config=model.config)
-    Loader.load_lora_into_unet(state, alphas, model)
+    state, alphas = loader.lora_state_dict(tmp_path, weight_name="style.safetensors", unet_config=model.config)
+    loader.load_lora_into_unet(state, alphas, model)
     model.fuse_lora()
     compare(tmp_path / "out", "diffusion_pytorch_model.safetensors", model, before)
     opened = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "out").eval()
@@ -93,8 +104,7 @@ def test_unet(diffusers: Any, dialect: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dialect", ["kohya", "diffusers"])
 def test_text_encoder(diffusers: Any, dialect: str, tmp_path: Path) -> None:
-    from diffusers.loaders import StableDiffusionLoraLoaderMixin as Loader
-
+    loader = diffusers.loaders.StableDiffusionLoraLoaderMixin
     model = text_encoder()
     model.save_pretrained(tmp_path / "base")
     before = load_file(tmp_path / "base" / "model.safetensors")
@@ -106,8 +116,8 @@ def test_text_encoder(diffusers: Any, dialect: str, tmp_path: Path) -> None:
     lora_merge.merge(tmp_path / "base", tmp_path / "style.safetensors", tmp_path / "out")
     flat = {name.replace("text_model_", "").replace("text_model.", ""): value for name, value in file.items()}
     save_file(flat, tmp_path / "flat.safetensors")  # as the class of transformers 5 has its modules
-    state, alphas = Loader.lora_state_dict(tmp_path, weight_name="flat.safetensors")
-    Loader.load_lora_into_text_encoder(state, alphas, model, prefix="text_encoder")
+    state, alphas = loader.lora_state_dict(tmp_path, weight_name="flat.safetensors")
+    loader.load_lora_into_text_encoder(state, alphas, model, prefix="text_encoder")
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
