@@ -9,6 +9,8 @@ from pathlib import Path
 
 from lora_merge.checkpoint.hub import cached_notes, located, located_recipe
 from lora_merge.checkpoint.opening import Inputs, open_inputs
+from lora_merge.checkpoint.pipelines import components, is_pipeline
+from lora_merge.errors import VerificationError
 from lora_merge.execution import resuming
 from lora_merge.execution.advice import check_survival
 from lora_merge.execution.executor import Executor
@@ -20,13 +22,14 @@ from lora_merge.output.record import MANIFEST, Record
 from lora_merge.output.shard import StartedShard
 from lora_merge.output.stage import Stage, check_out
 from lora_merge.output.staging_folder import Leftovers, left_something
+from lora_merge.pipelines import Parts, merge_pipeline, plan_pipeline
 from lora_merge.planning import plan as planning
 from lora_merge.planning.costs import read_work, shard_work
 from lora_merge.planning.jobs import Copy, Plan, Shard
 from lora_merge.planning.side_files import CARD
 from lora_merge.planning.summary import summary
 from lora_merge.progress import Portion, Progress, no_progress
-from lora_merge.request import Request
+from lora_merge.request import Recipe, Request
 from lora_merge.results import Inspection, MergedWeight, MergeResult, PlanResult
 from lora_merge.system.shortage import COMPUTING, check_imports, telling_shortage
 from lora_merge.system.stopping import Stop
@@ -39,9 +42,22 @@ def merge_request(request: Request, *, progress: Progress = no_progress, stop: S
     """Merge as a request says. Raises Stopped soon after another thread asked `stop`."""
     assert request.out is not None
     with telling_shortage(), in_existing_folder(request.paths):
-        found = located_recipe(request.recipe)
-        result = _merged(replace(request, recipe=found), request.out, progress, stop or Stop())
+        found, stop = located_recipe(request.recipe), stop or Stop()
+        asked = replace(request, recipe=found)
+        result = _made(asked, request.out, progress, stop)
         return replace(result, notes=(*cached_notes(request.recipe, found), *result.notes))
+
+
+def _made(request: Request, out: Path, progress: Progress, stop: Stop) -> MergeResult:
+    """One model, or each component of a pipeline."""
+    if not is_pipeline(request.recipe.base):
+        return _merged(request, out, progress, stop)
+
+    def part(one: Request) -> MergeResult:
+        assert one.out is not None
+        return _merged(one, one.out, progress, stop)
+
+    return merge_pipeline(request, out, part, stop)
 
 
 def _merged(request: Request, out: Path, progress: Progress, stop: Stop) -> MergeResult:
@@ -87,7 +103,8 @@ def plan_request(request: Request) -> PlanResult:
     """What a merge would do; nothing is written."""
     with telling_shortage(), in_existing_folder(request.paths):
         found = located_recipe(request.recipe)
-        plan = _planned(replace(request, recipe=found))
+        asked = replace(request, recipe=found)
+        plan = plan_pipeline(asked, _planned) if is_pipeline(found.base) else _planned(asked)
         return replace(plan, notes=(*cached_notes(request.recipe, found), *plan.notes))
 
 
@@ -111,6 +128,8 @@ def verify_path(
     given = [path for path in (out, base, original, *adapters) if path is not None]
     with telling_shortage(), in_existing_folder(given):
         check_there(out)
+        if is_pipeline(out):
+            return _verified_parts(out, base, adapters, progress)
         if base is None:
             return verify_output(out, progress)
         recipe = located_recipe(recorded_recipe(out, base, adapters, original))
@@ -121,6 +140,25 @@ def verify_path(
             proved = verify_output(out, Portion(progress, proving, making + proving))
             recompute(out, plan, Portion(progress, making, making + proving))
         return replace(proved, recomputed=True)
+
+
+def _verified_parts(out: Path, base: Path | None, adapters: Sequence[Path], progress: Progress) -> Verification:
+    """Prove the components of a pipeline that were merged; the others are copies, of which there is no record."""
+    merged = [name for name in components(out) if (out / name / MANIFEST).is_file()]
+    if not merged:
+        raise VerificationError(f"{out}: no component has a {MANIFEST}; merge again")
+    recipes = Parts.of(Recipe(base, tuple(adapters))).merged if base else {}
+    proved = []
+    for name in merged:
+        part = recipes.get(name)
+        of_part, given = (part.base, part.adapters) if part else (None, ())
+        proved.append(verify_path(out / name, of_part, given, None, progress))
+    return Verification(
+        sum(one.files for one in proved),
+        sum(one.tensors for one in proved),
+        sum(one.nbytes for one in proved),
+        recomputed=all(one.recomputed for one in proved),
+    )
 
 
 def inspect(path: Path) -> Inspection:

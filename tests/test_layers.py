@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lora_merge"
 
 # A wing imports from itself, from those below it, and from none above; modules beside the wings are front or ground.
-FRONT = {"__main__", "cli", "api", "public", "inspection", "model_card"}
+FRONT = {"__main__", "cli", "api", "public", "inspection", "model_card", "pipelines"}
 GROUND = {"abilities", "request", "keywords", "results", "progress"}
 GROUND |= {"digests", "dtypes", "errors", "spec", "lora_merge"}
 WINGS: dict[str, set[str]] = {

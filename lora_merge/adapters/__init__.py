@@ -144,7 +144,7 @@ def _unrecognised(tensors: Mapping[str, TensorSpec]) -> AdapterError:
 
 def _check_complete(reading: Reading, tensors: Mapping[str, TensorSpec]) -> None:
     """Every tensor belongs to one claim, or is ignored with a reason: nothing is lost in silence."""
-    used = set(reading.ignored) | reading.shared
+    used = {*reading.ignored, *reading.elsewhere, *reading.shared}
     for claim in reading.claims:
         assert used.isdisjoint(claim.factors), "an adapter tensor belongs to one claim"
         used.update(claim.factors)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -167,6 +167,7 @@ class Reading:
     ties_embeddings: `ensure_weight_tying` was on: a claim on embeddings and head is one claim on the shared matrix.
     notes: remarks for the person who merges, one sentence each.
     shared: adapter tensors that patches of several claims read, and that are no claim's own.
+    elsewhere: adapter tensors for other parts of a pipeline than the base, each with the name of its part.
     """
 
     kind: str
@@ -176,6 +177,7 @@ class Reading:
     ties_embeddings: bool = False
     notes: tuple[str, ...] = ()
     shared: frozenset[str] = frozenset()
+    elsewhere: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

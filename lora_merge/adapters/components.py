@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lora_merge.adapters.base import Options
 from lora_merge.adapters.lora_config import LoraConfig
 from lora_merge.containers.header_config import METADATA
+from lora_merge.errors import AdapterError, listed
 
 KOHYA = (
     ("lora_unet_", "unet"),
@@ -30,6 +31,31 @@ def component_of(key: str) -> tuple[str, str] | None:
             return name, lead
     found = DIFFUSERS.match(key)
     return (found["name"], found[0]) if found else None
+
+
+def beginnings(names: Iterable[str]) -> str:
+    """A regular expression of the keys that are for these components; empty for none."""
+    leads = [re.escape(lead) for name in names for lead, of in KOHYA if of == name]
+    return "|".join(f"^{lead}" for lead in (*leads, *(re.escape(f"{name}.") for name in names)))
+
+
+def base_component(keys: Iterable[str], options: Options) -> str | None:
+    """Which component the base is, as its folder, its config and the keys of the adapter say; None: any.
+
+    Raises AdapterError where the keys are for several text encoders, and the base may be each of them.
+    """
+    if options.component is not None:
+        return options.component
+    kind = str((options.config or {}).get("_class_name", ""))
+    if "UNet" in kind or "Transformer" in kind:
+        return "unet" if "UNet" in kind else "transformer"
+    encoders = {found[0] for key in keys if (found := component_of(key)) and found[0].startswith("text_encoder")}
+    if len(encoders) > 1:
+        raise AdapterError(
+            f"the adapter has factors for {listed(sorted(encoders))}, and which of them the base is does not show; "
+            "give the base as a folder of its pipeline, beside model_index.json"
+        )
+    return next(iter(encoders), None)
 
 
 @dataclass(frozen=True, slots=True)

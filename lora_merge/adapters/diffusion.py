@@ -24,7 +24,7 @@ from functools import lru_cache
 from typing import Any
 
 from lora_merge.adapters.base import Claim, Options, Patch, Reading
-from lora_merge.adapters.components import Settings, component_of
+from lora_merge.adapters.components import Settings, base_component, component_of
 from lora_merge.adapters.dora import Dora
 from lora_merge.adapters.layers import Pair
 from lora_merge.adapters.lowrank import Factor, LowRank, Tucker
@@ -68,17 +68,17 @@ def is_diffusers(config: Mapping[str, Any] | None, tensors: Mapping[str, TensorS
 
 
 def read(config: Mapping[str, Any] | None, tensors: Mapping[str, TensorSpec], options: Options) -> Reading:
-    """Claims of every tensor; those of other parts of a pipeline than `options.component` are left to these.
+    """Claims of every tensor but those for other parts of a pipeline than the base.
 
-    Raises AdapterError that lists all tensors that do not form pairs.
+    Raises AdapterError that lists all tensors that do not form pairs, or where it is not clear which part the base is.
     """
     settings = Settings.from_json(config)
-    modules, elsewhere = _modules(tensors, options.component)
+    modules, elsewhere = _modules(tensors, base_component(tensors, options))
     claims = [_module(path, keys, tensors, settings).claim() for path, keys in modules.items()]
     dora = any("magnitude" in keys for keys in modules.values())
     bare = any("alpha" not in keys and not settings.knows(path) for path, keys in modules.items())
     note = ("The file has no alpha for some of its updates; these are taken as they are, as its own programs do.",)
-    return Reading("dora" if dora else "lora", tuple(claims), elsewhere, notes=note if bare else ())
+    return Reading("dora" if dora else "lora", tuple(claims), {}, notes=note if bare else (), elsewhere=elsewhere)
 
 
 @lru_cache(maxsize=4096)
@@ -93,12 +93,12 @@ def _role(key: str) -> tuple[str, str] | None:
 def _modules(
     tensors: Mapping[str, TensorSpec], component: str | None
 ) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
-    """The keys of each module by role, and those of other components with the reason why they are not used here."""
+    """The keys of each module by role, and those for other components than `component`, each with its component."""
     modules: dict[str, dict[str, str]] = {}
     elsewhere, offences = {}, []
     for key, spec in tensors.items():
         if component is not None and (other := component_of(key)) and other[0] != component:
-            elsewhere[key] = f"for {other[0]}, another part of the pipeline"
+            elsewhere[key] = other[0]
             continue
         found = _role(key)
         if found is None:

@@ -164,6 +164,7 @@ class InPairs(Patch):
             stored = read(name)
             if name not in self.turned:
                 return stored
-            return stored.unflatten(0, (self.heads, -1, 2)).transpose(1, 2).reshape(stored.shape)
+            pairs = stored.reshape(self.heads, -1, 2, *stored.shape[1:])
+            return pairs.transpose(1, 2).reshape(stored.shape)
 
         return self.inner.bind(in_halves, weight)

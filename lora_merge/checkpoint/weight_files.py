@@ -25,6 +25,8 @@ BASE_WEIGHTS = (
 )
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors", "adapter_model.bin")
 ADAPTER_CONFIG = "adapter_config.json"
+PIPELINE = "model_index.json"
+"""Lists the components of a pipeline of diffusers, each of which has a folder."""
 _MLX_STEP = "[0-9]*_adapters.safetensors"
 """An adapter as it was after some steps of training with mlx-lm, beside the last one and its config."""
 
@@ -36,7 +38,7 @@ _ADAPTER_MARKS = (
 _WEIGHT_MARKS = (
     "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.ggml", "*.npz", "*.h5", "*.msgpack", "*.onnx",
 )  # fmt: skip
-_CHECKPOINT_MARKS = ("config.json", "model_index.json", "*.safetensors.index.json", "*.bin.index.json", *_WEIGHT_MARKS)
+_CHECKPOINT_MARKS = ("config.json", PIPELINE, "*.safetensors.index.json", "*.bin.index.json", *_WEIGHT_MARKS)
 """Names by which anybody would take a folder for an adapter or a model, also such as are not read here."""
 
 
@@ -76,6 +78,8 @@ def find_base(path: Path) -> CheckpointFiles:
     found = _standard(path, names, BASE_WEIGHTS)
     if found is None and ADAPTER_CONFIG in names:
         raise InputError(f"{printable(path)}: is an adapter ({ADAPTER_CONFIG}), expected a base; the base comes first")
+    if found is None and PIPELINE in names:
+        raise InputError(f"{printable(path)}: is a pipeline ({PIPELINE}), expected a model; name a component's folder")
     found = found or _single(path, names, "*.safetensors", "pytorch_model*.bin")
     if found is None:
         raise InputError(

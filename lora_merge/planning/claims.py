@@ -95,6 +95,7 @@ def resolve(
     notes: list[str] = []
     unmatched: list[UnmatchedClaim] = []
     for index, reading in enumerate(readings):
+        _check_elsewhere(adapters[index], reading, allow_unused)
         for claim in reading.claims:
             resolution = resolver.resolve(claim.module, claim.parameter, claim.shape)
             locations = resolution.locations
@@ -115,6 +116,18 @@ def resolve(
         raise _unmatched(adapters, readings, resolver, unmatched)
     notes += _passed_over(by_tensor, resolver.tensors)
     return PlacedClaims({name: tuple(claims) for name, claims in by_tensor.items()}, tuple(added), tuple(notes))
+
+
+def _check_elsewhere(adapter: Checkpoint, reading: Reading, allow_unused: str | None) -> None:
+    """AdapterError where tensors are for other parts of a pipeline than the base, and that was not allowed."""
+    lost = [key for key in reading.elsewhere if allow_unused is None or not re.search(allow_unused, key)]
+    if lost:
+        parts = listed(sorted({reading.elsewhere[key] for key in lost}), counted=False)
+        raise AdapterError(
+            f"{printable(adapter.path)}: {len(lost)} tensors are for {parts}, and BASE is another part of the "
+            f"pipeline: {listed(lost, 4)}. Give the folder of the whole pipeline as BASE, or allow the loss with "
+            "--allow-unused REGEX"
+        )
 
 
 def _passed_over(by_tensor: Mapping[str, Sequence[PlacedClaim]], tensors: Collection[str]) -> Iterator[str]:

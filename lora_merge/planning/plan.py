@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from lora_merge.adapters.base import Options, Reading
 from lora_merge.checkpoint.opening import Checkpoint, Inputs
+from lora_merge.checkpoint.pipelines import component_name
 from lora_merge.errors import AdapterError, UnsupportedError, listed
 from lora_merge.models.families import model_type
 from lora_merge.models.keys import Resolver
@@ -35,7 +36,13 @@ def make(recipe: Recipe, inputs: Inputs) -> Plan:
     Raises AdapterError where an adapter does not fit, UnsupportedError where a weight cannot be merged or written.
     """
     draft, adapters = Draft.of(inputs.base), inputs.adapters
-    asked = Options(recipe.alpha, recipe.base_is_residual, model_type(draft.config), config=draft.config)
+    asked = Options(
+        recipe.alpha,
+        recipe.base_is_residual,
+        model_type(draft.config),
+        component_name(inputs.base.path),
+        draft.config,
+    )
     readings = [effects.read(adapter, asked, recipe.allow_unused) for adapter in adapters]
     draft.notes += [note for adapter in adapters for note in adapter.notes]
     draft.notes += [note for reading in readings for note in reading.notes]

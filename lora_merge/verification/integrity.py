@@ -19,8 +19,9 @@ from lora_merge.progress import Progress, no_progress
 if TYPE_CHECKING:
     import numpy
 
+STEMS = ("model", "diffusion_pytorch_model")
+"""What the files of weights are called; the second by diffusers."""
 INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 BLOCK = 4 << 20
 WEIGHT_FILES = (".safetensors", ".bin", ".safetensors.index.json", ".bin.index.json", "adapter_config.json")
 """Ends of names by which a loader would find weights other than those that were written."""
@@ -94,6 +95,16 @@ class _Check:
         return self.record.files
 
     @property
+    def stem(self) -> str:
+        """What the output's files of weights are called."""
+        ends = (".safetensors", ".safetensors.index.json")
+        return next((stem for stem in STEMS if any(stem + end in self.files for end in ends)), STEMS[0])
+
+    @property
+    def index(self) -> str:
+        return f"{self.stem}.safetensors.index.json"
+
+    @property
     def nbytes(self) -> int:
         return sum(file.nbytes for file in self.files.values())
 
@@ -102,9 +113,10 @@ class _Check:
         weights = self.record.weights
         merged = None if weights is None else {part for weight in weights for part in weight.parts}
         index = self._index()
-        shards = {SINGLE} if index is None else set(index["weight_map"].values())
+        single, numbered = f"{self.stem}.safetensors", f"{self.stem}-"
+        shards = {single} if index is None else set(index["weight_map"].values())
         for name, recorded in self.files.items():
-            model = name in shards or (name.startswith("model-") and name.endswith(".safetensors"))
+            model = name in shards or (name.startswith(numbered) and name.endswith(".safetensors"))
             try:
                 found = self._read(name, model, merged, total, Digest.like(recorded.digest))
             except LoraMergeError as error:
@@ -171,15 +183,15 @@ class _Check:
 
     def _index(self) -> dict[str, Any] | None:
         """The index; None where the output is a single file."""
-        if INDEX not in self.files:
-            if SINGLE not in self.files:
-                self.faults.append(f"neither {INDEX} nor {SINGLE} is in {MANIFEST}")
+        if self.index not in self.files:
+            if f"{self.stem}.safetensors" not in self.files:
+                self.faults.append(f"neither {INDEX} nor model.safetensors is in {MANIFEST}")
             return None
-        index = self._object(INDEX)
+        index = self._object(self.index)
         weight_map = index.get("weight_map")
         if isinstance(weight_map, dict) and all(isinstance(file, str) for file in weight_map.values()):
             return index
-        self.faults.append(f"{INDEX}: has no weight_map from tensor names to file names")
+        self.faults.append(f"{self.index}: has no weight_map from tensor names to file names")
         return {"weight_map": {}}
 
     def _check_index(self, index: Mapping[str, Any] | None) -> None:
@@ -195,12 +207,12 @@ class _Check:
         weight_map = index["weight_map"]
         wrong = [name for name in weight_map.keys() | seen.keys() if weight_map.get(name) != seen.get(name)]
         if wrong:
-            self.faults.append(f"{INDEX}: does not lead to the tensors of the shards: {listed(sorted(wrong))}")
+            self.faults.append(f"{self.index}: does not lead to the tensors of the shards: {listed(sorted(wrong))}")
         size = sum(sum(names.values()) for names in self.headers.values())
         metadata = index.get("metadata")
         total = metadata.get("total_size") if isinstance(metadata, dict) else None
         if total != size:
-            self.faults.append(f"{INDEX}: total_size is {total}, the tensors have {size} bytes")
+            self.faults.append(f"{self.index}: total_size is {total}, the tensors have {size} bytes")
 
     def _check_count(self) -> None:
         count = sum(map(len, self.headers.values()))

@@ -125,3 +125,24 @@ def test_text_encoder(diffusers: Any, dialect: str, tmp_path: Path) -> None:
     for module in layers:
         module.merge()
     compare(tmp_path / "out", "model.safetensors", model, before)
+
+
+def test_a_whole_pipeline_is_opened(diffusers: Any, tmp_path: Path) -> None:
+    """Each component with its part of a kohya file, in the names that diffusers' own loader takes."""
+    vae = filled(diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, sample_size=8))
+    models = {"unet": unet(diffusers), "text_encoder": text_encoder(), "vae": vae}
+    rest = {"tokenizer": None, "safety_checker": None, "feature_extractor": None, "image_encoder": None}
+    scheduler = diffusers.DDIMScheduler()
+    pipeline = diffusers.StableDiffusionPipeline(**models, **rest, scheduler=scheduler, requires_safety_checker=False)
+    pipeline.save_pretrained(tmp_path / "base")
+    file, merged = cases.lora(chosen(models["unet"]), cases.kohya("lora_unet_"))
+    text, merged_text = cases.lora(chosen(models["text_encoder"]), cases.kohya("lora_te_"))
+    save_file(file | text, tmp_path / "style.safetensors")
+    lora_merge.merge(tmp_path / "base", tmp_path / "style.safetensors", tmp_path / "out")
+    opened = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "out", **rest)
+    expected = {"unet": merged, "text_encoder": merged_text, "vae": {}}
+    for name, model in models.items():
+        state, found = model.state_dict() | expected[name], getattr(opened, name).state_dict()
+        assert set(state) == set(found)
+        for key, value in found.items():
+            assert (value - state[key]).abs().max() <= 1e-6 * state[key].abs().max().clamp(min=1), (name, key)

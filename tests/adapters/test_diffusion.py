@@ -195,7 +195,9 @@ def test_other_parts_of_a_pipeline_are_left_to_them() -> None:
     file, _ = cases.lora(cases.weights(cases.UNET), cases.kohya("lora_unet_"))
     text, _ = cases.lora(cases.weights(cases.TEXT), cases.kohya("lora_te_"))
     reading = read_adapter(None, specs(file | text), Options(component="unet"))
-    assert set(reading.ignored) == set(text) and set().union(*(c.factors for c in reading.claims)) == set(file)
+    assert dict(reading.elsewhere) == dict.fromkeys(text, "text_encoder") and set().union(
+        *(c.factors for c in reading.claims)
+    ) == set(file)
 
 
 X = "lora_unet_x"

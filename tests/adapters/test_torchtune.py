@@ -40,7 +40,8 @@ def back(weight: torch.Tensor, heads: int) -> torch.Tensor:
 
 def trained(base: dict[str, torch.Tensor], dora: bool) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """An adapter in torchtune's order, and the files' weights after its own merge and conversion."""
-    adapter, merged = {}, dict(base)
+    adapter: dict[str, torch.Tensor] = {}
+    merged = dict(base)
     modules = {f"layers.{n}.{tune}": f"model.layers.{n}.{hf}" for n in (0, 1) for tune, hf in NAMES.items()}
     for tune, hf in (modules | {"output": "lm_head"}).items():
         heads = HEADS.get(tune.rpartition(".")[2])
