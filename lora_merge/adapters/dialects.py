@@ -35,7 +35,7 @@ def _torchtune(config: Config, tensors: Tensors) -> bool:
 
 
 def _loralib(config: Config, tensors: Tensors) -> bool:
-    return config is None and loralib.recognised(tensors)
+    return loralib.recognised(tensors) if config is None else loralib.configured(config)
 
 
 DIALECTS = (
@@ -43,7 +43,7 @@ DIALECTS = (
     Dialect("kohya", diffusion.is_kohya, diffusion.read),
     Dialect("diffusers", diffusion.is_diffusers, diffusion.read),
     Dialect("torchtune", _torchtune, lambda _, tensors, options: torchtune.read(tensors, options)),
-    Dialect("loralib", _loralib, lambda _, tensors, options: loralib.read(tensors, options)),
+    Dialect("loralib", _loralib, loralib.read),
 )
 
 

@@ -28,7 +28,6 @@ REFUSED = {
     "alora_invocation_tokens": "activated LoRA applies only from its invocation tokens on, so it has no merged weight",
     "arrow_config": "Arrow routes every token through other experts, so it has no merged weight",
     "megatron_config": "Megatron's parallel layers are sharded; export the adapter from Megatron first",
-    "enable_lora": "a MergedLinear of PEFT before 0.3 is not supported; re-save the adapter with a newer PEFT",
 }
 """Fields that, when set, change what the tensors mean."""
 
@@ -38,7 +37,8 @@ READ = (
     "use_bdlora", "kasa_config", "ensure_weight_tying", "peft_type", "peft_version", "use_qalora", "qalora_group_size",
 )  # fmt: skip
 HARMLESS = (
-    "alpha", "arrow", "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules",
+    "alpha", "arrow", "auto_mapping", "base_model_name_or_path", "corda_config", "enable_lora", "eva_config",
+    "exclude_modules",
     "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config",
     "megatron_core", "merge_weights", "modules_to_tie", "monteclora_config", "revision",
     "runtime_config", "target_modules", "target_modules_to_tie", "task_type", "velora_config",

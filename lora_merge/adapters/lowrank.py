@@ -113,6 +113,11 @@ class Tucker(Factor):
         return 1, self.shape[0], self.shape[1] * self.kernel
 
     @property
+    def nbytes(self) -> int:
+        r, inputs = self.shape
+        return (2 * r * inputs * self.kernel + 2 * r * r * self.kernel) * FLOAT
+
+    @property
     def names(self) -> tuple[str, ...]:
         return self.name, self.core
 
@@ -124,6 +129,40 @@ class Tucker(Factor):
         core = read(self.core).float().reshape(r, r, self.kernel)
         product = torch.einsum("rsk,si->rik", core, read(self.name).float().reshape(r, inputs))
         return product.reshape(1, r, -1).contiguous()
+
+
+@dataclass(frozen=True, slots=True)
+class Spread(Factor):
+    """lora_B `[height * groups, r]` of a fused layer, some of whose outputs have an update each, one under the other.
+
+    The matrix is `[height * len(enabled), r * groups]`: the block of each group in its rows and its columns, else zero.
+    enabled: which of the outputs have an update, as many as there are groups.
+    """
+
+    enabled: tuple[bool, ...] = ()
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        groups = sum(self.enabled)
+        n, m = self.shape[0] // groups * len(self.enabled), self.shape[1] * groups
+        return (1, m, n) if self.transpose else (1, n, m)
+
+    @property
+    def nbytes(self) -> int:
+        _, n, m = self.size
+        return 2 * n * m * FLOAT
+
+    def stack(self, read: Read) -> torch.Tensor:
+        """Float32 `[1, n, m]`."""
+        import torch
+
+        groups, r = sum(self.enabled), self.shape[1]
+        blocks = torch.block_diag(*read(self.name).float().reshape(*self.shape).chunk(groups))
+        height = self.shape[0] // groups
+        full = blocks.new_zeros(len(self.enabled), height, r * groups)
+        full[list(self.enabled)] = blocks.reshape(groups, height, r * groups)
+        matrix: torch.Tensor = full.flatten(0, 1)
+        return (matrix.T if self.transpose else matrix).contiguous().unsqueeze(0)
 
 
 @dataclass(frozen=True, slots=True)

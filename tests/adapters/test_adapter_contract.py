@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import additive_examples
 import pytest
@@ -15,7 +15,9 @@ from lora_merge.adapters.base import Additive, Needs, Options, Patch
 from lora_merge.adapters.config_fields import token_indices
 from lora_merge.adapters.experts import Stack
 from lora_merge.adapters.layers import Pair
+from lora_merge.adapters.lowrank import Factor, LowRank, Spread, Tucker
 from lora_merge.adapters.peft_keys import parse
+from lora_merge.adapters.torchtune import InPairs
 from lora_merge.models.families import USUAL
 from lora_merge.spec import Location, TensorSpec
 
@@ -100,6 +102,47 @@ def dora(kind: str) -> Case:
     return Case(patch, weight, {"a": a, "b": b, "m": magnitude}, neutral)
 
 
+def dialect(kind: str) -> Case:
+    """Factors as other programs store them."""
+    shapes = {
+        "mlx": ((20, 4), (4, 30), (30, 20)),
+        "mlx_conv1d": ((20, 4), (4, 30), (20, 30)),
+        "mlx_dora": ((20, 4), (4, 30), (30, 20)),
+        "torchtune": ((4, 20), (32, 4), (32, 20)),
+        "spread": ((8, 20), (20, 4), (30, 20)),
+        "spread_conv1d": ((8, 20), (20, 4), (20, 30)),
+        "core": ((4, 5, 1, 1), (30, 4, 1, 1), (30, 5, 3, 3)),
+        "alpha": ((4, 20), (30, 4), (30, 20)),
+    }
+    a, b, weight = (noise(*shape) for shape in shapes[kind])
+    factors = {"a": a, "b": b}
+    if kind.startswith("mlx"):
+        more = kind == "mlx_dora"
+        turned = Pair("m", "a", "b", (4, 20), (30, 4), 4, 0.75, turned=True, magnitude="m" if more else None)
+        norm = torch.linalg.vector_norm(weight, dim=1)
+        given = {"m": noise(30).abs()} if more else {}
+        patch = build(layers.linear, turned, weight)
+        return Case(patch, weight, factors | given, {"a": a, "b": b * 0} | ({"m": norm} if more else {}))
+    if kind == "torchtune":
+        patch = InPairs(build(layers.linear, pair(a, b), weight), ("b",), 4)
+    elif kind.startswith("spread"):
+        left: Factor = Spread("b", (20, 4), enabled=(True, False, True))
+        right = Factor("a", (8, 20))
+        if kind == "spread_conv1d":
+            left, right = replace(right, transpose=True), replace(left, transpose=True)
+        patch = LowRank(left, right, 0.75)
+    elif kind == "core":
+        factors["c"] = noise(4, 4, 3, 3)
+        patch = LowRank(Factor("b", (30, 4)), Tucker("a", (4, 5), core="c", kernel=9), 0.75, stacked=False)
+    else:
+        factors["s"] = torch.tensor([3.0])
+        patch = LowRank(Factor("b", (30, 4)), Factor("a", (4, 20)), 0.75, alpha="s")
+    return Case(patch, weight, factors, factors | {"b": torch.zeros_like(b)})
+
+
+DIALECTS = ("mlx", "mlx_conv1d", "mlx_dora", "torchtune", "spread", "spread_conv1d", "core", "alpha")
+
+
 def residual(method: str) -> Case:
     a, b, weight = noise(4, 20), noise(30, 4), noise(30, 20)
     diagonal = {"diagonal": "d"} if method == "kasa" else {}
@@ -147,6 +190,7 @@ CASES: dict[str, Callable[[], Case]] = {
     },
     **{f"dora_{kind}": lambda kind=kind: dora(kind) for kind in ("linear", "conv1d", "embedding", "within", "rows")},  # type: ignore[misc]
     **{method: lambda method=method: residual(method) for method in ("pissa", "olora", "kasa")},  # type: ignore[misc]
+    **{kind: lambda kind=kind: dialect(kind) for kind in DIALECTS},  # type: ignore[misc]
     "bias": lambda: bias(Location("w")),
     "bias_within": lambda: bias(Location("w", within=(10, 22)), 12),
     "bias_rows": lambda: bias(Location("w", rows=(5, 35)), 40),
@@ -170,6 +214,7 @@ SUMS = (
     "bias",
     "bias_within",
     *(name for name in additive_examples.EXAMPLES if name != "osf"),
+    *(kind for kind in DIALECTS if kind != "mlx_dora"),
 )
 
 

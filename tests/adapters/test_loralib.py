@@ -82,9 +82,9 @@ def test_alpha_must_be_given() -> None:
         ({"q.lora_A": A[:, :0], "q.lora_B": B}, AdapterError, "not a matrix"),
         ({"q.lora_A": A, "q.lora_B": B[:, :3]}, AdapterError, "do not multiply"),
         ({"q.lora_A": A, "q.lora_B": B, "q.lora_C": B}, AdapterError, "q.lora_C is of no known form"),
-        ({"q.lora_A": torch.randn(8, 20), "q.lora_B": B}, UnsupportedError, "MergedLinear.*enable_lora"),
+        ({"q.lora_A": A, "q.lora_B": torch.ones(30, 4, 2)}, AdapterError, "not a matrix"),
     ],
-    ids=["partner", "vector", "empty", "ranks", "unknown", "merged"],
+    ids=["partner", "vector", "empty", "ranks", "unknown", "kernel"],
 )
 def test_refusals(tensors: dict[str, torch.Tensor], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
@@ -95,3 +95,57 @@ def test_a_convolution_of_other_size_is_refused() -> None:
     tensors = {"c.lora_A": torch.randn(6, 15), "c.lora_B": torch.randn(21, 6)}
     with pytest.raises(AdapterError, match=r"convolution \[out, in, k, k\]"):
         merge_reading(read(tensors), tensors, {"c.weight": torch.zeros(7, 4, 3, 3)})
+
+
+def fused(
+    enabled: tuple[bool, ...], conv1d: bool = False
+) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Factors of a MergedLinear of three outputs of 10 rows, rank 4, alpha 8; a weight, and it merged: the layer of
+    loralib spelled out, a convolution of one step in groups."""
+    groups = sum(enabled)
+    a, b = torch.randn(4 * groups, 20), torch.randn(10 * groups, 4)
+    delta = functional.conv1d(a.unsqueeze(0), b.unsqueeze(-1), groups=groups).squeeze(0)
+    full = torch.zeros(3, 10, 20)
+    full[list(enabled)] = delta.view(groups, 10, 20)
+    weight = torch.randn(20, 30) if conv1d else torch.randn(30, 20)
+    change = 8 / 4 * full.reshape(30, 20)
+    return {"h.0.attn.c_attn.lora_A": a, "h.0.attn.c_attn.lora_B": b}, weight, weight + (change.T if conv1d else change)
+
+
+@pytest.mark.parametrize("conv1d", [False, True])
+@pytest.mark.parametrize("enabled", [(True, False, True), (False, True, False), (True, True, True)])
+def test_a_merged_linear(enabled: tuple[bool, ...], conv1d: bool) -> None:
+    tensors, weight, expected = fused(enabled, conv1d)
+    base = {"h.0.attn.c_attn.weight": weight}
+    config = {"enable_lora": list(enabled), "lora_alpha": 8}
+    reading = read_adapter(config, specs(tensors), Options())
+    torch.testing.assert_close(merge_reading(reading, tensors, base)["h.0.attn.c_attn.weight"], expected)
+    if all(enabled):  # the shapes tell
+        torch.testing.assert_close(merge_reading(read(tensors), tensors, base)["h.0.attn.c_attn.weight"], expected)
+    else:
+        with pytest.raises((UnsupportedError, AdapterError)):
+            merge_reading(read(tensors), tensors, base)
+
+
+def test_a_merged_linear_as_peft_had_it() -> None:
+    tensors, weight, expected = fused((True, False, True))
+    a, b = tensors.values()
+    key = "base_model.model.h.0.attn.c_attn"
+    stored = {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b.unsqueeze(-1)}
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "enable_lora": [True, False, True]}
+    reading = read_adapter(config, specs(stored), Options())
+    merged = merge_reading(reading, stored, {"h.0.attn.c_attn.weight": weight})
+    torch.testing.assert_close(merged["h.0.attn.c_attn.weight"], expected)
+
+
+def test_which_outputs_of_a_merged_linear_is_not_guessed() -> None:
+    tensors, weight, _ = fused((True, False, True))
+    with pytest.raises(UnsupportedError, match=r"MergedLinear; which of the fused outputs.*enable_lora"):
+        merge_reading(read(tensors), tensors, {"h.0.attn.c_attn.weight": weight})
+
+
+@pytest.mark.parametrize("enabled", [[True, True, True], [True], 1, [1, 0, 1], [False], "yes", {"a": True}])
+def test_an_enable_lora_that_does_not_fit_is_refused(enabled: object) -> None:
+    tensors, _, _ = fused((True, False, True))
+    with pytest.raises(AdapterError, match="enable_lora"):
+        read_adapter({"enable_lora": enabled, "lora_alpha": 8}, specs(tensors), Options())
