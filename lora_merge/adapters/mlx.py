@@ -19,9 +19,9 @@ from typing import Any
 
 from lora_merge.adapters import layers, saved_modules
 from lora_merge.adapters.base import Claim, Options, Patch, Reading
+from lora_merge.adapters.config_fields import number
 from lora_merge.adapters.dora import Dora
 from lora_merge.adapters.layers import Pair
-from lora_merge.adapters.lora_config import number
 from lora_merge.adapters.lowrank import Factor, LowRank
 from lora_merge.adapters.peft_keys import Entry
 from lora_merge.dtypes import PLAIN_FLOATS
