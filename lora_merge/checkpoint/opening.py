@@ -52,6 +52,12 @@ class Checkpoint:
     _homes: Mapping[str, TensorFile]
     """The file of each tensor; empty where there is only one."""
 
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """What the headers of all files say beside names and shapes; of one key the last file has the word."""
+        different = {id(file.metadata): file.metadata for file in self.files}
+        return {key: value for one in different.values() for key, value in one.items()}
+
     def file_of(self, name: str) -> TensorFile:
         """The file that holds a tensor."""
         return self._homes[name] if self._homes else self.files[0]
@@ -175,7 +181,7 @@ def _open(located: CheckpointFiles, header_config: bool = False) -> Checkpoint:
     files: list[TensorFile] = []
     try:
         for path in located.weights:
-            files.append(open_safetensors(path) if path.suffix == ".safetensors" else open_torch_bin(path))
+            files.append(_opened(path, files[-1] if files else None))
         homes = _homes(located, files)
         config = config_in(files) if config is None and header_config else config
     except BaseException:
@@ -196,6 +202,17 @@ def _open(located: CheckpointFiles, header_config: bool = False) -> Checkpoint:
         notes=(*located.notes, *_remarks(located, files, bins)),
         _homes=MappingProxyType(homes),
     )
+
+
+def _opened(path: Path, before: TensorFile | None) -> TensorFile:
+    """Open a weight file. Where its header says the same as that of the shard before, both hold one text of it: some
+    formats describe all of a model's tensors in every shard."""
+    if path.suffix != ".safetensors":
+        return open_torch_bin(path)
+    file = open_safetensors(path)
+    if before is not None and file.metadata == before.metadata:
+        file.metadata = before.metadata
+    return file
 
 
 def _homes(located: CheckpointFiles, files: list[TensorFile]) -> dict[str, TensorFile]:

@@ -29,6 +29,8 @@ from lora_merge.spec import TensorSpec
 
 MAX_PICKLE = 256 * 2**20
 BASE_STEPS, STEPS_PER_MEMBER = 1_000_000, 100
+SUBCLASSES = ("torchao",)
+"""Libraries whose classes of tensors are pickled whole, under their own names, in older checkpoints."""
 FREE_EXPANSION = 64 * 2**20
 MAX_EXPANSION = 8
 
@@ -215,6 +217,12 @@ def _entries(file: RegularFile, pickle: bytearray, members: int) -> dict[str, An
     try:
         top = read_pickle(pickle, BASE_STEPS + STEPS_PER_MEMBER * members)
     except Refused as error:
+        if owner := next((name for name in SUBCLASSES if f"{name}.".encode() in pickle), None):
+            raise UnsupportedError(
+                f"{file}: data.pkl holds tensors of {owner}'s own classes, which only {owner} can make. Load the model "
+                "with the versions that wrote it and save it as safetensors (dequantized, where they cannot), or merge "
+                "onto the checkpoint that it was made from"
+            ) from error
         raise InputError(f"{file}: data.pkl: {error}; only plain dicts of tensors are read") from error
     if not isinstance(top, dict) or not all(isinstance(key, str) for key in top):
         raise InputError(f"{file}: data.pkl holds {_kind(top)}, expected a dict from names to tensors")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from lora_merge.abilities import FormatOptions
@@ -11,7 +12,7 @@ from lora_merge.errors import InputError, printable
 from lora_merge.formats import unread
 from lora_merge.formats.auto_round import AutoRoundMethod
 from lora_merge.formats.awq.method import AWQMethod
-from lora_merge.formats.base import ByteRange, CodedFormat, Format, Parts, StoredWeight
+from lora_merge.formats.base import ByteRange, CodedFormat, Format, Metadata, Parts, StoredWeight
 from lora_merge.formats.bitsandbytes.method import BitsandbytesMethod
 from lora_merge.formats.chatglm import ChatGLMMethod
 from lora_merge.formats.compressed_tensors.method import CompressedTensorsMethod
@@ -22,6 +23,8 @@ from lora_merge.formats.method import QuantMethod
 from lora_merge.formats.modelopt.method import ModelOptMethod
 from lora_merge.formats.mxfp4 import MXFP4Method
 from lora_merge.formats.plain import PART, Plain
+from lora_merge.formats.torchao.metadata import refuse_missing
+from lora_merge.formats.torchao.method import TorchAOMethod
 from lora_merge.spec import TensorSpec
 
 METHODS: dict[str, type[QuantMethod[Any]]] = {
@@ -37,6 +40,7 @@ METHODS: dict[str, type[QuantMethod[Any]]] = {
         FbgemmMethod,
         ModelOptMethod,
         MXFP4Method,
+        TorchAOMethod,
     )
 }
 """By the word on the command line, which is the `quant_method` of config.json. The first with a format that knows the
@@ -47,12 +51,16 @@ DENSE_BLOCKS = re.compile(r"(.*\.experts\.(?:gate_up|down)_proj)_blocks")
 
 
 def weights(
-    tensors: Mapping[str, TensorSpec], config: Mapping[str, Any], read: Callable[[str], bytes]
+    tensors: Mapping[str, TensorSpec],
+    config: Mapping[str, Any],
+    read: Callable[[str], bytes],
+    metadata: Metadata = MappingProxyType({}),
 ) -> dict[str, StoredWeight]:
     """Every weight of a checkpoint by the name that it has without quantization; tensors that are no weights (scales of
     activations, counters, buffers) are not among them.
 
-    read: the bytes of a small tensor. Raises InputError and UnsupportedError as `CodedFormat.detect` does.
+    read: the bytes of a small tensor. metadata: what the headers of the files say. Raises InputError and
+    UnsupportedError as `CodedFormat.detect` does.
     """
     unread.refuse(tensors, config)
     found: dict[str, StoredWeight] = {}
@@ -62,10 +70,11 @@ def weights(
         for stem in _stems(kind, tensors):
             names = {part: stem + kind.separator + part for part in kind.part_names}
             parts = {part: same[name] for part, name in names.items() if name in same and name not in taken}
-            if stored := _stored(kind, stem, parts, tensors, config, read):
+            if stored := _stored(kind, stem, parts, tensors, config, read, metadata):
                 name = stem + kind.weight_suffix
                 found[same.get(name, name)] = stored
                 taken.update(parts.values())
+    refuse_missing(metadata, found)
     for name, spec in tensors.items():
         plain = None if name in taken else Plain.detect({PART: spec})
         if plain and (own := _own_name(name, spec, tensors)) not in found:
@@ -102,9 +111,10 @@ def _stored(
     tensors: Mapping[str, TensorSpec],
     config: Mapping[str, Any],
     read: Callable[[str], bytes],
+    metadata: Metadata,
 ) -> StoredWeight | None:
     specs = {part: tensors[name] for part, name in names.items()}
-    format = kind.detect(specs, config, stem, lambda part: read(names[part]))
+    format = kind.detect_described(specs, config, stem, lambda part: read(names[part]), metadata)
     if format is None:
         return None
     weight = format.measure(specs)
@@ -123,6 +133,7 @@ __all__ = [
     "CodedFormat",
     "Format",
     "FormatOptions",
+    "Metadata",
     "Parts",
     "Plain",
     "QuantMethod",

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 Parts = Mapping[str, TensorSpec]
 ReadPart = Callable[[str], bytes]
 """The bytes of a small part, by part name, while a weight's format is looked for."""
+Metadata = Mapping[str, str]
+"""What the headers of the weight files say beside names and shapes; of all files together."""
 
 
 class ByteRange(NamedTuple):
@@ -221,6 +223,13 @@ class CodedFormat(Format):
         config: config.json of the checkpoint; `quantization_config` in it may come from the file beside it.
         Raises InputError where the parts contradict each other, UnsupportedError where they cannot be read.
         """
+
+    @classmethod
+    def detect_described(
+        cls, parts: Parts, config: Mapping[str, Any], module: str, read: ReadPart, metadata: Metadata
+    ) -> Self | None:
+        """`detect` for formats of which the headers of the files say more than names and shapes."""
+        return cls.detect(parts, config, module, read)
 
     def settled(self) -> Self:
         """This format of weights that were found to fit, alone or with others."""

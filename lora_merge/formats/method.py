@@ -5,12 +5,12 @@ Formats that are stored alike, or that one loader takes for one, share a method.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
 from lora_merge.abilities import ABILITIES, Abilities, FormatOptions
-from lora_merge.formats.base import CodedFormat
+from lora_merge.formats.base import CodedFormat, Format, Metadata
 from lora_merge.models.config_paths import text_configs
 from lora_merge.spec import TensorSpec
 
@@ -107,6 +107,15 @@ class QuantMethod(Generic[F]):
     def config_removal(cls, config: Mapping[str, Any]) -> dict[ConfigPath, Any]:
         """What config.json must say of an output whose weights are no longer in this format."""
         return dict.fromkeys((path for path, _ in sections(config)), GONE)
+
+    @classmethod
+    def header_metadata(cls, old: Metadata, weights: Iterable[tuple[str, Format | None, TensorSpec]]) -> Metadata:
+        """What the header of every weight file of an output must say.
+
+        old: the headers of the base. weights: every weight of the output, by the name that it has without quantization,
+        and every other tensor, whose format is None.
+        """
+        return old
 
     @classmethod
     def is_quantized(cls, module: str, config: Mapping[str, Any]) -> bool | None:

@@ -56,7 +56,7 @@ class Draft:
         transposed: plain ones of a Conv1D, stored `[in, out]`, count as `[out, in]`.
         """
         tensors = {name: self.base.tensors[source] for name, source in self.sources.items()}
-        self.weights = _sharing(gathered(tensors, self.config, self._read))
+        self.weights = _sharing(gathered(tensors, self.config, self._read, self.metadata))
         for name, stored in self.weights.items() if transposed else ():
             if not stored.format.coded and self.is_conv1d(name) and len(stored.weight.shape) == 2:
                 weight = TensorSpec(stored.weight.dtype, stored.weight.shape[::-1])
@@ -64,6 +64,24 @@ class Draft:
         owners = {part: name for name, stored in self.weights.items() for part in stored.parts.values()}
         named = ((owners.get(tensor, tensor), spec) for tensor, spec in tensors.items())
         self.specs = {name: self.weights[name].weight if name in self.weights else spec for name, spec in named}
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """What the headers of the base say, of the output's parameters: those of repeated layers under their names."""
+        said = self.base.metadata
+        homes = {name.rpartition(".")[0]: source.rpartition(".")[0] for name, source in self.sources.items()}
+        if all(module == home for module, home in homes.items()):
+            return said
+        of_module: dict[str, list[str]] = {}
+        for key in said:
+            of_module.setdefault(key.rpartition(".")[0], []).append(key.rpartition(".")[2])
+        modules = {*homes, *homes.values()}
+        kept = {key: text for key, text in said.items() if key.rpartition(".")[0] not in modules}
+        return kept | {
+            f"{module}.{last}": said[f"{home}.{last}"]
+            for module, home in homes.items()
+            for last in of_module.get(home, ())
+        }
 
     def is_conv1d(self, name: str) -> bool:
         """Whether the model class has this weight `[in, out]`."""

@@ -34,12 +34,14 @@ USUAL = "compressed-tensors"
 @dataclass(frozen=True, slots=True)
 class OutputFormats:
     """formats: of every weight by name. changes: of config.json. notes: for the person. json_files: JSON files beside
-    config.json that say the same, by name; None where an old one must go."""
+    config.json that say the same, by name; None where an old one must go. paths: in the model class, of modules that
+    are stored under another name."""
 
     formats: Mapping[str, Format]
     changes: Mapping[ConfigPath, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     json_files: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
+    paths: Mapping[str, str] = field(default_factory=dict)
 
 
 def decide(
@@ -115,7 +117,7 @@ def _own(
     fit = still_plain(method, skeleton(config, tensors), tensors, before, written, takes_experts)
     changes = method.config_changes(fit.by_path(written), fit.plain, config)
     formats = {**plain, **{module + end: format for module, format in written.items()}}
-    return OutputFormats(formats, changes, tuple(told(more)), _json_file(method, changes))
+    return OutputFormats(formats, changes, tuple(told(more)), _json_file(method, changes), fit.paths)
 
 
 def asked_method(recipe: Recipe, present: Mapping[str, StoredWeight], config: Mapping[str, Any]) -> Method | None:
@@ -232,7 +234,7 @@ def _quantized(
     formats = {**plain, **{module + end: one for module, one in written.items()}}
     if line := share_that_stays_plain(formats, weights, {**found.reasons, **fit.reasons}):
         notes.append(line)
-    return OutputFormats(formats, changes, tuple(notes), json_files)
+    return OutputFormats(formats, changes, tuple(notes), json_files, fit.paths)
 
 
 def _refuse_nothing(

@@ -18,6 +18,7 @@ from lora_merge.planning.base_formats import check_read, declared, quantization
 from lora_merge.planning.claims import PlacedClaims
 from lora_merge.planning.draft import Draft
 from lora_merge.planning.expert_stacks import split_stacks
+from lora_merge.planning.headers import header_metadata
 from lora_merge.planning.job_list import job_list
 from lora_merge.planning.jobs import Job, Plan
 from lora_merge.planning.output_formats import OutputFormats, decide
@@ -101,9 +102,9 @@ def _assembled(
     if recipe.dtype:
         keys = [key for key in ("dtype", "torch_dtype") if key in draft.config] or ["torch_dtype"]
         draft.changes |= {(key,): recipe.dtype for key in keys if draft.config.get(key) != recipe.dtype}
-    metadata = {key: value for file in base.files for key, value in file.metadata.items()}
+    metadata = header_metadata(draft, [job for _, job in jobs], outputs)
     stem = shards.shard_stem([file.path.name for file in base.files])
-    laid = shards.lay_out(shards.grouped(jobs, recipe.max_shard_size), stem, {"format": "pt"} | metadata)
+    laid = shards.lay_out(shards.grouped(jobs, recipe.max_shard_size), stem, {"format": "pt", **metadata})
     files = {}
     if len(laid) > 1:
         files[INDEX.format(stem)] = shards.index(laid)

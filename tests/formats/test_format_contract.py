@@ -160,10 +160,11 @@ def test_a_checkpoint_of_codes_is_found_in_its_own_format(format: CodedFormat, m
             path[0]: value for path, value in METHODS[format.name].config_changes({module: format}, [], config).items()
         }
     tensors = {module + format.separator + part: spec for part, spec in ready.describe(weight).items()}
-    found = weights(tensors, config, lambda name: whole[name.removeprefix(module + format.separator)])
-    assert list(found) == [module + format.weight_suffix]
-    stored = found[module + format.weight_suffix]
-    assert isinstance(stored.format, CodedFormat)
+    name = module + format.weight_suffix
+    said = METHODS[format.name].header_metadata({}, [(name, format, weight)])
+    found = weights(tensors, config, lambda name: whole[name.removeprefix(module + format.separator)], said)
+    assert list(found) == [name]
+    stored = found[name]
     assert isinstance(stored.format, CodedFormat)
     assert (stored.format.name, stored.format.bits, stored.weight.shape) == (format.name, format.bits, weight.shape)
     assert set(stored.parts.values()) == set(tensors)

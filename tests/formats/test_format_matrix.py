@@ -53,6 +53,8 @@ OUTPUTS: dict[str, dict[str, Any]] = {
     "fbgemm": {"format": "fbgemm_fp8", "bits": 8},
     "modelopt-fp8": {"format": "modelopt", "bits": 8},
     "modelopt-fp4": {"format": "modelopt", "bits": 4},
+    "torchao-int8": {"format": "torchao", "bits": 8},
+    "torchao-fp8": {"format": "torchao", "bits": 8, "quant_type": "fp8"},
 }
 TOLD: dict[str, dict[str, Any]] = {"awq": {"adapter_base": "same"}}
 """What a base of this format must be told."""

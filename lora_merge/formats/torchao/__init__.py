@@ -1,0 +1,1 @@
+"""torchao's tensors, as transformers keeps them in safetensors files."""
