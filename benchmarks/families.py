@@ -57,7 +57,7 @@ DEPLOYED = """
     mt5 bart mbart pegasus m2m_100 roberta idefics3 paligemma internvl smolvlm mistral3
 """
 """What is deployed most."""
-COLUMNS = (PLAIN, "int4", "nf4", "gptq", "awq", "fp8", "nvfp4")
+COLUMNS = (PLAIN, "int4", "nf4", "gptq", "awq", "fp8", "nvfp4", "torchao")
 """What the table of docs/loaders.md has."""
 
 

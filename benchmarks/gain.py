@@ -65,6 +65,8 @@ FORMATS: dict[str, Words] = {
     "AWQ int4": {"format": "awq", "bits": 4},
     "FP8 blocks": {"format": "fp8", "bits": 8}, "FBGEMM": {"format": "fbgemm_fp8", "bits": 8},
     "ModelOpt FP8": {"format": "modelopt", "bits": 8}, "ModelOpt NVFP4": {"format": "modelopt", "bits": 4},
+    "torchao int8": {"format": "torchao", "bits": 8},
+    "torchao fp8": {"format": "torchao", "bits": 8, "quant_type": "fp8"},
 }  # fmt: skip
 
 

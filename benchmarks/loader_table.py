@@ -20,6 +20,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "loaders.md"
 TITLE = "## Families\n"
 COLUMNS = {
     "plain": "16 bits", "int4": "int4", "nf4": "NF4", "gptq": "GPTQ", "awq": "AWQ", "fp8": "fp8", "nvfp4": "NVFP4",
+    "torchao": "torchao",
 }  # fmt: skip
 PART = 0.02
 """The share of the language model's matrices above which a file is in codes only in part."""

@@ -23,7 +23,7 @@ from lora_merge.formats.method import QuantMethod
 from lora_merge.formats.modelopt.method import ModelOptMethod
 from lora_merge.formats.mxfp4 import MXFP4Method
 from lora_merge.formats.plain import PART, Plain
-from lora_merge.formats.torchao.metadata import refuse_missing
+from lora_merge.formats.torchao.metadata import by_weight
 from lora_merge.formats.torchao.method import TorchAOMethod
 from lora_merge.spec import TensorSpec
 
@@ -63,6 +63,7 @@ def weights(
     UnsupportedError as `CodedFormat.detect` does.
     """
     unread.refuse(tensors, config)
+    said = by_weight(metadata, tensors)
     found: dict[str, StoredWeight] = {}
     taken: set[str] = set()
     same = {name: name for name in tensors}  # a name is one string, wherever it stands
@@ -70,11 +71,10 @@ def weights(
         for stem in _stems(kind, tensors):
             names = {part: stem + kind.separator + part for part in kind.part_names}
             parts = {part: same[name] for part, name in names.items() if name in same and name not in taken}
-            if stored := _stored(kind, stem, parts, tensors, config, read, metadata):
+            if stored := _stored(kind, stem, parts, tensors, config, read, said):
                 name = stem + kind.weight_suffix
                 found[same.get(name, name)] = stored
                 taken.update(parts.values())
-    refuse_missing(metadata, found)
     for name, spec in tensors.items():
         plain = None if name in taken else Plain.detect({PART: spec})
         if plain and (own := _own_name(name, spec, tensors)) not in found:
@@ -111,10 +111,10 @@ def _stored(
     tensors: Mapping[str, TensorSpec],
     config: Mapping[str, Any],
     read: Callable[[str], bytes],
-    metadata: Metadata,
+    said: Metadata,
 ) -> StoredWeight | None:
     specs = {part: tensors[name] for part, name in names.items()}
-    format = kind.detect_described(specs, config, stem, lambda part: read(names[part]), metadata)
+    format = kind.detect_described(specs, config, stem, lambda part: read(names[part]), said)
     if format is None:
         return None
     weight = format.measure(specs)

@@ -228,7 +228,10 @@ class CodedFormat(Format):
     def detect_described(
         cls, parts: Parts, config: Mapping[str, Any], module: str, read: ReadPart, metadata: Metadata
     ) -> Self | None:
-        """`detect` for formats of which the headers of the files say more than names and shapes."""
+        """`detect` for formats of which the headers of the files say more than names and shapes.
+
+        metadata: what they say, by the name of the weight.
+        """
         return cls.detect(parts, config, module, read)
 
     def settled(self) -> Self:

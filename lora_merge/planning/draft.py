@@ -15,6 +15,7 @@ from lora_merge.errors import printable
 from lora_merge.formats import METHODS, Format, Plain, StoredWeight
 from lora_merge.formats import weights as gathered
 from lora_merge.formats.method import SECTION, ConfigPath
+from lora_merge.formats.torchao.metadata import renamed
 from lora_merge.models import config_values
 from lora_merge.models.families import is_conv1d, model_type
 from lora_merge.models.ties import AddedTensor, SideChange, Tie, tied, untie
@@ -68,20 +69,9 @@ class Draft:
     @property
     def metadata(self) -> Mapping[str, str]:
         """What the headers of the base say, of the output's parameters: those of repeated layers under their names."""
-        said = self.base.metadata
         homes = {name.rpartition(".")[0]: source.rpartition(".")[0] for name, source in self.sources.items()}
-        if all(module == home for module, home in homes.items()):
-            return said
-        of_module: dict[str, list[str]] = {}
-        for key in said:
-            of_module.setdefault(key.rpartition(".")[0], []).append(key.rpartition(".")[2])
-        modules = {*homes, *homes.values()}
-        kept = {key: text for key, text in said.items() if key.rpartition(".")[0] not in modules}
-        return kept | {
-            f"{module}.{last}": said[f"{home}.{last}"]
-            for module, home in homes.items()
-            for last in of_module.get(home, ())
-        }
+        moved = any(module != home for module, home in homes.items())
+        return renamed(self.base.metadata, homes) if moved else self.base.metadata
 
     def is_conv1d(self, name: str) -> bool:
         """Whether the model class has this weight `[in, out]`."""

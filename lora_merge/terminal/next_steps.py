@@ -12,7 +12,7 @@ from lora_merge.errors import LoraMergeError, printable
 
 SERVED = {None: (), "compressed-tensors": (4, 8), "gptq": (4, 8), "awq": (4,), "fp8": (), "modelopt": (), "mxfp4": ()}
 """By quant_method: widths that vLLM serves, none where there is no width to choose."""
-TRANSFORMERS = (None, "bitsandbytes")
+TRANSFORMERS = (None, "bitsandbytes", "torchao")
 """Other methods that transformers opens by itself."""
 
 

@@ -1,7 +1,6 @@
-"""torchao against what its library wrote: values, bytes, and the metadata of the headers."""
+"""torchao's tensors against what the library wrote: values and bytes."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +8,7 @@ import stored_parts as sp
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torchao_cases import CHECKPOINTS, FIXTURES, MODULE, Tensors, config, stored
 
 from lora_merge.formats import weights
 from lora_merge.formats.base import CodedFormat
@@ -16,29 +16,8 @@ from lora_merge.formats.torchao.format import TorchAO
 from lora_merge.formats.torchao.metadata import NAMES
 from lora_merge.spec import TensorSpec
 
-FIXTURES = Path(__file__).parents[2] / "fixtures" / "torchao"
 DTYPES = ("bfloat16", "float16", "float32")
-CHECKPOINTS = ("int8", "fp8", "mixed", "experts")
-MODULE = "model.layers.0.self_attn.q_proj"
-Tensors = dict[str, torch.Tensor]
-Said = dict[str, str]
 sp.DTYPES[torch.float8_e5m2] = "F8_E5M2"
-
-
-def stored(folder: Path) -> tuple[Tensors, Said]:
-    """Tensors and metadata of all shards."""
-    tensors: Tensors = {}
-    said: Said = {}
-    for file in sorted(folder.glob("model*.safetensors")):
-        tensors |= load_file(file)
-        with safe_open(file, "pt") as opened:
-            said |= opened.metadata()
-    return tensors, said
-
-
-def config(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    return found
 
 
 def case(dtype: str, name: str) -> tuple[Tensors, str]:

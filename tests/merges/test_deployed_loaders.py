@@ -1,7 +1,7 @@
 """Merges into what people deploy, opened by transformers with the library that owns the format, on the CPU.
 
-bitsandbytes and gptqmodel are not among what the tests install: `pip install bitsandbytes accelerate`, and
-`pip install optimum accelerate` and `pip install --no-deps gptqmodel` with what that then imports.
+bitsandbytes, gptqmodel and torchao are not among what the tests install: `pip install bitsandbytes accelerate torchao`,
+and `pip install optimum accelerate` and `pip install --no-deps gptqmodel` with what that then imports.
 """
 
 import json
@@ -31,8 +31,13 @@ OUTPUTS: dict[str, tuple[FormatName, dict[str, Any]]] = {
     "gptq 8": ("gptq", {"bits": 8}),
     "awq": ("awq", {"bits": 4}),
     "fp8": ("fp8", {"bits": 8, "dtype": "bfloat16"}),
+    "torchao int8": ("torchao", {"bits": 8}),
+    "torchao fp8": ("torchao", {"bits": 8, "quant_type": "fp8"}),
 }
-LIBRARIES = {"bitsandbytes": ("bitsandbytes", "accelerate"), "gptq": ("gptqmodel", "optimum"), "awq": ("gptqmodel",)}
+LIBRARIES = {
+    "bitsandbytes": ("bitsandbytes", "accelerate"), "gptq": ("gptqmodel", "optimum"), "awq": ("gptqmodel",),
+    "torchao": ("torchao",),
+}  # fmt: skip
 
 
 def logits(folder: Path, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -70,7 +75,7 @@ def test_a_merge_computes_what_its_weights_say(tiny_llama: Path, tmp_path: Path,
     assert (logits(tiny_llama / "base", tokens, torch.float32) - ours).norm() > 0.1 * ours.norm()
 
 
-@pytest.mark.parametrize("name", ["nf4", "nf4 double", "LLM.int8", "gptq 4", "awq"])
+@pytest.mark.parametrize("name", ["nf4", "nf4 double", "LLM.int8", "gptq 4", "awq", "torchao int8"])
 def test_a_merge_onto_codes_keeps_their_format_and_opens(tiny_llama: Path, tmp_path: Path, name: str) -> None:
     format, words = OUTPUTS[name]
     needed(format)

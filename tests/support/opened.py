@@ -32,6 +32,8 @@ OUTPUTS: dict[str, dict[str, Any]] = {
     "gptq": {"format": "gptq", "bits": 4},
     "awq": {"format": "awq", "bits": 4},
     "nvfp4": {"format": "compressed-tensors", "bits": 4, "quant_type": "nvfp4"},
+    "torchao": {"format": "torchao", "bits": 8},
+    "torchao-fp8": {"format": "torchao", "bits": 8, "quant_type": "fp8"},
 }
 ON_GPU = {"fp8-gpu": "FineGrainedFP8HfQuantizer", "fbgemm": "FbgemmFp8HfQuantizer"}
 """Formats whose loader only computes on a GPU, with the class whose look for one is left out."""
@@ -171,7 +173,7 @@ def quantized(out: Path) -> int:
     """How many weights the record of a merge names with codes."""
     from safetensors import safe_open
 
-    marks = ("weight_scale_inv", "weight_scale", "SCB", ".absmax", ".scales")
+    marks = ("weight_scale_inv", "_weight_qdata", "weight_scale", "SCB", ".absmax", ".scales")
     return sum(
         name.endswith(marks)
         for file in out.glob("*.safetensors")
@@ -201,6 +203,8 @@ def _weights_apart(model: Any, wanted: Any) -> float:
         if name not in held and not _stack(held, name, expected):
             return float("inf")
         value = held[name]
+        if hasattr(value, "block_size"):  # a tensor of torchao's
+            value = value.dequantize()
         scale = next((held[name + end] for end in ("_scale_inv", "_scale") if name + end in held), None)
         if value.dtype != expected.dtype and scale is None and value.element_size() == 1:
             return float("inf")

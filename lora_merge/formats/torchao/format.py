@@ -81,7 +81,7 @@ class TorchAO(CodedFormat):
     name: ClassVar[str] = "torchao"
     separator: ClassVar[str] = "._weight_"
     identifying_parts: ClassVar[tuple[str, ...]] = ("qdata",)
-    part_names: ClassVar[tuple[str, ...]] = ("qdata", "scale", "zero_point")
+    part_names: ClassVar[tuple[str, ...]] = ("qdata", "scale", "zero_point", "scale_and_zero", "act_pre_scale")
     activation_scales: ClassVar[tuple[str, ...]] = ("act_quant_scale", "act_quant_zero_point")
 
     @classmethod

@@ -22,8 +22,11 @@ from typing import Any
 from lora_merge.containers.json_file import parsed
 from lora_merge.errors import InputError, listed, printable
 from lora_merge.models.keys import spellings
+from lora_merge.models.names import BLOCK
 
 NAMES = "tensor_names"
+CODES = "_qdata"
+"""How the name of every quantized parameter's codes ends."""
 PLAIN = json.dumps({"_type": "Tensor"})
 MAX_TEXT = 1 << 16
 """Characters that are said of one parameter at most; torchao writes a few hundred."""
@@ -49,24 +52,56 @@ def is_torchao(metadata: Mapping[str, str]) -> bool:
     return NAMES in metadata
 
 
-def key_of(metadata: Mapping[str, str], name: str) -> str | None:
-    """The key that describes a parameter: its own name, or that of transformers' class; None where there is none."""
-    if name in metadata or not is_torchao(metadata):
-        return name if name in metadata and is_torchao(metadata) else None
-    for other in (f"model.{name}", name.removeprefix("model."), *spellings(name)):
-        if other in metadata and other != NAMES:
-            return other
-    return None
+def placed(metadata: Mapping[str, str], names: Iterable[str]) -> dict[str, list[str]]:
+    """Every parameter that is described, and which of these names of files it stands for: its own, or in its absence
+    those that end alike from the number of the layer on. Raises as `parameters`."""
+    known = dict.fromkeys(names)
+    found: dict[str, list[str]] = {}
+    by_tail: dict[str, list[str]] = {}
+    for key in parameters(metadata):
+        if key in known:
+            found[key] = [key]
+            continue
+        if not by_tail:
+            for name in known:
+                by_tail.setdefault(_tail(name), []).append(name)
+        alike = by_tail.get(_tail(key), [])
+        others = {f"model.{key}", key.removeprefix("model."), *spellings(key)} if len(alike) > 1 else set(alike)
+        found[key] = [name for name in alike if name in others]
+    return found
 
 
-def described(metadata: Mapping[str, str], name: str) -> Description | None:
-    """What is said of a parameter; None where nothing is, or that it is plain. InputError where that is no sense."""
-    key = key_of(metadata, name)
-    return None if key is None else read(metadata[key])
+def _tail(name: str) -> str:
+    """What two names of one tensor share: all from the number of its layer on, else its module's last name."""
+    match = BLOCK.search(name)
+    return name[match.start() :] if match else ".".join(name.split(".")[-2:])
+
+
+def by_weight(metadata: Mapping[str, str], tensors: Iterable[str]) -> dict[str, str]:
+    """The descriptions of quantized parameters by the names that their weights have in the files.
+
+    tensors: all that are there. InputError where one that is described is not, or where texts make no sense.
+    """
+    if not is_torchao(metadata):
+        return {}
+    names = [f"{module}.{part[1 : -len(CODES)]}" for module, part in map(_parted, tensors) if part.endswith(CODES)]
+    places = {key: found for key, found in placed(metadata, names).items() if read(metadata[key]) is not None}
+    if missing := [key for key, found in places.items() if not found]:
+        raise InputError(
+            f"the metadata of the safetensors header describes {listed(missing)}, and the files hold no such codes; "
+            "fetch the files again"
+        )
+    said = {name: metadata[key] for key, found in places.items() for name in found}
+    return said | {name: metadata[name] for name in names if name in places}
+
+
+def _parted(tensor: str) -> tuple[str, str]:
+    module, _, part = tensor.rpartition(".")
+    return module, part
 
 
 def read(text: str) -> Description | None:
-    """The description in a text; None where it is of a plain tensor. Raises as `described`."""
+    """The description in a text; None where it is of a plain tensor. InputError where it makes no sense."""
     return None if text == PLAIN else _read(text)
 
 
@@ -103,17 +138,21 @@ def parameters(metadata: Mapping[str, str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def refuse_missing(metadata: Mapping[str, str], found: Iterable[str]) -> None:
-    """InputError where quantized parameters are described that are not in the files. found: weights by name."""
+def renamed(metadata: Mapping[str, str], homes: Mapping[str, str]) -> Mapping[str, str]:
+    """The metadata of a model whose modules have new names, or are there more than once: homes has the old name of
+    each. Raises as `parameters`."""
     if not is_torchao(metadata):
-        return
-    there = {key_of(metadata, name) for name in found}
-    missing = [name for name in parameters(metadata) if name not in there and read(metadata[name]) is not None]
-    if missing:
-        raise InputError(
-            f"the metadata of the safetensors header describes {listed(missing)}, and the files hold no such codes; "
-            "fetch the files again"
-        )
+        return metadata
+    before = parameters(metadata)
+    of_module: dict[str, list[str]] = {}
+    for module, last in map(_parted, before):
+        of_module.setdefault(module, []).append(last)
+    gone = {*homes, *homes.values()}
+    now = {key: metadata[key] for key in before if _parted(key)[0] not in gone}
+    now |= {f"{m}.{last}": metadata[f"{home}.{last}"] for m, home in homes.items() for last in of_module.get(home, ())}
+    old = set(before)
+    others = {key: value for key, value in metadata.items() if key not in old}
+    return others | {NAMES: json.dumps(list(now))} | now
 
 
 def renewed(old: Mapping[str, str], written: Mapping[str, str], plain: Iterable[str]) -> dict[str, str]:
@@ -125,9 +164,13 @@ def renewed(old: Mapping[str, str], written: Mapping[str, str], plain: Iterable[
     kept = {key: value for key, value in old.items() if key != NAMES and key not in before}
     if not written:
         return kept
-    keys = {name: key_of(old, name) or name for name in (*written, *plain)}
-    now = {keys[name]: text for name, text in written.items()}
-    now |= {key: PLAIN for name in plain if (key := keys[name]) not in now}
-    order = dict.fromkeys(name for name in before if name in now or read(old[name]) is None)
-    order |= dict.fromkeys(now)
+    plain = dict.fromkeys(plain)
+    keys: dict[str, list[str]] = {}
+    for key, found in placed(old, (*written, *plain)).items():
+        for name in found:
+            keys.setdefault(name, []).append(key)
+    now = {key: PLAIN for name in plain for key in keys.get(name, [name])}
+    now |= {key: text for name, text in written.items() for key in keys.get(name, [name])}
+    order = dict.fromkeys(name for name in before if "." in name and (name in now or read(old[name]) is None))
+    order |= dict.fromkeys(name for name in now if "." in name)  # torchao fails at names without a module
     return kept | {NAMES: json.dumps(list(order))} | {name: now.get(name, PLAIN) for name in order}

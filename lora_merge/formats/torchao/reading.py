@@ -8,7 +8,7 @@ from typing import Any
 from lora_merge.dtypes import MODEL_DTYPES
 from lora_merge.errors import InputError, UnsupportedError, listed, printable
 from lora_merge.formats.base import Metadata, Parts, shown
-from lora_merge.formats.torchao.metadata import Description, described
+from lora_merge.formats.torchao.metadata import Description, read
 
 READ = (
     "Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor", "Int4TilePackedTo4dTensor", "Int4Tensor",
@@ -24,9 +24,11 @@ PRE_SCALE = "act_pre_scale"
 def description(metadata: Metadata, name: str, parts: Parts) -> Description:
     """What the metadata says of a weight whose parts are in the files.
 
+    metadata: descriptions by the weights' names (`by_weight`).
+
     Raises InputError where it says nothing, UnsupportedError for a class or an attribute that is not read.
     """
-    said = described(metadata, name)
+    said = read(metadata[name]) if name in metadata else None
     if said is None:
         raise InputError(
             f"{name}: its parts are {shown(parts)}, which are torchao's, and the metadata of the safetensors header "
