@@ -23,7 +23,7 @@ from lora_merge.formats.method import QuantMethod
 from lora_merge.formats.modelopt.method import ModelOptMethod
 from lora_merge.formats.mxfp4 import MXFP4Method
 from lora_merge.formats.plain import PART, Plain
-from lora_merge.formats.torchao.metadata import by_weight
+from lora_merge.formats.torchao.metadata import by_weight as described
 from lora_merge.formats.torchao.method import TorchAOMethod
 from lora_merge.spec import TensorSpec
 
@@ -59,11 +59,10 @@ def weights(
     """Every weight of a checkpoint by the name that it has without quantization; tensors that are no weights (scales of
     activations, counters, buffers) are not among them.
 
-    read: the bytes of a small tensor. metadata: what the headers of the files say. Raises InputError and
-    UnsupportedError as `CodedFormat.detect` does.
+    read: the bytes of a small tensor. metadata: what the headers of the files say, by weight (`described`). Raises
+    InputError and UnsupportedError as `CodedFormat.detect` does.
     """
     unread.refuse(tensors, config)
-    said = by_weight(metadata, tensors)
     found: dict[str, StoredWeight] = {}
     taken: set[str] = set()
     same = {name: name for name in tensors}  # a name is one string, wherever it stands
@@ -71,7 +70,7 @@ def weights(
         for stem in _stems(kind, tensors):
             names = {part: stem + kind.separator + part for part in kind.part_names}
             parts = {part: same[name] for part, name in names.items() if name in same and name not in taken}
-            if stored := _stored(kind, stem, parts, tensors, config, read, said):
+            if stored := _stored(kind, stem, parts, tensors, config, read, metadata):
                 name = stem + kind.weight_suffix
                 found[same.get(name, name)] = stored
                 taken.update(parts.values())
@@ -111,10 +110,10 @@ def _stored(
     tensors: Mapping[str, TensorSpec],
     config: Mapping[str, Any],
     read: Callable[[str], bytes],
-    said: Metadata,
+    metadata: Metadata,
 ) -> StoredWeight | None:
     specs = {part: tensors[name] for part, name in names.items()}
-    format = kind.detect_described(specs, config, stem, lambda part: read(names[part]), said)
+    format = kind.detect_described(specs, config, stem, lambda part: read(names[part]), metadata)
     if format is None:
         return None
     weight = format.measure(specs)
@@ -138,5 +137,6 @@ __all__ = [
     "Plain",
     "QuantMethod",
     "StoredWeight",
+    "described",
     "weights",
 ]

@@ -11,8 +11,8 @@ from typing import Any
 from lora_merge.adapters.base import Patch
 from lora_merge.checkpoint.opening import Checkpoint
 from lora_merge.containers.json_file import read_json
-from lora_merge.errors import printable
-from lora_merge.formats import METHODS, Format, Plain, StoredWeight
+from lora_merge.errors import InputError, printable
+from lora_merge.formats import METHODS, Format, Plain, StoredWeight, described
 from lora_merge.formats import weights as gathered
 from lora_merge.formats.method import SECTION, ConfigPath
 from lora_merge.formats.torchao.metadata import renamed
@@ -57,7 +57,11 @@ class Draft:
         transposed: plain ones of a Conv1D, stored `[in, out]`, count as `[out, in]`.
         """
         tensors = {name: self.base.tensors[source] for name, source in self.sources.items()}
-        self.weights = _sharing(gathered(tensors, self.config, self._read, self.metadata))
+        try:
+            said = described(self.metadata, tensors)
+        except InputError as error:
+            raise InputError(f"{printable(self.base.path)}: {error}") from error
+        self.weights = _sharing(gathered(tensors, self.config, self._read, said))
         for name, stored in self.weights.items() if transposed else ():
             if not stored.format.coded and self.is_conv1d(name) and len(stored.weight.shape) == 2:
                 weight = TensorSpec(stored.weight.dtype, stored.weight.shape[::-1])

@@ -21,7 +21,7 @@ from lora_merge.errors import LoraMergeError
 
 MEMORY = 300 * 2**20
 SECONDS = 5
-SAMPLED = {"config": 10, "specs": 8, "contents": 10}
+SAMPLED = {"config": 10, "specs": 8, "contents": 10, "headers": 10}
 SEED = 11
 MODES: dict[str, tuple[bool, dict[str, Any]]] = {
     "adapter": (True, {}),

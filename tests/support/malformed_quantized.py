@@ -27,6 +27,7 @@ FOLDERS = (
     "bnb_int8", "bnb_nf4", "bnb_nf4_dq", "bnb_fp4", "gptq_3b_g32_sym_v1", "gptq_4b_g32_sym_v1", "gptq_4b_g32_sym_v2",
     "gptq_8b_gm1_sym_v1", "awq_gemm_g32", "autoround_w4g32", "fp8_block128", "modelopt/fp8", "modelopt/fp8_block",
     "modelopt/fp8_channel", "modelopt/mxfp8", "modelopt/nvfp4", "modelopt/nvfp4_w4a8", "mxfp4_gptoss",
+    "torchao/int8", "torchao/fp8",
 )  # fmt: skip
 OWN_FILES = ("quantize_config.json", "quantization_config.json", "hf_quant_config.json")
 SECTIONS = ("quantization_config", "quantization_bit", "quantization_embeddings")
@@ -42,11 +43,13 @@ class Tensor:
 
 @dataclass
 class Base:
-    """files: JSON by file name; None is written as no file. module: what of the tensors a case may change."""
+    """files: JSON by file name; None is written as no file. module: what of the tensors a case may change. metadata:
+    of the header."""
 
     files: dict[str, Any]
     tensors: dict[str, Tensor]
     module: str
+    metadata: dict[str, str]
 
     @property
     def parts(self) -> list[str]:
@@ -57,7 +60,8 @@ class Base:
         for name, body in self.files.items():
             if body is not GONE:
                 (folder / name).write_text(json.dumps(body))
-        header, at = {}, 0
+        header: dict[str, Any] = {"__metadata__": self.metadata} if self.metadata else {}
+        at = 0
         for name, tensor in self.tensors.items():
             end = at + len(tensor.data)
             header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [at, end]}
@@ -87,22 +91,27 @@ def good(folder: str) -> Base:
     files = {
         name: json.loads((where / name).read_text()) for name in ("config.json", *OWN_FILES) if (where / name).exists()
     }
-    tensors = _chatglm(where) if folder in CHATGLMS else _safetensors(where / "model.safetensors")
+    said: dict[str, str] = {}
+    if folder in CHATGLMS:
+        tensors = _chatglm(where)
+    else:
+        tensors, said = _safetensors(where / "model.safetensors")
     module = "model.layers.0.self_attn.q_proj."
     if folder in CHATGLMS:
         module = next(name for name in tensors if name.endswith("query_key_value.weight")).removesuffix("weight")
     elif folder == "mxfp4_gptoss":
         module = "model.layers.0.mlp.experts.down_proj_"
-    return Base(files, tensors, module)
+    return Base(files, tensors, module, said)
 
 
-def _safetensors(path: Path) -> dict[str, Tensor]:
+def _safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     raw = path.read_bytes()
     size = struct.unpack("<Q", raw[:8])[0]
     header = json.loads(raw[8 : 8 + size])
-    header.pop("__metadata__", None)
+    said = header.pop("__metadata__", {})
     data = raw[8 + size :]
-    return {n: Tensor(e["dtype"], tuple(e["shape"]), data[slice(*e["data_offsets"])]) for n, e in header.items()}
+    tensors = {n: Tensor(e["dtype"], tuple(e["shape"]), data[slice(*e["data_offsets"])]) for n, e in header.items()}
+    return tensors, said if "tensor_names" in said else {}
 
 
 def _chatglm(where: Path) -> dict[str, Tensor]:
@@ -330,10 +339,56 @@ def _state_cases(folder: str, part: str, said: str, tensor: Tensor) -> Iterator[
         yield Case(folder, f"{said} {name}", _tensor(part, made))
 
 
+# -- headers
+
+TEXTS = (
+    "",
+    "null",
+    "{}",
+    "[]",
+    "1",
+    '{"_type": 1}',
+    '{"_type": "Tensor"}',
+    "[" * 100_000,
+    '{"a":' * 100_000,
+    "{" * 70_000,
+)
+
+
+def header_cases(folder: str) -> Iterator[Case]:
+    """What the header says of the tensors, where it says anything."""
+    said = good(folder).metadata
+    if not said:
+        return
+    yield Case(folder, "no metadata", lambda base: base.metadata.clear())
+    key = f"{good(folder).module}weight"
+    for name in (key, "tensor_names"):
+        yield Case(folder, f"nothing of {name}", _dropped(name))
+        for text in TEXTS:
+            yield Case(folder, f"{name} says {text[:20]}", _saying(name, text))
+        body = json.loads(said[name])
+        for path in _paths(body, True):
+            for value in VALUES:
+                changed = deepcopy(body)
+                _set(changed, path, value)
+                yield Case(
+                    folder, f"{name} {'.'.join(map(str, path))} = {_said(value)}", _saying(name, json.dumps(changed))
+                )
+
+
+def _dropped(name: str) -> Callable[[Base], None]:
+    return lambda base: base.metadata.__delitem__(name)
+
+
+def _saying(name: str, text: str) -> Callable[[Base], None]:
+    return lambda base: base.metadata.update({name: text})
+
+
 KINDS: dict[str, Callable[[str], Iterator[Case]]] = {
     "config": config_cases,
     "specs": spec_cases,
     "contents": content_cases,
+    "headers": header_cases,
 }
 
 

@@ -40,6 +40,7 @@ FORMATS: Mapping[str, dict[str, Any]] = {
     "gptq": {"bits": 4, "group_size": 16}, "awq": {"bits": 4, "group_size": 16}, "fp8": {"bits": 8},
     "fbgemm_fp8": {"bits": 8}, "modelopt": {"bits": 4}, "bitsandbytes": {"bits": 4, "group_size": 32},
     "chatglm": {"bits": 8}, "compressed-tensors": {"bits": 8}, "mxfp4": {"bits": 4},
+    "torchao": {"bits": 8},
 }  # fmt: skip
 """Every case is planned in each mode, and in one of these formats."""
 ORIGINAL: Any = object()
