@@ -55,6 +55,7 @@ OUTPUTS: dict[str, list[str]] = {
     "awq 4": ["--format", "awq", "--bits", "4"], "fp8 8": ["--format", "fp8", "--bits", "8"],
     "fbgemm_fp8 8": ["--format", "fbgemm_fp8", "--bits", "8"],
     "modelopt 4": ["--format", "modelopt", "--bits", "4"], "modelopt 8": ["--format", "modelopt", "--bits", "8"],
+    "torchao 8": ["--format", "torchao", "--bits", "8"],
     "mxfp4 4": ["--format", "mxfp4", "--bits", "4"], "chatglm 4": ["--format", "chatglm", "--bits", "4"],
 }  # fmt: skip
 """What is asked of the plan, by the name of its line."""

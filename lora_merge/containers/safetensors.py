@@ -23,6 +23,7 @@ from itertools import pairwise
 from json.decoder import scanstring  # type: ignore[attr-defined]
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from lora_merge.containers.regular_file import RegularFile
 from lora_merge.dtypes import BITS
@@ -34,6 +35,7 @@ MAX_NUMEL = 2**63
 
 MAX_LIST = 1000  # characters of a shape
 
+_JSON: dict[str, Any] = {"ensure_ascii": False, "separators": (",", ":")}
 _W = r"[ \t\n\r]*"
 _SPACE = re.compile(_W)
 _FIELD = rf'"(dtype|shape|data_offsets)"{_W}:{_W}("[A-Za-z0-9_]*"|\[[0-9, \t\n\r]*\])'
@@ -284,24 +286,36 @@ def _size_fault(spec: TensorSpec, begin: int, end: int) -> str | None:
 class FileLayout:
     """A file known to the byte before any tensor is.
 
-    header: the header length and the header, padded so that the first tensor begins at a multiple of 8.
+    head: the header length and the header in pieces, padded so that the first tensor begins at a multiple of 8. The
+        metadata is a piece of its own, which all shards of an output have in common.
     offsets: where each tensor begins, counted from the start of the file.
     nbytes: size of the file.
     """
 
-    header: bytes
+    head: tuple[bytes, ...]
     offsets: Mapping[str, int]
     nbytes: int
 
+    @property
+    def header(self) -> bytes:
+        """All bytes before the first tensor's."""
+        return b"".join(self.head)
 
-def layout(tensors: Iterable[tuple[str, TensorSpec]], metadata: Mapping[str, str]) -> FileLayout:
-    """Place `tensors` one after the other in the order given.
+
+def metadata_text(metadata: Mapping[str, str]) -> bytes:
+    """The metadata as it stands in a header; empty where there is none."""
+    return json.dumps({"__metadata__": dict(metadata)}, **_JSON).encode()[1:-1] if metadata else b""
+
+
+def layout(tensors: Iterable[tuple[str, TensorSpec]], metadata: Mapping[str, str] | bytes) -> FileLayout:
+    """Place `tensors` one after the other in the order given. metadata: also as `metadata_text` has it.
 
     The order is the caller's, so that a file can be hashed while it is written. The reference writer sorts by falling
     width of dtype, which alone makes every tensor begin at a multiple of its width; readers do not demand it (they
     copy or read unaligned). A caller that mixes widths and wants that gives the wider dtypes first.
     """
-    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    said = metadata if isinstance(metadata, bytes) else metadata_text(metadata)
+    entries: dict[str, object] = {}
     begins: dict[str, int] = {}
     position = 0
     for name, spec in tensors:
@@ -310,12 +324,15 @@ def layout(tensors: Iterable[tuple[str, TensorSpec]], metadata: Mapping[str, str
         end = position + spec.nbytes
         entries[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [position, end]}
         position = end
-    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    if len(text) > MAX_HEADER:
+    text = json.dumps(entries, **_JSON).encode()[1:]
+    pieces = [b"{", said, b"," + text if said and entries else text]
+    size = sum(map(len, pieces))
+    pieces[-1] += b" " * (-size % 8)
+    size += -size % 8
+    if size > MAX_HEADER:
         raise InputError(
-            f"the header of {len(begins)} tensors has {len(text)} bytes, {MAX_HEADER} are the limit; use smaller shards"
+            f"the header of {len(begins)} tensors has {size} bytes, {MAX_HEADER} are the limit; use smaller shards"
         )
-    start = 8 + len(text)
+    start = 8 + size
     offsets = {name: start + begin for name, begin in begins.items()}
-    return FileLayout(len(text).to_bytes(8, "little") + text, MappingProxyType(offsets), start + position)
+    return FileLayout((size.to_bytes(8, "little"), *pieces), MappingProxyType(offsets), start + position)

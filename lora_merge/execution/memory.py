@@ -68,7 +68,7 @@ def working_set(plan: Plan, machine: Machine) -> int:
     lanes = min(machine.threads, len(plan.shards))
     slots = blocks_in_flight(machine.threads) if lanes <= 1 else lanes
     weights = 2 if lanes <= 1 < machine.threads else lanes
-    headers = max((len(shard.header) for shard in plan.shards), default=0)
+    headers = max((shard.header_size for shard in plan.shards), default=0)
     return slots * block + weights * _heaviest(plan)[1] + _shared(plan) + lanes * headers
 
 

@@ -122,16 +122,25 @@ MOST_DESCRIBED = 4096
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One output file: its jobs in the order of their bytes, its finished header, its size."""
+    """One output file: its jobs in the order of their bytes, its finished header in pieces, its size."""
 
     file: str
     jobs: tuple[Job, ...]
-    header: bytes
+    head: tuple[bytes, ...]
     nbytes: int
+
+    @property
+    def header(self) -> bytes:
+        """All bytes before those of the first job."""
+        return b"".join(self.head)
+
+    @property
+    def header_size(self) -> int:
+        return sum(map(len, self.head))
 
     def place(self, number: int) -> int:
         """Where the bytes of a job begin."""
-        return len(self.header) + sum(job.nbytes for job in self.jobs[:number])
+        return self.header_size + sum(job.nbytes for job in self.jobs[:number])
 
 
 @dataclass(frozen=True)

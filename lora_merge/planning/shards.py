@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-from lora_merge.containers.safetensors import layout
+from lora_merge.containers.safetensors import layout, metadata_text
 from lora_merge.formats.method import GONE, ConfigPath
 from lora_merge.planning.jobs import Job, Rewrite, Shard
 
@@ -38,10 +38,11 @@ def grouped(jobs: Iterable[tuple[str, Job]], max_shard_size: int | None) -> list
 def lay_out(groups: Sequence[Sequence[Job]], stem: str, metadata: Mapping[str, str]) -> tuple[Shard, ...]:
     """Name the shards and fix every byte offset."""
     shards = []
+    said = metadata_text(metadata)
     for number, jobs in enumerate(groups, 1):
         file = f"{stem}-{number:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else f"{stem}.safetensors"
-        laid = layout((item for job in jobs for item in job.parts.items()), metadata)
-        shards.append(Shard(file, tuple(jobs), laid.header, laid.nbytes))
+        laid = layout((item for job in jobs for item in job.parts.items()), said)
+        shards.append(Shard(file, tuple(jobs), laid.head, laid.nbytes))
     return tuple(shards)
 
 
