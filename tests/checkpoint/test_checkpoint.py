@@ -209,3 +209,15 @@ def test_files_are_closed(tmp_path: Path) -> None:
     with open_base(sharded(tmp_path / "base")):
         assert len(os.listdir("/proc/self/fd")) == before + 2
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_shards_that_say_the_same_hold_one_text_of_it(tmp_path: Path) -> None:
+    """And of one key the last file has the word, as for transformers."""
+    for number, said in enumerate(({"a": "1"}, {"a": "1"}, {"a": "2", "b": "3"}), 1):
+        save_file({f"t{number}": torch.zeros(1)}, tmp_path / f"model-{number:05d}-of-00003.safetensors", said)
+    weight_map = {f"t{number}": f"model-{number:05d}-of-00003.safetensors" for number in (1, 2, 3)}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    with open_base(tmp_path) as base:
+        first, second, third = base.files
+        assert first.metadata is second.metadata and third.metadata == {"a": "2", "b": "3"}
+        assert base.metadata == {"a": "2", "b": "3"}

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from safetensors.torch import load_file, save_file
 
 from lora_merge.checkpoint.opening import open_base
-from lora_merge.containers.safetensors import SafetensorsFile, layout, open_safetensors
+from lora_merge.containers.safetensors import SafetensorsFile, layout, metadata_text, open_safetensors
 from lora_merge.dtypes import TORCH_NAMES
 from lora_merge.errors import InputError, StorageError
 from lora_merge.spec import TensorSpec
@@ -91,6 +91,21 @@ def test_metadata_that_is_null_is_none(tmp_path: Path) -> None:
     file = open_safetensors(tmp_path / "x")
     assert dict(file.metadata) == {} and list(file.tensors) == ["a"]
     file.close()
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+@pytest.mark.parametrize("metadata", [{}, {"format": "pt"}, {"format": "pt", "ünï": '{"a": [1]}'}])
+def test_files_share_the_text_of_their_metadata(tmp_path: Path, metadata: dict[str, str], count: int) -> None:
+    specs = {f"t{n}": TensorSpec("U8", (n + 1,)) for n in range(count)}
+    text = metadata_text(metadata)
+    laid = layout(specs.items(), text)
+    assert laid == layout(specs.items(), metadata) and any(piece is text for piece in laid.head)
+    (tmp_path / "x.safetensors").write_bytes(laid.header + bytes(laid.nbytes - len(laid.header)))
+    file = open_safetensors(tmp_path / "x.safetensors")
+    assert dict(file.metadata) == metadata and dict(file.tensors) == specs
+    file.close()
+    with safetensors.safe_open(tmp_path / "x.safetensors", "pt") as opened:
+        assert (opened.metadata() or {}) == metadata
 
 
 def test_names_are_kept_and_tensors_are_in_the_order_of_their_bytes(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import zoo
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torchao_cases import CHECKPOINTS, FIXTURES, LAYER, LINEARS, MODULE, Said, Tensors, config, lora, stored
@@ -88,6 +89,38 @@ def test_what_is_kept_plain_is_said_to_be(tmp_path: Path) -> None:
     fresh, _ = merged(FIXTURES.parent / "_base_A_bf16", [], tmp_path / "fresh", keep=["mlp"], format="torchao", bits=8)
     assert fresh.keys() == after.keys()
     assert config(tmp_path / "fresh")["quantization_config"]["modules_to_not_convert"] == named
+
+
+def test_both_names_of_a_weight_are_described(tmp_path: Path) -> None:
+    """LLaVA's files say `language_model.model`, transformers' class `model.language_model`: it looks for its own name,
+    servers for that of the file. A second merge finds both."""
+    tf = pytest.importorskip("transformers")
+    base = zoo.save(zoo.build("llava"), tmp_path / "base")
+    named = [key for key in load_file(base / "model.safetensors") if key.endswith("layers.0.mlp.up_proj.weight")]
+    (stored_name,) = [key for key in named if "vision" not in key]
+    assert stored_name.startswith("language_model.model.") and hasattr(tf, "LlavaForConditionalGeneration")
+    module = stored_name.removesuffix(".weight").removeprefix("language_model.model.")
+    lora_merge.merge(base, [], tmp_path / "out", format="torchao", bits=8)
+    _, said = stored(tmp_path / "out")
+    text = said[stored_name]
+    assert json.loads(text)["_type"] == "Int8Tensor" and said[f"model.language_model.{module}.weight"] == text
+    assert {stored_name, f"model.language_model.{module}.weight"} <= set(json.loads(said[NAMES]))
+    lora_merge.merge(tmp_path / "out", [], tmp_path / "again")
+    assert stored(tmp_path / "again")[1] == said
+    lora_merge.merge(tmp_path / "out", [], tmp_path / "plain", bits=16, dtype="bfloat16")
+    assert stored(tmp_path / "plain")[1] == {"format": "pt"}
+
+
+def test_parameters_of_no_module_are_left_out(tmp_path: Path) -> None:
+    """torchao's reader fails at a name without a dot, as the `final_logits_bias` of BART."""
+    tensors, _ = stored(FIXTURES.parent / "_base_A_bf16")
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file(tensors | {"final_logits_bias": torch.zeros(1, 48)}, base / "model.safetensors")
+    (base / "config.json").write_text((FIXTURES.parent / "_base_A_bf16" / "config.json").read_text())
+    lora_merge.merge(base, [], tmp_path / "out", format="torchao", bits=8)
+    after, said = stored(tmp_path / "out")
+    assert "final_logits_bias" in after and "final_logits_bias" not in {*said, *json.loads(said[NAMES])}
 
 
 def test_a_new_vocabulary_is_quantized_as_the_old_one(tmp_path: Path) -> None:
