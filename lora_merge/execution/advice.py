@@ -74,7 +74,7 @@ def _least(request: Request, inputs: Inputs, lost: Sequence[MergedWeight]) -> fl
     jobs = tuple(job for job in plan.rewrites if job.name in before)
     measured = Discard()
     executor = Executor(inputs, fit(request.run, plan))
-    executor.run([Shard("measured", jobs, b"", 0)], measured, lambda name, nbytes: None)
+    executor.run([Shard("measured", jobs, (), 0)], measured, lambda name, nbytes: None)
     return min((_preserved(weight, before[weight.name]) for weight in measured.weights), default=0.0)
 
 

@@ -111,6 +111,23 @@ def test_both_names_of_a_weight_are_described(tmp_path: Path) -> None:
     assert stored(tmp_path / "plain")[1] == {"format": "pt"}
 
 
+def test_scales_of_activations_stay_with_their_weight(tmp_path: Path) -> None:
+    """Static quantization stores one beside the codes; calibration made it, and a note says so."""
+    tensors, said = stored(FIXTURES / "int8")
+    body = json.loads(said[f"{MODULE}.weight"])
+    body["_tensor_data_names"].append("act_quant_scale")
+    said[f"{MODULE}.weight"] = json.dumps(body)
+    base, scale = tmp_path / "base", {f"{MODULE}._weight_act_quant_scale": torch.ones(1, 1)}
+    base.mkdir()
+    save_file(tensors | scale, base / "model.safetensors", metadata=said)
+    (base / "config.json").write_text((FIXTURES / "int8" / "config.json").read_text())
+    adapter = lora(tmp_path / "lora", {MODULE: (64, 64)})
+    done = lora_merge.merge(base, adapter, tmp_path / "out", min_survival=-100.0)
+    after, now = stored(tmp_path / "out")
+    assert after.keys() == {*tensors, *scale} and now == said
+    assert any("act_quant_scale" in note and "calibrate" in note for note in done.notes)
+
+
 def test_parameters_of_no_module_are_left_out(tmp_path: Path) -> None:
     """torchao's reader fails at a name without a dot, as the `final_logits_bias` of BART."""
     tensors, _ = stored(FIXTURES.parent / "_base_A_bf16")

@@ -13,7 +13,7 @@ may differ from those of the tensors. https://github.com/pytorch/ao/tree/main/to
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -95,6 +95,13 @@ def by_weight(metadata: Mapping[str, str], tensors: Iterable[str]) -> dict[str, 
     return said | {name: metadata[name] for name in names if name in places}
 
 
+def _tensors(name: str, text: str) -> Iterator[str]:
+    """The tensors of a weight that is described so."""
+    module, last = _parted(name)
+    said = read(text)
+    return (f"{module}._{last}_{part}" for part in (said.parts if said else ()))
+
+
 def _parted(tensor: str) -> tuple[str, str]:
     module, _, part = tensor.rpartition(".")
     return module, part
@@ -164,7 +171,8 @@ def renewed(old: Mapping[str, str], written: Mapping[str, str], plain: Iterable[
     kept = {key: value for key, value in old.items() if key != NAMES and key not in before}
     if not written:
         return kept
-    plain = dict.fromkeys(plain)
+    own = {tensor for name, text in written.items() for tensor in _tensors(name, text)}
+    plain = [name for name in dict.fromkeys(plain) if name not in own]  # scales of activations are a weight's, too
     keys: dict[str, list[str]] = {}
     for key, found in placed(old, (*written, *plain)).items():
         for name in found:
