@@ -12,8 +12,9 @@ from lora_merge.formats.base import CodedFormat, Format, Metadata
 from lora_merge.formats.method import SECTION, ConfigPath, Loader, QuantMethod, sections
 from lora_merge.formats.torchao import metadata
 from lora_merge.formats.torchao.config import METHOD, new_section, not_converted, section
-from lora_merge.formats.torchao.format import FLOAT8, INT8, TorchAO, TorchAODown, TorchAOGateUp
+from lora_merge.formats.torchao.format import TorchAO, TorchAODown, TorchAOGateUp
 from lora_merge.formats.torchao.int4 import TorchAOInt4
+from lora_merge.formats.torchao.layout import FLOAT8, INT8
 from lora_merge.spec import TensorSpec
 
 KINDS = {"int": INT8, "fp8": FLOAT8}
