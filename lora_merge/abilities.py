@@ -174,6 +174,7 @@ ABILITIES: Mapping[str, Abilities] = {
     # Of experts at 8 bits servers want one scale a weight, and rows have their own here.
     "modelopt": Abilities({"fp8": QuantType((8,)), "nvfp4": QuantType((4,), (16,))}, towers=False, experts=(4,)),
     "mxfp4": Abilities({"mxfp4": QuantType((4,), (32,))}),
+    "quanto": Abilities({"int": QuantType((2, 4, 8)), "fp8": QuantType((8,))}),
 }
 """By the name under which config.json has a format (`quant_method`)."""
 PLAIN = "plain"

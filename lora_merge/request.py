@@ -18,7 +18,17 @@ from lora_merge.errors import UsageError, quoted
 Bits: TypeAlias = Literal[2, 3, 4, 5, 6, 7, 8, 16]
 DtypeName: TypeAlias = Literal["float32", "bfloat16", "float16"]
 FormatName: TypeAlias = Literal[
-    "plain", "chatglm", "compressed-tensors", "bitsandbytes", "gptq", "awq", "fp8", "fbgemm_fp8", "modelopt", "mxfp4"
+    "plain",
+    "chatglm",
+    "compressed-tensors",
+    "bitsandbytes",
+    "gptq",
+    "awq",
+    "fp8",
+    "fbgemm_fp8",
+    "modelopt",
+    "mxfp4",
+    "quanto",
 ]
 QuantType: TypeAlias = Literal["int", "fp8", "nvfp4", "mxfp4", "mxfp8", "nf4", "fp4"]
 Rounding: TypeAlias = Literal["auto", "nearest", "stochastic", "dither", "adapter-aware"]

@@ -22,6 +22,8 @@ from lora_merge.formats.method import QuantMethod
 from lora_merge.formats.modelopt.method import ModelOptMethod
 from lora_merge.formats.mxfp4 import MXFP4Method
 from lora_merge.formats.plain import PART, Plain
+from lora_merge.formats.quanto import qmap
+from lora_merge.formats.quanto.method import QuantoMethod
 from lora_merge.spec import TensorSpec
 
 METHODS: dict[str, type[QuantMethod[Any]]] = {
@@ -37,6 +39,7 @@ METHODS: dict[str, type[QuantMethod[Any]]] = {
         FbgemmMethod,
         ModelOptMethod,
         MXFP4Method,
+        QuantoMethod,
     )
 }
 """By the word on the command line, which is the `quant_method` of config.json. The first with a format that knows the
@@ -55,6 +58,7 @@ def weights(
     read: the bytes of a small tensor. Raises InputError and UnsupportedError as `CodedFormat.detect` does.
     """
     unread.refuse(tensors, config)
+    config = qmap.with_sides(config, tensors)
     found: dict[str, StoredWeight] = {}
     taken: set[str] = set()
     same = {name: name for name in tensors}  # a name is one string, wherever it stands

@@ -8,7 +8,7 @@ module path (`weight`, `weight_scale`, `qweight`, ...). `describe` and `measure`
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -25,16 +25,38 @@ ReadPart = Callable[[str], bytes]
 """The bytes of a small part, by part name, while a weight's format is looked for."""
 
 
+class Fold(NamedTuple):
+    """A part whose bytes hold narrow codes in slabs: the first `length` codes in one field of its `length` bytes, the
+    next in the field beside it.
+
+    bits: of a field. high: the first slab lies in the highest field, not in the lowest.
+    """
+
+    bits: int
+    length: int
+    high: bool = False
+
+    def pieces(self, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """Codes `[begin, end)` slab by slab: bytes `[first, last)` of the part, and how far left their field lies."""
+        while begin < end:
+            slab, first = divmod(begin, self.length)
+            last = min(self.length, first + end - begin)
+            yield first, last, (8 // self.bits - 1 - slab if self.high else slab) * self.bits
+            begin += last - first
+
+
 class ByteRange(NamedTuple):
     """Which bytes of a part: `[begin, end)` of each of the lines `[first, first + lines)`, all `stride` bytes long; one
     line (without a stride, the whole part) is the usual piece in one run. Formats that store a weight transposed,
-    `[in, out]`, need many; a stack of such weights has those of each expert one behind the other."""
+    `[in, out]`, need many; a stack of such weights has those of each expert one behind the other. Of a folded part
+    these are codes, each a byte to `unpack` and `pack`."""
 
     begin: int
     end: int
     lines: int = 1
     stride: int = 0
     first: int = 0
+    fold: Fold | None = None
 
     @property
     def nbytes(self) -> int:

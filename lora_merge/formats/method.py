@@ -39,6 +39,7 @@ class Loader:
     split_experts: classes of experts that it takes apart.
     scaled_activations: model types for which it wants scales of activations, which only calibration can give.
     cuts: it opens classes that cut one stored weight into several.
+    by_name: it fills parameters from tensors of the very same name alone.
     loses_plain: parts that weights have for which it drops plain ones where the class puts one together from several.
     served: servers open the format with loaders of their own, also where this one cannot.
     """
@@ -54,6 +55,7 @@ class Loader:
     split_experts: tuple[str, ...] = ()
     scaled_activations: tuple[str, ...] = ()
     cuts: bool = True
+    by_name: bool = False
     loses_plain: tuple[str, ...] = ()
     served: bool = False
 
@@ -74,6 +76,8 @@ class QuantMethod(Generic[F]):
     """None where transformers loads no checkpoints of this format, or quantizes what the tensors say."""
     json_file: ClassVar[str | None] = None
     """A JSON file beside config.json in which this format's loaders look for `quantization_config`, too."""
+    in_config: ClassVar[bool] = True
+    """Whether config.json says it as well. Where not, `json_file` alone does."""
     rescales_channels: ClassVar[bool] = False
     """Channels were multiplied by something before they were rounded, so that adapters of the original do not fit."""
 

@@ -36,7 +36,6 @@ class Unread:
 
 
 UNREAD = (
-    Unread("optimum-quanto", ("quanto",), r"weight\._(data|scale|shift)(\._(data|scale|shift))?"),
     Unread("HQQ", ("hqq",), "W_q", ("scale", "zero")),
     Unread("torchao", ("torchao",), "_weight_(qdata|scale_and_zero)"),
     Unread("EETQ", ("eetq",), "weight_scales", advice=f"{ORIGINAL}; its codes lie as one GPU's kernels want them"),
@@ -72,13 +71,12 @@ UNREAD = (
         "compressed-tensors, and merge onto that; its other files differ from one Gaudi to another",
     ),
 )
-"""Layouts on disk: optimum-quanto `weight._data`, `weight._scale`, `weight._shift` (of 4 bits `weight._data._data`);
-HQQ `W_q`, `scale`, `zero`; torchao `_weight_qdata`, `_weight_scale`; EETQ `weight` transposed and shuffled,
-`weight_scales`; Gaudi's FP8 `weight`, which lies `[in, out]` on some machines and counts to 240 on others, and
-`scale_weight`, for each rank `scale_weight_0_8`."""
+"""Layouts on disk: HQQ `W_q`, `scale`, `zero`; torchao `_weight_qdata`, `_weight_scale`; EETQ `weight` transposed and
+shuffled, `weight_scales`; Gaudi's FP8 `weight`, which lies `[in, out]` on some machines and counts to 240 on others,
+and `scale_weight`, for each rank `scale_weight_0_8`."""
 PARTS = re.compile("|".join(rf"(?P<of{n}>{kind.part})" for n, kind in enumerate(UNREAD) if kind.part))
 DEPTH = 3
-"""Most steps of a name that such a part has: `weight._data._data`."""
+"""Most steps of a name that such a part has."""
 ONLINE = ("bitnet", "quantization_mode", "online")
 """BitNet's master weights are plain and say so: they are quantized each time they are loaded."""
 CODES = ("I8", "U8", "I16", "U16", "I32", "U32", "F4", "F6_E2M3", "F6_E3M2", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ",

@@ -12,7 +12,7 @@ from lora_merge.abilities import FORMATS
 from lora_merge.errors import UnsupportedError, UsageError, listed
 from lora_merge.formats import METHODS, Format, FormatOptions, Plain, StoredWeight, unread
 from lora_merge.formats.chatglm import is_chatglm
-from lora_merge.formats.method import SECTION, ConfigPath, Loader
+from lora_merge.formats.method import GONE, SECTION, ConfigPath, Loader
 from lora_merge.models.decoders import of_names
 from lora_merge.models.families import model_type, of_type
 from lora_merge.models.fused import FusedSets
@@ -115,7 +115,7 @@ def _own(
     fit = still_plain(method, skeleton(config, tensors), tensors, before, written, takes_experts)
     changes = method.config_changes(fit.by_path(written), fit.plain, config)
     formats = {**plain, **{module + end: format for module, format in written.items()}}
-    return OutputFormats(formats, changes, tuple(told(more)), _json_file(method, changes))
+    return OutputFormats(formats, _in_config(method, changes, config), tuple(told(more)), _json_file(method, changes))
 
 
 def asked_method(recipe: Recipe, present: Mapping[str, StoredWeight], config: Mapping[str, Any]) -> Method | None:
@@ -232,7 +232,7 @@ def _quantized(
     formats = {**plain, **{module + end: one for module, one in written.items()}}
     if line := share_that_stays_plain(formats, weights, {**found.reasons, **fit.reasons}):
         notes.append(line)
-    return OutputFormats(formats, changes, tuple(notes), json_files)
+    return OutputFormats(formats, _in_config(method, changes, config), tuple(notes), json_files)
 
 
 def _refuse_nothing(
@@ -261,6 +261,16 @@ def _options(
     bits = width(recipe, method, own)
     dtype = recipe.target_dtype or scale_dtype(weights, chosen)
     return FormatOptions(bits, dtype, recipe.quant_type, recipe.group_size, recipe.double_quant)
+
+
+def _in_config(
+    method: Method, changes: Mapping[ConfigPath, Any], config: Mapping[str, Any]
+) -> Mapping[ConfigPath, Any]:
+    """What config.json has to say: nothing of a format that has a file of its own for it."""
+    if method.in_config:
+        return changes
+    others = {path: value for path, value in changes.items() if path != (SECTION,)}
+    return others | ({(SECTION,): GONE} if SECTION in config else {})
 
 
 def _json_file(method: Method, changes: Mapping[ConfigPath, Any]) -> dict[str, Mapping[str, Any] | None]:

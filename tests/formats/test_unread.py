@@ -20,10 +20,6 @@ F16, F32, F8 = torch.float16, torch.float32, torch.float8_e4m3fn
 Stored = dict[str, tuple[Any, ...]]
 """Dtype and shape of each part."""
 LAYOUTS: dict[str, Stored] = {
-    "optimum-quanto": {"weight._data": (I8, 64, 32), "weight._scale": (F16, 64, 1), "input_scale": (F32,)},
-    "optimum-quanto qint4": {
-        "weight._data._data": (U8, 32, 32), "weight._scale": (F16, 64, 1), "weight._shift": (F16, 64, 1),
-    },
     "HQQ": {"W_q": (U8, 32, 32), "scale": (F16, 64, 1), "zero": (F16, 64, 1), "shape": (I64, 2), "axis": (I32,)},
     "torchao": {"_weight_qdata": (I8, 64, 32), "_weight_scale": (F32, 64, 1)},
     "torchao int4": {"_weight_qdata": (I32, 8, 1, 32, 4), "_weight_scale_and_zero": (F16, 1, 64, 2)},
@@ -87,7 +83,7 @@ def refused(base: Path, tmp_path: Path, match: str) -> None:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_each_is_known_by_its_tensors(tmp_path: Path, name: str) -> None:
-    """Also where config.json is silent, as optimum-quanto leaves it."""
+    """Also where config.json is silent."""
     base = checkpoint(tmp_path / "base", LAYOUTS[name])
     refused(base, tmp_path, rf"quantized by .*{name.split()[0]}.* \({STEM}\..*which is not read")
     assert lora_merge.inspect(base).kind.endswith("(not read)")
