@@ -175,6 +175,7 @@ ABILITIES: Mapping[str, Abilities] = {
     "modelopt": Abilities({"fp8": QuantType((8,)), "nvfp4": QuantType((4,), (16,))}, towers=False, experts=(4,)),
     "mxfp4": Abilities({"mxfp4": QuantType((4,), (32,))}),
     "quanto": Abilities({"int": QuantType((2, 4, 8)), "fp8": QuantType((8,))}),
+    "eetq": Abilities({"int": QuantType((8,))}),
 }
 """By the name under which config.json has a format (`quant_method`)."""
 PLAIN = "plain"

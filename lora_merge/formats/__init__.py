@@ -15,6 +15,7 @@ from lora_merge.formats.base import ByteRange, CodedFormat, Format, Parts, Store
 from lora_merge.formats.bitsandbytes.method import BitsandbytesMethod
 from lora_merge.formats.chatglm import ChatGLMMethod
 from lora_merge.formats.compressed_tensors.method import CompressedTensorsMethod
+from lora_merge.formats.eetq import EETQMethod
 from lora_merge.formats.fp8.fbgemm import FbgemmMethod
 from lora_merge.formats.fp8.method import FP8Method
 from lora_merge.formats.gptq.method import GPTQMethod
@@ -40,6 +41,7 @@ METHODS: dict[str, type[QuantMethod[Any]]] = {
         ModelOptMethod,
         MXFP4Method,
         QuantoMethod,
+        EETQMethod,
     )
 }
 """By the word on the command line, which is the `quant_method` of config.json. The first with a format that knows the
@@ -50,12 +52,13 @@ DENSE_BLOCKS = re.compile(r"(.*\.experts\.(?:gate_up|down)_proj)_blocks")
 
 
 def weights(
-    tensors: Mapping[str, TensorSpec], config: Mapping[str, Any], read: Callable[[str], bytes]
+    tensors: Mapping[str, TensorSpec], config: Mapping[str, Any], read: Callable[..., bytes]
 ) -> dict[str, StoredWeight]:
     """Every weight of a checkpoint by the name that it has without quantization; tensors that are no weights (scales of
     activations, counters, buffers) are not among them.
 
-    read: the bytes of a small tensor. Raises InputError and UnsupportedError as `CodedFormat.detect` does.
+    read: the bytes of a small tensor, or of a piece of any. Raises InputError and UnsupportedError as
+    `CodedFormat.detect` does.
     """
     unread.refuse(tensors, config)
     config = qmap.with_sides(config, tensors)
@@ -105,10 +108,10 @@ def _stored(
     names: Mapping[str, str],
     tensors: Mapping[str, TensorSpec],
     config: Mapping[str, Any],
-    read: Callable[[str], bytes],
+    read: Callable[..., bytes],
 ) -> StoredWeight | None:
     specs = {part: tensors[name] for part, name in names.items()}
-    format = kind.detect(specs, config, stem, lambda part: read(names[part]))
+    format = kind.detect(specs, config, stem, lambda part, *piece: read(names[part], *piece))
     if format is None:
         return None
     weight = format.measure(specs)

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from lora_merge.quantization.grids import Grid
 
 Parts = Mapping[str, TensorSpec]
-ReadPart = Callable[[str], bytes]
-"""The bytes of a small part, by part name, while a weight's format is looked for."""
+ReadPart = Callable[..., bytes]
+"""The bytes of a small part, by part name, while a weight's format is looked for; of a larger one a piece, by where it
+begins and how many bytes it has."""
 
 
 class Fold(NamedTuple):
@@ -213,6 +214,9 @@ class Format(Layout, Codec):
     copyable: ClassVar[bool] = True
     """Whether a weight that nobody changes can be copied part by part. Where not, it is a piece of a larger tensor."""
 
+    keeps_scales: ClassVar[bool] = True
+    """Whether a merged weight may stay on the scales that the base has."""
+
     @property
     def as_linear(self) -> bool:
         """Whether the weight of a Conv1D, which its class has `[in, out]`, is `[out, in]` to the merge."""
@@ -271,7 +275,7 @@ class StoredWeight:
 
 def same_grid(one: Format, other: Format, weight: TensorSpec) -> bool:
     """Whether what one format's `unpack` gives can be kept by the other's `pack`."""
-    return one.coded and other.coded and one.for_weight(weight) == other.for_weight(weight)
+    return one.coded and other.coded and one.keeps_scales and one.for_weight(weight) == other.for_weight(weight)
 
 
 def shown(parts: Parts) -> str:

@@ -38,7 +38,6 @@ class Unread:
 UNREAD = (
     Unread("HQQ", ("hqq",), "W_q", ("scale", "zero")),
     Unread("torchao", ("torchao",), "_weight_(qdata|scale_and_zero)"),
-    Unread("EETQ", ("eetq",), "weight_scales", advice=f"{ORIGINAL}; its codes lie as one GPU's kernels want them"),
     Unread("AQLM", ("aqlm",), "codebooks", ("codes", "scales")),
     Unread(
         "BitNet",
@@ -71,9 +70,9 @@ UNREAD = (
         "compressed-tensors, and merge onto that; its other files differ from one Gaudi to another",
     ),
 )
-"""Layouts on disk: HQQ `W_q`, `scale`, `zero`; torchao `_weight_qdata`, `_weight_scale`; EETQ `weight` transposed and
-shuffled, `weight_scales`; Gaudi's FP8 `weight`, which lies `[in, out]` on some machines and counts to 240 on others,
-and `scale_weight`, for each rank `scale_weight_0_8`."""
+"""Layouts on disk: HQQ `W_q`, `scale`, `zero`; torchao `_weight_qdata`, `_weight_scale`; Gaudi's FP8
+`weight`, which lies `[in, out]` on some machines and counts to 240 on others, and `scale_weight`, for each rank
+`scale_weight_0_8`."""
 PARTS = re.compile("|".join(rf"(?P<of{n}>{kind.part})" for n, kind in enumerate(UNREAD) if kind.part))
 DEPTH = 3
 """Most steps of a name that such a part has."""

@@ -160,7 +160,12 @@ def test_a_checkpoint_of_codes_is_found_in_its_own_format(format: CodedFormat, m
             path[0]: value for path, value in METHODS[format.name].config_changes({module: format}, [], config).items()
         }
     tensors = {module + format.separator + part: spec for part, spec in ready.describe(weight).items()}
-    found = weights(tensors, config, lambda name: whole[name.removeprefix(module + format.separator)])
+
+    def read(name: str, begin: int = 0, nbytes: int | None = None) -> bytes:
+        data = whole[name.removeprefix(module + format.separator)]
+        return data[begin : len(data) if nbytes is None else begin + nbytes]
+
+    found = weights(tensors, config, read)
     assert list(found) == [module + format.weight_suffix]
     stored = found[module + format.weight_suffix]
     assert isinstance(stored.format, CodedFormat)

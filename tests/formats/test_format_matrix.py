@@ -55,6 +55,7 @@ OUTPUTS: dict[str, dict[str, Any]] = {
     "fbgemm": {"format": "fbgemm_fp8", "bits": 8},
     "modelopt-fp8": {"format": "modelopt", "bits": 8},
     "modelopt-fp4": {"format": "modelopt", "bits": 4},
+    "eetq": {"format": "eetq", "bits": 8},
     "quanto-8": {"format": "quanto", "bits": 8},
     "quanto-4": {"format": "quanto", "bits": 4},
     "quanto-2": {"format": "quanto", "bits": 2},
