@@ -9,6 +9,7 @@ from typing import Any
 from lora_merge.abilities import FormatOptions
 from lora_merge.errors import InputError, printable
 from lora_merge.formats import unread
+from lora_merge.formats.aqlm import AQLMMethod
 from lora_merge.formats.auto_round import AutoRoundMethod
 from lora_merge.formats.awq.method import AWQMethod
 from lora_merge.formats.base import ByteRange, CodedFormat, Format, Parts, StoredWeight
@@ -42,6 +43,7 @@ METHODS: dict[str, type[QuantMethod[Any]]] = {
         MXFP4Method,
         QuantoMethod,
         EETQMethod,
+        AQLMMethod,
     )
 }
 """By the word on the command line, which is the `quant_method` of config.json. The first with a format that knows the

@@ -38,7 +38,6 @@ class Unread:
 UNREAD = (
     Unread("HQQ", ("hqq",), "W_q", ("scale", "zero")),
     Unread("torchao", ("torchao",), "_weight_(qdata|scale_and_zero)"),
-    Unread("AQLM", ("aqlm",), "codebooks", ("codes", "scales")),
     Unread(
         "BitNet",
         ("bitnet",),

@@ -136,8 +136,9 @@ def asked_method(recipe: Recipe, present: Mapping[str, StoredWeight], config: Ma
 
 
 def width(recipe: Recipe, method: Method, own: Format | None) -> int:
-    """The bits of a code in the output: as asked, else those of the base's own format, else the method's usual ones."""
-    return recipe.bits or (own.bits if own is not None else method.abilities().default_bits)
+    """The bits of a code in the output: as asked, else those of the base's own format if that is written, else the
+    method's usual ones."""
+    return recipe.bits or (own.bits if own is not None and own.writable else method.abilities().default_bits)
 
 
 def _is_as_asked(recipe: Recipe, present: Mapping[str, StoredWeight]) -> bool:

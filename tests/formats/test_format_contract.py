@@ -86,7 +86,8 @@ def settled(format: CodedFormat, weight: TensorSpec, rows: torch.Tensor) -> Code
 
 def test_every_coded_format_is_in_the_contract() -> None:
     tested = {cast(CodedFormat, parameter.values[0]).name for parameter in coded()}
-    assert tested == METHODS.keys() == ABILITIES.keys()
+    assert tested == {name for name, has in ABILITIES.items() if has.writable}
+    assert METHODS.keys() == ABILITIES.keys()
 
 
 @pytest.mark.parametrize("name", METHODS)

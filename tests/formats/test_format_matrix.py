@@ -66,8 +66,8 @@ TOLD: dict[str, dict[str, Any]] = {"awq": {"adapter_base": "same"}}
 DRIFT = {"bnb-nf4-double": 0.01}
 """The library takes codes before it rounds the scales; so far may they then move, as a share of the value."""
 DIGITS = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
-"""chatglm and mxfp4 hold other models than this one: tests/merges has theirs."""
-OTHER_MODELS = {"chatglm", "mxfp4", "auto-round"}
+"""chatglm and mxfp4 hold other models than this one: tests/merges has theirs. AQLM is not written."""
+OTHER_MODELS = {"chatglm", "mxfp4", "auto-round", "aqlm"}
 
 Decoded = tuple[torch.Tensor, torch.Tensor | None, Grid | float]
 """Values, codes and grid of a weight; a plain one has no codes, and the relative size of its last digit for a grid."""

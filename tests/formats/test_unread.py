@@ -23,7 +23,6 @@ LAYOUTS: dict[str, Stored] = {
     "HQQ": {"W_q": (U8, 32, 32), "scale": (F16, 64, 1), "zero": (F16, 64, 1), "shape": (I64, 2), "axis": (I32,)},
     "torchao": {"_weight_qdata": (I8, 64, 32), "_weight_scale": (F32, 64, 1)},
     "torchao int4": {"_weight_qdata": (I32, 8, 1, 32, 4), "_weight_scale_and_zero": (F16, 1, 64, 2)},
-    "AQLM": {"codes": (I8, 64, 4, 2), "codebooks": (F16, 2, 256, 1, 8), "scales": (F16, 64, 1, 1, 1)},
     "SpQR": {"dense_weights": (I64, 64), "row_offsets": (I32, 65), "col_vals": (I32, 9), "in_perm": (I16, 32)},
     "VPTQ": {"centroids.weight": (F16, 1, 1024), "indices": (I32, 1, 8, 16), "weight_scale": (F16, 32)},
     "HIGGS": {"weight": (I16, 16, 64), "scales": (F16, 64, 1), "tables": (F16, 16), "tables2": (F32, 16, 16, 1)},
@@ -103,7 +102,7 @@ def test_no_method_is_both_read_and_not() -> None:
 
 @pytest.mark.parametrize(
     ("folder", "name"),
-    [("hqq_b4_axis1", "HQQ"), ("torchao_int8wo", "torchao"), ("aqlm_2x8", "AQLM")],
+    [("hqq_b4_axis1", "HQQ"), ("torchao_int8wo", "torchao")],
 )
 def test_what_their_libraries_wrote(tmp_path: Path, folder: str, name: str) -> None:
     base = FIXTURES / "unread" / folder

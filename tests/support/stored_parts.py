@@ -8,7 +8,8 @@ from lora_merge.formats.base import ByteRange, Format
 from lora_merge.spec import TensorSpec
 
 DTYPES = {
-    torch.int8: "I8", torch.int32: "I32", torch.int64: "I64", torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3",
+    torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64", torch.uint8: "U8",
+    torch.float8_e4m3fn: "F8_E4M3",
     torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32",
 }  # fmt: skip
 Encode = Callable[[torch.Tensor, int, int, dict[str, torch.Tensor]], None]
