@@ -51,7 +51,7 @@ UNREAD = (
     Unread("EXL2", ("exl2", "exllamav2"), "q_weight", ("q_scale",)),
     Unread("EXL3 or QTIP", ("exl3", "exllamav3", "qtip"), "trellis"),
     Unread("SqueezeLLM", ("squeezellm",), "lookup_table", ("qweight",)),
-    Unread("Marlin's own layout", ("marlin",)),
+    Unread("Marlin's own layout", ("marlin",), "B", ("s",)),
     Unread("MLX", ("mlx", "metal"), "(q?biases)", ("scales",)),
     Unread("Quark", ("quark",)),
     Unread("SINQ", ("sinq", "asinq")),
@@ -59,7 +59,7 @@ UNREAD = (
     Unread("Four Over Six", ("fouroversix",)),
     Unread("transformers' NVFP4", ("nvfp4",)),
     Unread("Gemma's own quantization", ("gemma",)),
-    Unread("GGUF", ("gguf", "ggml")),
+    Unread("GGUF", ("gguf", "ggml"), advice=f"{ORIGINAL}, or convert the merged model with llama.cpp"),
     Unread("DeepSpeed FP", ("deepspeedfp", "deepspeed_fp")),
     Unread("BitBLAS", ("bitblas",)),
     Unread(
@@ -97,8 +97,20 @@ def named(tensors: Collection[str], config: Mapping[str, Any]) -> tuple[Unread, 
     found: dict[Unread, list[str]] = {}
     for name, kind in _marked(tensors):
         found.setdefault(kind, []).append(name)
+    online = any(method_of(body) == ONLINE[0] for body in _bodies(config))
+    if not found and not online and isinstance(tensors, Mapping) and (ternary := _ternary(tensors)):
+        found[next(kind for kind in UNREAD if ONLINE[0] in kind.methods)] = ternary
     kind = max(found, key=lambda one: len(found[one]), default=None)
     return (kind, listed(found[kind], 2)) if kind else None
+
+
+def _ternary(tensors: Mapping[str, TensorSpec]) -> list[str]:
+    """Weights of BitNet, which has no name of its own: four codes to a byte, and one scale."""
+    scales = (name for name, spec in tensors.items() if name.endswith(".weight_scale") and spec.numel == 1)
+    weights = (name.removesuffix("_scale") for name in scales)
+    return [
+        name for name in weights if name in tensors and tensors[name].dtype == "U8" and len(tensors[name].shape) == 2
+    ]
 
 
 def refuse(tensors: Collection[str], config: Mapping[str, Any]) -> None:
