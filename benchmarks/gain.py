@@ -15,11 +15,12 @@ import argparse
 import statistics
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import aqlm_base
 import torch
 from rounding import TINY, Model
 from safetensors.torch import load_file
@@ -38,12 +39,14 @@ Words = dict[str, Any]
 
 @dataclass(frozen=True)
 class Row:
-    """base: words with which the float16 base is written first; target: words of the merge itself."""
+    """base: words with which the float16 base is written first; target: words of the merge itself; made: writes a base
+    that lora-merge does not."""
 
     name: str
     base: Words = field(default_factory=dict)
     target: Words = field(default_factory=dict)
     adapter: str = "adapter"
+    made: Callable[[Path], None] | None = None
 
     @property
     def scales(self) -> tuple[str, ...]:
@@ -63,6 +66,8 @@ FORMATS: dict[str, Words] = {
     "GPTQ int2": {"format": "gptq", "bits": 2}, "GPTQ int3": {"format": "gptq", "bits": 3},
     "GPTQ int4": {"format": "gptq", "bits": 4}, "GPTQ int8": {"format": "gptq", "bits": 8},
     "AWQ int4": {"format": "awq", "bits": 4},
+    "quanto int2": {"format": "quanto", "bits": 2}, "quanto int4": {"format": "quanto", "bits": 4},
+    "quanto int8": {"format": "quanto", "bits": 8}, "EETQ": {"format": "eetq", "bits": 8},
     "FP8 blocks": {"format": "fp8", "bits": 8}, "FBGEMM": {"format": "fbgemm_fp8", "bits": 8},
     "ModelOpt FP8": {"format": "modelopt", "bits": 8}, "ModelOpt NVFP4": {"format": "modelopt", "bits": 4},
     "torchao int8": {"format": "torchao", "bits": 8},
@@ -79,6 +84,8 @@ def rows() -> Iterator[Row]:
     yield Row("fp16 -> NF4 --trained-on nf4, adapter-nf4", {}, NF4 | {"trained_on": "nf4"}, "adapter-nf4")
     yield Row("int4 -> int8", INT4, INT8)
     yield Row("int4 -> int4 per row", INT4, PER_ROW)
+    for name, words in (("int4", INT4), ("int8", INT8)):
+        yield Row(f"AQLM 2x8 -> {name}", {}, words, made=aqlm_base.write)
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,10 @@ class Case:
     def __init__(self, row: Row, weight: float, model: Model, home: Path) -> None:
         self.row, self.weight, self.model, self.home = row, weight, model, home
         self.base = home / "base"
-        if not row.base:
+        if row.made is not None:
+            if not self.base.exists():
+                row.made(self.base)
+        elif not row.base:
             self.base = TINY / "base"
         elif not self.base.exists():
             lora_merge.merge(TINY / "base", [], self.base, **row.base)

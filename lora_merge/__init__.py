@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lora_merge.progress import Progress
     from lora_merge.public import inspect, merge, plan, verify
     from lora_merge.results import (
+        InspectedFormat,
         InspectedTensor,
         Inspection,
         MergedWeight,
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
     from lora_merge.verification.integrity import Verification
 
 __all__ = [
-    "InspectedTensor", "Inspection", "MergeResult", "MergedWeight", "PlanResult", "PlannedWeight", "Progress",
-    "TotalSurvival", "Verification", "__version__", "inspect", "merge", "plan", "verify",
+    "InspectedFormat", "InspectedTensor", "Inspection", "MergeResult", "MergedWeight", "PlanResult", "PlannedWeight",
+    "Progress", "TotalSurvival", "Verification", "__version__", "inspect", "merge", "plan", "verify",
 ]  # fmt: skip
 
 _HOMES = {"Progress": "lora_merge.progress", "Verification": "lora_merge.verification.integrity"}

@@ -40,7 +40,7 @@ class QuantType:
     double_quant: bool = False
 
 
-KEPT = "as the base has it"
+KEPT, NONE = "as the base has it", "none"
 ANY = range(1, 17)
 """Every width of a code."""
 
@@ -131,7 +131,9 @@ class Abilities:
         words: dict[tuple[int, ...], list[str]] = {}
         for word, kind in self.quant_types.items():
             words.setdefault(kind.widths, []).append(f"`{word}`")
-        return "; ".join(f"{_range(widths)} as {', '.join(some)}" for widths, some in words.items()) or KEPT
+        return "; ".join(f"{_range(widths)} as {', '.join(some)}" for widths, some in words.items()) or (
+            KEPT if self.writable else NONE
+        )
 
 
 def _either(numbers: tuple[int, ...], joint: str = "and") -> str:
@@ -175,6 +177,9 @@ ABILITIES: Mapping[str, Abilities] = {
     "modelopt": Abilities({"fp8": QuantType((8,)), "nvfp4": QuantType((4,), (16,))}, towers=False, experts=(4,)),
     "mxfp4": Abilities({"mxfp4": QuantType((4,), (32,))}),
     "torchao": Abilities({"int": QuantType((8,)), "fp8": QuantType((8,))}),
+    "quanto": Abilities({"int": QuantType((2, 4, 8)), "fp8": QuantType((8,))}),
+    "eetq": Abilities({"int": QuantType((8,))}),
+    "aqlm": Abilities(writable=False),
 }
 """By the name under which config.json has a format (`quant_method`)."""
 PLAIN = "plain"

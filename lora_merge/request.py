@@ -29,6 +29,8 @@ FormatName: TypeAlias = Literal[
     "modelopt",
     "mxfp4",
     "torchao",
+    "quanto",
+    "eetq",
 ]
 QuantType: TypeAlias = Literal["int", "fp8", "nvfp4", "mxfp4", "mxfp8", "nf4", "fp4"]
 Rounding: TypeAlias = Literal["auto", "nearest", "stochastic", "dither", "adapter-aware"]

@@ -210,8 +210,24 @@ class InspectedTensor:
 
 
 @dataclass(frozen=True, slots=True)
+class InspectedFormat:
+    """A format of an inspected checkpoint. name: with its parameters. weights: how many are in it.
+
+    bits_per_weight: of a value with its share of scales and the like. group_size: values with one scale, -1 for a row,
+    None where there is none. becomes: words of `--format` for what it can be written as.
+    """
+
+    name: str
+    weights: int
+    bits_per_weight: float
+    group_size: int | None
+    becomes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Inspection:
-    """What a folder of weights holds. role: `checkpoint` or `adapter`; kind: format or adapter kind; sizes in bytes."""
+    """What a folder of weights holds. role: `checkpoint` or `adapter`; kind: format or adapter kind; sizes in bytes.
+    formats: those of codes, of a checkpoint that is read."""
 
     path: str
     role: str
@@ -222,6 +238,7 @@ class Inspection:
     files: tuple[str, ...]
     config: Mapping[str, object]
     notes: tuple[str, ...]
+    formats: tuple[InspectedFormat, ...] = ()
 
     def as_json(self) -> dict[str, object]:
         return asdict(self)

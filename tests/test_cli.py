@@ -348,6 +348,17 @@ def test_a_gguf_file_is_refused_by_its_name(job: Path, capsys: pytest.CaptureFix
     assert "model.gguf: GGUF is not read; give the folder" in last_line(capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "model-Q4_K_M.gguf"])
+def test_a_gguf_file_is_known_by_what_it_holds(job: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    (job / "quantized").mkdir()
+    (job / "quantized" / "config.json").write_text("{}")
+    (job / "quantized" / name).write_bytes(b"GGUF\3\0\0\0" + bytes(64))
+    for words in (["quantized", "adapter", "out"], [f"quantized/{name}", "adapter", "out"]):
+        assert cli.run(words) == 6
+        assert re.search(rf"{name}: GGUF is not read; give the folder .* llama.cpp", last_line(capsys.readouterr().err))
+    assert cli.run(["inspect", "quantized"]) == 6
+
+
 def test_a_known_word_is_known_in_capitals_too(job: Path) -> None:
     assert cli.run(["base", "out", "--format", "GPTQ", "--bits", "4", "-q"]) == 0
     assert json.loads((job / "out" / "config.json").read_text())["quantization_config"]["quant_method"] == "gptq"

@@ -22,7 +22,7 @@ from lora_merge.errors import AdapterError, UnsupportedError, listed, printable
 
 PLAIN_INITS = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
 RECOMPUTED_INITS = ("pissa", "olora")
-LOST_INITS = ("corda", "lora_ga", "loftq")
+LOST_INITS = ("corda", "lora_ga")
 
 REFUSED = {
     "alora_invocation_tokens": "activated LoRA applies only from its invocation tokens on, so it has no merged weight",
@@ -152,6 +152,12 @@ def _init(config: Mapping[str, Any], options: Options) -> str | None:
         return None
     if init in RECOMPUTED_INITS:
         return init
+    if init == "loftq":
+        raise UnsupportedError(
+            "adapter_config.json: init_lora_weights is loftq: training put quantized and dequantized weights into the "
+            "base, and those of this base are none; merge onto the base that was saved with the adapter. Where it was "
+            "changed since, say --base-is-residual"
+        )
     if init in LOST_INITS or init.startswith("pissa_niter_"):
         raise UnsupportedError(
             f"adapter_config.json: init_lora_weights is {printable(init)}: training changed the base in a way that the "

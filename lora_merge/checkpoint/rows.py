@@ -15,7 +15,7 @@ from lora_merge.checkpoint.sources import Sources, read_keys
 from lora_merge.dtypes import PLAIN_FLOATS
 from lora_merge.errors import InputError, printable
 from lora_merge.formats import ByteRange, CodedFormat, StoredWeight
-from lora_merge.formats.raw import numbers
+from lora_merge.formats.raw import numbers, unfolded
 from lora_merge.quantization.grids import Grid
 
 WINDOWS = 2
@@ -63,8 +63,8 @@ class StoredBytes:
 
 
 class StoredRows:
-    """The base's rows of one weight. Parts that belong to all rows, and the lines in which transposed ones lie (the
-    whole part, or one expert's share of it), are read once."""
+    """The base's rows of one weight. Parts that belong to all rows, those whose bytes are folded, and the lines in
+    which transposed ones lie (the whole part, or one expert's share of it), are read once."""
 
     def __init__(
         self,
@@ -93,6 +93,7 @@ class StoredRows:
         self._trained_on = trained_on
         self.transposed: list[str] = []
         self.shared: dict[str, torch.Tensor] = {}
+        self.folded: dict[str, torch.Tensor] = {}
         self._windows: OrderedDict[tuple[str, int, int, int], torch.Tensor] = OrderedDict()
         self._lock = threading.Lock()
         self._keys = dict(zip(stored.parts.values(), read_keys(stored, name), strict=True)) if stored else {}
@@ -102,6 +103,10 @@ class StoredRows:
             self.shared = {
                 part: self._load(part, 0, base.tensors[stored.parts[part]].nbytes) for part in ranges if part in common
             }
+            self.folded = {
+                part: self._load(part, 0, base.tensors[stored.parts[part]].nbytes)
+                for part, byte_range in ranges.items() if byte_range.fold
+            }  # fmt: skip
             self._check_shared()
             self.transposed = [part for part, byte_range in ranges.items() if byte_range.stride and part not in common]
 
@@ -176,7 +181,7 @@ class StoredRows:
     def read(self, start: int, stop: int, buffers: RowBuffers) -> StoredBytes:
         """The stored bytes of rows `[start, stop)`; they hold until the buffers are used again."""
         source = self.stored
-        if source is None or len(self.shared) + len(self.transposed) == len(source.parts):
+        if source is None or len(self.shared) + len(self.folded) + len(self.transposed) == len(source.parts):
             return StoredBytes(start, {})
         ranges = {part: byte_range for part, byte_range in self._ranges(start, stop).items() if self._runs(part)}
         raw = buffers.take("raw", sum(byte_range.nbytes for byte_range in ranges.values()))
@@ -187,7 +192,7 @@ class StoredRows:
 
     def _runs(self, part: str) -> bool:
         """Whether a part lies in one run, in the order of the rows."""
-        return part not in self.shared and part not in self.transposed
+        return part not in self.shared and part not in self.folded and part not in self.transposed
 
     def tile(self, start: int, stop: int, raw: StoredBytes, buffers: RowBuffers) -> Tile:
         """Rows `[start, stop)` out of what was read; float32 in the buffers, or copied to the device."""
@@ -200,6 +205,8 @@ class StoredRows:
         for part, byte_range in self._ranges(start, stop).items():
             if part in self.transposed:
                 parts[part] = self._columns(part, byte_range).reshape(-1)
+            elif part in self.folded:
+                parts[part] = unfolded(self.folded[part], byte_range)
             elif part not in self.shared:
                 parts[part] = raw.parts[part][byte_range.begin - block[part].begin : byte_range.end - block[part].begin]
         if not source.format.coded:

@@ -15,6 +15,7 @@ from lora_merge.checkpoint.listing import listing
 from lora_merge.checkpoint.side_files import MANIFEST as MANIFEST
 from lora_merge.checkpoint.side_files import beside_base, beside_one_file, has_vocabulary, small_files
 from lora_merge.containers.json_file import MAX_INDEX, read_json
+from lora_merge.containers.regular_file import GGUF_ADVICE
 from lora_merge.errors import InputError, UnsupportedError, listed, printable
 
 BASE_WEIGHTS = (
@@ -81,6 +82,8 @@ def find_base(path: Path) -> CheckpointFiles:
     if found is None and PIPELINE in names:
         raise InputError(f"{printable(path)}: is a pipeline ({PIPELINE}), expected a model; name a component's folder")
     found = found or _single(path, names, "*.safetensors", "pytorch_model*.bin")
+    if found is None and (quantized := [name for name in names if name.lower().endswith(".gguf")]):
+        raise UnsupportedError(f"{printable(path)}/{printable(quantized[0])}: {GGUF_ADVICE}")
     if found is None:
         raise InputError(
             f"{printable(path)}: holds no weights; expected model.safetensors, pytorch_model.bin or one of them with "
@@ -144,7 +147,7 @@ def _check_weight_file(path: Path) -> None:
     """Raise for a file that is given by itself and whose name says that it is no weight file which is read."""
     suffix = path.suffix.lower()
     if suffix == ".gguf":
-        raise UnsupportedError(f"{printable(path)}: GGUF is not read; give the folder of the model in safetensors")
+        raise UnsupportedError(f"{printable(path)}: {GGUF_ADVICE}")
     if suffix in (".json", ".md", ".txt"):
         raise InputError(f"{printable(path)}: is no weight file; give its folder, {printable(path.parent)}")
 

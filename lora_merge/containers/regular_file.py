@@ -6,7 +6,7 @@ import stat
 from pathlib import Path
 
 from lora_merge.containers.descriptors import Descriptor, is_lack
-from lora_merge.errors import InputError, LoraMergeError, StorageError, printable
+from lora_merge.errors import InputError, LoraMergeError, StorageError, UnsupportedError, printable
 
 _INPUT_ERRNOS = {
     errno.ENOENT: "does not exist",
@@ -149,3 +149,15 @@ def _not_regular(path: Path, mode: int) -> InputError:
     kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
     kind = kinds.get(stat.S_IFMT(mode), "a device")
     return InputError(f"{printable(path)}: is {kind}; a regular file, or a link to one, is expected")
+
+
+GGUF_ADVICE = (
+    "GGUF is not read; give the folder of the model in safetensors that it was made from, and convert what is merged "
+    "with llama.cpp"
+)
+
+
+def refuse_gguf(file: RegularFile, head: bytes | bytearray) -> None:
+    """Raise UnsupportedError for a GGUF file, whatever its name; head: its first bytes."""
+    if head[:4] == b"GGUF":
+        raise UnsupportedError(f"{file}: {GGUF_ADVICE}")

@@ -25,7 +25,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from lora_merge.containers.regular_file import RegularFile
+from lora_merge.containers.regular_file import RegularFile, refuse_gguf
 from lora_merge.dtypes import BITS
 from lora_merge.errors import InputError, listed, printable
 from lora_merge.spec import TensorSpec
@@ -101,7 +101,9 @@ def _read_header(file: RegularFile) -> tuple[bytearray, int]:
     """The header's bytes and the position of the first tensor's byte."""
     if file.size < 8:
         raise InputError(f"{file}: has {file.size} bytes, a safetensors file has at least 10; fetch it again")
-    length = int.from_bytes(file.read(0, 8, "header length"), "little")
+    first = file.read(0, 8, "header length")
+    refuse_gguf(file, first)
+    length = int.from_bytes(first, "little")
     if length > MAX_HEADER or length > file.size - 8:
         raise InputError(
             f"{file}: the header claims {length} bytes, the file has {file.size} (and {MAX_HEADER} are the limit); "

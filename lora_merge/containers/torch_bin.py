@@ -19,7 +19,7 @@ from types import MappingProxyType
 from typing import Any
 
 from lora_merge.containers.pickle_ops import read_pickle
-from lora_merge.containers.regular_file import RegularFile
+from lora_merge.containers.regular_file import RegularFile, refuse_gguf
 from lora_merge.containers.strided import read_view
 from lora_merge.containers.torch_values import Refused, View
 from lora_merge.containers.zip_members import Member, check_crc, read_directory
@@ -165,6 +165,7 @@ def _check_kind(file: RegularFile) -> None:
     recipe = _CONVERT.format(name=printable(file.path.name))
     if head.startswith(b"PK\3\4"):
         return
+    refuse_gguf(file, head)
     if not head:
         raise InputError(f"{file}: is empty (0 bytes); fetch it again")
     if head[257:262] == b"ustar":

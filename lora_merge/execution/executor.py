@@ -216,9 +216,17 @@ class ShardOutput:
         self.writer.finish(self.results, self.sources)
 
     def _place(self, job: Job, name: str, part: PartBytes, ranges: Sequence[ByteRange], leading: bool) -> None:
-        """Put bytes where they belong in the lines of a transposed part; write those of the first part once full."""
+        """Put bytes where they belong in the lines of a transposed part; write those of the first part once full.
+
+        Codes go into their fields of a folded part, which is full when the weight is.
+        """
         begin = 0
         for byte_range in ranges:
+            if byte_range.fold is not None:
+                whole = self.waiting.setdefault(name, bytearray(job.parts[name].nbytes))
+                _fold(byte_range, numpy.frombuffer(whole, numpy.uint8), part.data[begin : begin + byte_range.nbytes])
+                begin += byte_range.nbytes
+                continue
             first = 0 if leading else byte_range.first
             waiting = self.waiting.get(name)
             if waiting is None:
@@ -245,3 +253,12 @@ class ShardOutput:
             self.results.append(result)
         self.sources |= block.source.sources()
         self.measured = None
+
+
+def _fold(cut: ByteRange, whole: numpy.typing.NDArray[numpy.uint8], data: memoryview) -> None:
+    """Put the codes of a range, a byte each, into their fields of the whole part, which were zero."""
+    assert cut.fold is not None
+    codes, done = numpy.frombuffer(data, numpy.uint8), 0
+    for first, last, left in cut.fold.pieces(cut.begin, cut.end):
+        whole[first:last] |= codes[done : done + last - first] << left
+        done += last - first

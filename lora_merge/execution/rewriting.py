@@ -101,8 +101,8 @@ class _BlockParts:
         for part, data in self.parts.items():
             if part in self.shared and self.first:
                 data = data[:0]
-            transposed = self.ranges[0][part].stride and part not in self.shared
-            ranges = tuple(ranges[part] for ranges in self.ranges) if transposed else None
+            scattered = (self.ranges[0][part].stride or self.ranges[0][part].fold) and part not in self.shared
+            ranges = tuple(ranges[part] for ranges in self.ranges) if scattered else None
             found[names[part]] = PartBytes(buffer(data), ranges)
         return found
 

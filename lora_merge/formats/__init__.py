@@ -10,12 +10,14 @@ from typing import Any
 from lora_merge.abilities import FormatOptions
 from lora_merge.errors import InputError, printable
 from lora_merge.formats import unread
+from lora_merge.formats.aqlm import AQLMMethod
 from lora_merge.formats.auto_round import AutoRoundMethod
 from lora_merge.formats.awq.method import AWQMethod
 from lora_merge.formats.base import ByteRange, CodedFormat, Format, Metadata, Parts, StoredWeight
 from lora_merge.formats.bitsandbytes.method import BitsandbytesMethod
 from lora_merge.formats.chatglm import ChatGLMMethod
 from lora_merge.formats.compressed_tensors.method import CompressedTensorsMethod
+from lora_merge.formats.eetq import EETQMethod
 from lora_merge.formats.fp8.fbgemm import FbgemmMethod
 from lora_merge.formats.fp8.method import FP8Method
 from lora_merge.formats.gptq.method import GPTQMethod
@@ -23,6 +25,8 @@ from lora_merge.formats.method import QuantMethod
 from lora_merge.formats.modelopt.method import ModelOptMethod
 from lora_merge.formats.mxfp4 import MXFP4Method
 from lora_merge.formats.plain import PART, Plain
+from lora_merge.formats.quanto import qmap
+from lora_merge.formats.quanto.method import QuantoMethod
 from lora_merge.formats.torchao.metadata import by_weight as described
 from lora_merge.formats.torchao.method import TorchAOMethod
 from lora_merge.spec import TensorSpec
@@ -41,6 +45,9 @@ METHODS: dict[str, type[QuantMethod[Any]]] = {
         ModelOptMethod,
         MXFP4Method,
         TorchAOMethod,
+        QuantoMethod,
+        EETQMethod,
+        AQLMMethod,
     )
 }
 """By the word on the command line, which is the `quant_method` of config.json. The first with a format that knows the
@@ -53,16 +60,17 @@ DENSE_BLOCKS = re.compile(r"(.*\.experts\.(?:gate_up|down)_proj)_blocks")
 def weights(
     tensors: Mapping[str, TensorSpec],
     config: Mapping[str, Any],
-    read: Callable[[str], bytes],
+    read: Callable[..., bytes],
     metadata: Metadata = MappingProxyType({}),
 ) -> dict[str, StoredWeight]:
     """Every weight of a checkpoint by the name that it has without quantization; tensors that are no weights (scales of
     activations, counters, buffers) are not among them.
 
-    read: the bytes of a small tensor. metadata: what the headers of the files say, by weight (`described`). Raises
-    InputError and UnsupportedError as `CodedFormat.detect` does.
+    read: the bytes of a small tensor, or of a piece of any. metadata: what the headers of the files say, by weight
+    (`described`). Raises InputError and UnsupportedError as `CodedFormat.detect` does.
     """
     unread.refuse(tensors, config)
+    config = qmap.with_sides(config, tensors)
     found: dict[str, StoredWeight] = {}
     taken: set[str] = set()
     same = {name: name for name in tensors}  # a name is one string, wherever it stands
@@ -109,11 +117,11 @@ def _stored(
     names: Mapping[str, str],
     tensors: Mapping[str, TensorSpec],
     config: Mapping[str, Any],
-    read: Callable[[str], bytes],
+    read: Callable[..., bytes],
     metadata: Metadata,
 ) -> StoredWeight | None:
     specs = {part: tensors[name] for part, name in names.items()}
-    format = kind.detect_described(specs, config, stem, lambda part: read(names[part]), metadata)
+    format = kind.detect_described(specs, config, stem, lambda part, *piece: read(names[part], *piece), metadata)
     if format is None:
         return None
     weight = format.measure(specs)

@@ -21,7 +21,7 @@ from lora_merge.formats.awq.gemm import AWQ
 from lora_merge.formats.base import ByteRange, CodedFormat, Parts, ReadPart
 from lora_merge.formats.gptq.config import WHERE, GptqOptions, plain_in_blocks, section
 from lora_merge.formats.gptq.format import GPTQ
-from lora_merge.formats.method import SECTION, ConfigPath, QuantMethod
+from lora_merge.formats.method import SECTION, ConfigPath, JsonFile, QuantMethod
 from lora_merge.formats.patterns import compiled
 from lora_merge.models.config_values import OBJECT, WHOLE, value
 from lora_merge.spec import TensorSpec
@@ -126,7 +126,7 @@ class AutoRoundMethod(QuantMethod[AutoRound]):
     name: ClassVar[str] = "auto-round"
     aliases: ClassVar[tuple[str, ...]] = METHODS[1:]
     formats: ClassVar[tuple[type[CodedFormat], ...]] = (AutoRound,)
-    json_file: ClassVar[str | None] = "quantization_config.json"
+    json_file: ClassVar[JsonFile | None] = JsonFile("quantization_config.json")
 
     @classmethod
     def config_changes(

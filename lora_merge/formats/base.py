@@ -8,7 +8,7 @@ module path (`weight`, `weight_scale`, `qweight`, ...). `describe` and `measure`
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -21,22 +21,45 @@ if TYPE_CHECKING:
     from lora_merge.quantization.grids import Grid
 
 Parts = Mapping[str, TensorSpec]
-ReadPart = Callable[[str], bytes]
-"""The bytes of a small part, by part name, while a weight's format is looked for."""
+ReadPart = Callable[..., bytes]
+"""The bytes of a small part, by part name, while a weight's format is looked for; of a larger one a piece, by where it
+begins and how many bytes it has."""
 Metadata = Mapping[str, str]
 """What the headers of the weight files say beside names and shapes; of all files together."""
+
+
+class Fold(NamedTuple):
+    """A part whose bytes hold narrow codes in slabs: the first `length` codes in one field of its `length` bytes, the
+    next in the field beside it.
+
+    bits: of a field. high: the first slab lies in the highest field, not in the lowest.
+    """
+
+    bits: int
+    length: int
+    high: bool = False
+
+    def pieces(self, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """Codes `[begin, end)` slab by slab: bytes `[first, last)` of the part, and how far left their field lies."""
+        while begin < end:
+            slab, first = divmod(begin, self.length)
+            last = min(self.length, first + end - begin)
+            yield first, last, (8 // self.bits - 1 - slab if self.high else slab) * self.bits
+            begin += last - first
 
 
 class ByteRange(NamedTuple):
     """Which bytes of a part: `[begin, end)` of each of the lines `[first, first + lines)`, all `stride` bytes long; one
     line (without a stride, the whole part) is the usual piece in one run. Formats that store a weight transposed,
-    `[in, out]`, need many; a stack of such weights has those of each expert one behind the other."""
+    `[in, out]`, need many; a stack of such weights has those of each expert one behind the other. Of a folded part
+    these are codes, each a byte to `unpack` and `pack`."""
 
     begin: int
     end: int
     lines: int = 1
     stride: int = 0
     first: int = 0
+    fold: Fold | None = None
 
     @property
     def nbytes(self) -> int:
@@ -193,6 +216,9 @@ class Format(Layout, Codec):
     copyable: ClassVar[bool] = True
     """Whether a weight that nobody changes can be copied part by part. Where not, it is a piece of a larger tensor."""
 
+    keeps_scales: ClassVar[bool] = True
+    """Whether a merged weight may stay on the scales that the base has."""
+
     @property
     def as_linear(self) -> bool:
         """Whether the weight of a Conv1D, which its class has `[in, out]`, is `[out, in]` to the merge."""
@@ -261,7 +287,7 @@ class StoredWeight:
 
 def same_grid(one: Format, other: Format, weight: TensorSpec) -> bool:
     """Whether what one format's `unpack` gives can be kept by the other's `pack`."""
-    return one.coded and other.coded and one.for_weight(weight) == other.for_weight(weight)
+    return one.coded and other.coded and one.keeps_scales and one.for_weight(weight) == other.for_weight(weight)
 
 
 def shown(parts: Parts) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from lora_merge.abilities import ABILITIES, Abilities, FormatOptions
 from lora_merge.formats.base import CodedFormat, Format, Metadata
@@ -39,6 +39,7 @@ class Loader:
     split_experts: classes of experts that it takes apart.
     scaled_activations: model types for which it wants scales of activations, which only calibration can give.
     cuts: it opens classes that cut one stored weight into several.
+    by_name: it fills parameters from tensors of the very same name alone.
     loses_plain: parts that weights have for which it drops plain ones where the class puts one together from several.
     served: servers open the format with loaders of their own, also where this one cannot.
     """
@@ -54,8 +55,16 @@ class Loader:
     split_experts: tuple[str, ...] = ()
     scaled_activations: tuple[str, ...] = ()
     cuts: bool = True
+    by_name: bool = False
     loses_plain: tuple[str, ...] = ()
     served: bool = False
+
+
+class JsonFile(NamedTuple):
+    """A JSON file that says how weights are quantized. alone: config.json does not say it as well."""
+
+    name: str
+    alone: bool = False
 
 
 class QuantMethod(Generic[F]):
@@ -72,8 +81,8 @@ class QuantMethod(Generic[F]):
     """Layouts under this name, the usual one first: new weights have its names and, where it says so, are stacks."""
     loader: ClassVar[Loader | None] = None
     """None where transformers loads no checkpoints of this format, or quantizes what the tensors say."""
-    json_file: ClassVar[str | None] = None
-    """A JSON file beside config.json in which this format's loaders look for `quantization_config`, too."""
+    json_file: ClassVar[JsonFile | None] = None
+    """Beside config.json, in which this format's loaders look for `quantization_config`, too."""
     rescales_channels: ClassVar[bool] = False
     """Channels were multiplied by something before they were rounded, so that adapters of the original do not fit."""
 

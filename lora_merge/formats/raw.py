@@ -9,6 +9,8 @@ from lora_merge.dtypes import torch_dtype
 if TYPE_CHECKING:
     import torch
 
+    from lora_merge.formats.base import ByteRange
+
 
 def numbers(data: torch.Tensor, dtype: str, columns: int) -> torch.Tensor:
     """The bytes (uint8, 1-D) as `[n, columns]` of `dtype`; a copy where they do not lie on its boundary."""
@@ -31,3 +33,13 @@ def two_to(exponent: torch.Tensor) -> torch.Tensor:
 
     subnormal = exponent == 0
     return (exponent << 23 | subnormal.int() << 22).view(torch.float32)
+
+
+def unfolded(data: torch.Tensor, cut: ByteRange) -> torch.Tensor:
+    """The codes of a range, a byte each, out of the whole folded part (uint8, 1-D)."""
+    import torch
+
+    assert cut.fold is not None
+    mask = (1 << cut.fold.bits) - 1
+    pieces = [data[first:last] >> left & mask for first, last, left in cut.fold.pieces(cut.begin, cut.end)]
+    return torch.cat(pieces) if pieces else data[:0]

@@ -36,10 +36,7 @@ class Unread:
 
 
 UNREAD = (
-    Unread("optimum-quanto", ("quanto",), r"weight\._(data|scale|shift)(\._(data|scale|shift))?"),
     Unread("HQQ", ("hqq",), "W_q", ("scale", "zero")),
-    Unread("EETQ", ("eetq",), "weight_scales", advice=f"{ORIGINAL}; its codes lie as one GPU's kernels want them"),
-    Unread("AQLM", ("aqlm",), "codebooks", ("codes", "scales")),
     Unread(
         "BitNet",
         ("bitnet",),
@@ -53,7 +50,7 @@ UNREAD = (
     Unread("EXL2", ("exl2", "exllamav2"), "q_weight", ("q_scale",)),
     Unread("EXL3 or QTIP", ("exl3", "exllamav3", "qtip"), "trellis"),
     Unread("SqueezeLLM", ("squeezellm",), "lookup_table", ("qweight",)),
-    Unread("Marlin's own layout", ("marlin",)),
+    Unread("Marlin's own layout", ("marlin",), "B", ("s",)),
     Unread("MLX", ("mlx", "metal"), "(q?biases)", ("scales",)),
     Unread("Quark", ("quark",)),
     Unread("SINQ", ("sinq", "asinq")),
@@ -61,7 +58,7 @@ UNREAD = (
     Unread("Four Over Six", ("fouroversix",)),
     Unread("transformers' NVFP4", ("nvfp4",)),
     Unread("Gemma's own quantization", ("gemma",)),
-    Unread("GGUF", ("gguf", "ggml")),
+    Unread("GGUF", ("gguf", "ggml"), advice=f"{ORIGINAL}, or convert the merged model with llama.cpp"),
     Unread("DeepSpeed FP", ("deepspeedfp", "deepspeed_fp")),
     Unread("BitBLAS", ("bitblas",)),
     Unread(
@@ -71,12 +68,11 @@ UNREAD = (
         "compressed-tensors, and merge onto that; its other files differ from one Gaudi to another",
     ),
 )
-"""Layouts on disk: optimum-quanto `weight._data`, `weight._scale`, `weight._shift` (of 4 bits `weight._data._data`);
-HQQ `W_q`, `scale`, `zero`; EETQ `weight` transposed and shuffled, `weight_scales`; Gaudi's FP8 `weight`, which lies
-`[in, out]` on some machines and counts to 240 on others, and `scale_weight`, for each rank `scale_weight_0_8`."""
+"""Layouts on disk: HQQ `W_q`, `scale`, `zero`; Gaudi's FP8 `weight`, which lies `[in, out]` on some machines and counts
+to 240 on others, and `scale_weight`, for each rank `scale_weight_0_8`."""
 PARTS = re.compile("|".join(rf"(?P<of{n}>{kind.part})" for n, kind in enumerate(UNREAD) if kind.part))
 DEPTH = 3
-"""Most steps of a name that such a part has: `weight._data._data`."""
+"""Most steps of a name that such a part has."""
 ONLINE = ("bitnet", "quantization_mode", "online")
 """BitNet's master weights are plain and say so: they are quantized each time they are loaded."""
 CODES = ("I8", "U8", "I16", "U16", "I32", "U32", "F4", "F6_E2M3", "F6_E3M2", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ",
@@ -99,8 +95,20 @@ def named(tensors: Collection[str], config: Mapping[str, Any]) -> tuple[Unread, 
     found: dict[Unread, list[str]] = {}
     for name, kind in _marked(tensors):
         found.setdefault(kind, []).append(name)
+    online = any(method_of(body) == ONLINE[0] for body in _bodies(config))
+    if not found and not online and isinstance(tensors, Mapping) and (ternary := _ternary(tensors)):
+        found[next(kind for kind in UNREAD if ONLINE[0] in kind.methods)] = ternary
     kind = max(found, key=lambda one: len(found[one]), default=None)
     return (kind, listed(found[kind], 2)) if kind else None
+
+
+def _ternary(tensors: Mapping[str, TensorSpec]) -> list[str]:
+    """Weights of BitNet, which has no name of its own: four codes to a byte, and one scale."""
+    scales = (name for name, spec in tensors.items() if name.endswith(".weight_scale") and spec.numel == 1)
+    weights = (name.removesuffix("_scale") for name in scales)
+    return [
+        name for name in weights if name in tensors and tensors[name].dtype == "U8" and len(tensors[name].shape) == 2
+    ]
 
 
 def refuse(tensors: Collection[str], config: Mapping[str, Any]) -> None:

@@ -62,7 +62,7 @@ def removal(present: Mapping[str, StoredWeight], config: Mapping[str, Any]) -> d
 
 def removed_files(present: Mapping[str, StoredWeight]) -> dict[str, Mapping[str, Any] | None]:
     """The JSON files that must go with them."""
-    return {method.json_file: None for method in methods(present) if method.json_file}
+    return {method.json_file.name: None for method in methods(present) if method.json_file}
 
 
 def common(present: Mapping[str, StoredWeight]) -> Format | None:

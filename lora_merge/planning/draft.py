@@ -98,11 +98,13 @@ class Draft:
             return stored
         return replace(stored, parts={part: self.sources[name] for part, name in stored.parts.items()})
 
-    def _read(self, name: str) -> bytes:
-        """The bytes of a small tensor."""
-        data = bytearray(self.base.tensors[self.sources[name]].nbytes)
-        self.base.read_into(self.sources[name], 0, memoryview(data))
-        self.read[self.sources[name]] = hashlib.sha256(data).hexdigest()
+    def _read(self, name: str, begin: int = 0, nbytes: int | None = None) -> bytes:
+        """The bytes of a small tensor, or of a piece of any: which is seen again when the weight is read."""
+        source = self.sources[name]
+        data = bytearray(self.base.tensors[source].nbytes if nbytes is None else nbytes)
+        self.base.read_into(source, begin, memoryview(data))
+        if nbytes is None:
+            self.read[source] = hashlib.sha256(data).hexdigest()
         return bytes(data)
 
     def tie(self) -> Tie | None:
@@ -210,8 +212,8 @@ def _config(base: Checkpoint) -> dict[str, Any]:
     if config.get(SECTION):
         return config
     for method in METHODS.values():
-        if method.json_file and Path(method.json_file) in base.side_files:
-            body = read_json(base.path / method.json_file)
+        if method.json_file and Path(method.json_file.name) in base.side_files:
+            body = read_json(base.path / method.json_file.name)
             return config | {SECTION: {"quant_method": method.name} | method.from_json_file(body)}
     return config
 

@@ -145,8 +145,8 @@ def _unfit(loader: Loader, skeleton: Skeleton | None, path: str) -> str | None:
 def unfilled(
     loader: Loader | None, skeleton: Skeleton | None, parts: Collection[str], written: Collection[str]
 ) -> list[str]:
-    """Parameters that the loader cannot fill: some lose plain weights that the class puts together from several, or
-    cannot cut a stored weight into several.
+    """Parameters that the loader cannot fill: some lose plain weights that the class puts together from several,
+    cannot cut a stored weight into several, or take no other name for their own.
 
     parts: those of the format's weights. written: modules, by stored name.
     """
@@ -159,7 +159,8 @@ def unfilled(
         joined = not cut and any(one != Location(one.tensor) for one in locations)
         plain = any(one.tensor.removesuffix(".weight") not in written for one in locations)
         named = all(one.tensor.endswith(".weight") for one in locations)
-        if named and ((cut and not loader.cuts) or (joined and plain and drops)):
+        renamed = loader.by_name and bool(locations) and locations != (Location(name),)
+        if renamed or (named and ((cut and not loader.cuts) or (joined and plain and drops))):
             found.append(name)
     return found
 

@@ -12,7 +12,7 @@ from lora_merge.abilities import FORMATS
 from lora_merge.errors import UnsupportedError, UsageError, listed
 from lora_merge.formats import METHODS, Format, FormatOptions, Plain, StoredWeight, unread
 from lora_merge.formats.chatglm import is_chatglm
-from lora_merge.formats.method import SECTION, ConfigPath, Loader
+from lora_merge.formats.method import GONE, SECTION, ConfigPath, Loader
 from lora_merge.models.decoders import of_names
 from lora_merge.models.families import model_type, of_type
 from lora_merge.models.fused import FusedSets
@@ -117,7 +117,8 @@ def _own(
     fit = still_plain(method, skeleton(config, tensors), tensors, before, written, takes_experts)
     changes = method.config_changes(fit.by_path(written), fit.plain, config)
     formats = {**plain, **{module + end: format for module, format in written.items()}}
-    return OutputFormats(formats, changes, tuple(told(more)), _json_file(method, changes), fit.paths)
+    in_config = _in_config(method, changes, config)
+    return OutputFormats(formats, in_config, tuple(told(more)), _json_file(method, changes), fit.paths)
 
 
 def asked_method(recipe: Recipe, present: Mapping[str, StoredWeight], config: Mapping[str, Any]) -> Method | None:
@@ -138,8 +139,9 @@ def asked_method(recipe: Recipe, present: Mapping[str, StoredWeight], config: Ma
 
 
 def width(recipe: Recipe, method: Method, own: Format | None) -> int:
-    """The bits of a code in the output: as asked, else those of the base's own format, else the method's usual ones."""
-    return recipe.bits or (own.bits if own is not None else method.abilities().default_bits)
+    """The bits of a code in the output: as asked, else those of the base's own format if that is written, else the
+    method's usual ones."""
+    return recipe.bits or (own.bits if own is not None and own.writable else method.abilities().default_bits)
 
 
 def _is_as_asked(recipe: Recipe, present: Mapping[str, StoredWeight]) -> bool:
@@ -234,7 +236,7 @@ def _quantized(
     formats = {**plain, **{module + end: one for module, one in written.items()}}
     if line := share_that_stays_plain(formats, weights, {**found.reasons, **fit.reasons}):
         notes.append(line)
-    return OutputFormats(formats, changes, tuple(notes), json_files, fit.paths)
+    return OutputFormats(formats, _in_config(method, changes, config), tuple(notes), json_files, fit.paths)
 
 
 def _refuse_nothing(
@@ -265,7 +267,17 @@ def _options(
     return FormatOptions(bits, dtype, recipe.quant_type, recipe.group_size, recipe.double_quant)
 
 
+def _in_config(
+    method: Method, changes: Mapping[ConfigPath, Any], config: Mapping[str, Any]
+) -> Mapping[ConfigPath, Any]:
+    """What config.json has to say: nothing of a format that has a file of its own for it."""
+    if method.json_file is None or not method.json_file.alone:
+        return changes
+    others = {path: value for path, value in changes.items() if path != (SECTION,)}
+    return others | ({(SECTION,): GONE} if SECTION in config else {})
+
+
 def _json_file(method: Method, changes: Mapping[ConfigPath, Any]) -> dict[str, Mapping[str, Any] | None]:
     """The file in which some loaders of the format look for what config.json says."""
     body = changes.get((SECTION,))
-    return {method.json_file: method.to_json_file(body)} if method.json_file and body else {}
+    return {method.json_file.name: method.to_json_file(body)} if method.json_file and body else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from lora_merge.adapters.base import Options, Reading
 from lora_merge.checkpoint.opening import Checkpoint, Inputs
@@ -13,7 +14,7 @@ from lora_merge.models.keys import Resolver
 from lora_merge.models.replication import replicate
 from lora_merge.models.skeleton import build
 from lora_merge.planning import claims as effects
-from lora_merge.planning import shards, side_files
+from lora_merge.planning import loftq, shards, side_files
 from lora_merge.planning.base_formats import check_read, declared, quantization
 from lora_merge.planning.claims import PlacedClaims
 from lora_merge.planning.draft import Draft
@@ -44,7 +45,11 @@ def make(recipe: Recipe, inputs: Inputs) -> Plan:
         component_name(inputs.base.path),
         draft.config,
     )
-    readings = [effects.read(adapter, asked, recipe.allow_unused) for adapter in adapters]
+    proved = replace(asked, base_is_residual=True)
+    readings = [
+        effects.read(adapter, proved if loftq.stands_on(inputs.base, adapter) else asked, recipe.allow_unused)
+        for adapter in adapters
+    ]
     draft.notes += [note for adapter in adapters for note in adapter.notes]
     draft.notes += [note for reading in readings for note in reading.notes]
     _replicate(draft, readings)

@@ -12,6 +12,8 @@ from lora_merge.errors import LoraMergeError, printable
 
 SERVED = {None: (), "compressed-tensors": (4, 8), "gptq": (4, 8), "awq": (4,), "fp8": (), "modelopt": (), "mxfp4": ()}
 """By quant_method: widths that vLLM serves, none where there is no width to choose."""
+QUANTO = "quanto_qmap.json"
+"""What says of an output that it is optimum-quanto's: config.json does not."""
 TRANSFORMERS = (None, "bitsandbytes", "torchao")
 """Other methods that transformers opens by itself."""
 
@@ -27,6 +29,9 @@ def next_steps(out: Path) -> str:
     names = config.get("architectures")
     causal = isinstance(names, list) and any(str(name).endswith("ForCausalLM") for name in names)
     method, widths = _quantization(config)
+    if causal and (out / QUANTO).exists():
+        name = printable(repr(str(out)))
+        return f"{steps[0]}, load it with optimum-quanto's `QuantizedModelForCausalLM.from_pretrained({name})`"
     if causal and method in SERVED and (not SERVED[method] or widths <= set(SERVED[method])):
         steps.append(f"serve it with `vllm serve {folder}`")
     elif causal and method in TRANSFORMERS and "auto_map" not in config:

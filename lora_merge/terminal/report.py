@@ -18,7 +18,7 @@ from lora_merge.terminal.next_steps import next_steps
 from lora_merge.terminal.tables import fitted, shortened, table, terminal_width
 
 if TYPE_CHECKING:
-    from lora_merge.results import Inspection, MergedWeight, MergeResult, PlannedWeight, PlanResult
+    from lora_merge.results import InspectedFormat, Inspection, MergedWeight, MergeResult, PlannedWeight, PlanResult
     from lora_merge.verification.integrity import Verification
 
 UNITS = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
@@ -263,6 +263,7 @@ def show_inspection(inspection: Inspection, *, as_json: bool, verbose: bool) -> 
         f"{printable(inspection.path)}: {inspection.role}, {inspection.kind}, {len(inspection.tensors)} tensors, "
         f"{size(inspection.nbytes)}"
     )
+    say(f"  {_inspected(one)}" for one in inspection.formats)
     say(f"  {dtype}: {size(nbytes)}" for dtype, nbytes in inspection.dtypes.items())
     say(f"  {printable(key)}: {printable(value)}" for key, value in inspection.config.items())
     groups = families(inspection.tensors, lambda tensor: (tensor.dtype, str(tensor.shape)), verbose)
@@ -273,6 +274,16 @@ def show_inspection(inspection: Inspection, *, as_json: bool, verbose: bool) -> 
         rows.append((name, members[0].dtype, str(list(members[0].shape)), file))
     show_table(rows, spared=("file",), whole=verbose)
     say(note_lines(inspection.notes))
+
+
+def _inspected(one: InspectedFormat) -> str:
+    """A format of codes: what it takes, and what it can become."""
+    group = "" if one.group_size is None else f", groups of {one.group_size}"
+    group = ", a scale per row" if one.group_size == -1 else group
+    return (
+        f"{one.name}: {_several(one.weights, 'weight')}, {one.bits_per_weight:.3g} bits each{group}; "
+        f"can be written as {', '.join(one.becomes)}"
+    )
 
 
 def show_verification(proved: Verification, *, as_json: bool) -> None:

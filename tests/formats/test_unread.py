@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import lora_merge
+from lora_merge import cli
 from lora_merge.errors import UnsupportedError
 from lora_merge.formats import KNOWN_METHODS, unread
 from lora_merge.spec import TensorSpec
@@ -20,13 +21,9 @@ F16, F32, F8 = torch.float16, torch.float32, torch.float8_e4m3fn
 Stored = dict[str, tuple[Any, ...]]
 """Dtype and shape of each part."""
 LAYOUTS: dict[str, Stored] = {
-    "optimum-quanto": {"weight._data": (I8, 64, 32), "weight._scale": (F16, 64, 1), "input_scale": (F32,)},
-    "optimum-quanto qint4": {
-        "weight._data._data": (U8, 32, 32), "weight._scale": (F16, 64, 1), "weight._shift": (F16, 64, 1),
-    },
     "HQQ": {"W_q": (U8, 32, 32), "scale": (F16, 64, 1), "zero": (F16, 64, 1), "shape": (I64, 2), "axis": (I32,)},
-    "EETQ": {"weight": (I8, 32, 64), "weight_scales": (F16, 64)},
-    "AQLM": {"codes": (I8, 64, 4, 2), "codebooks": (F16, 2, 256, 1, 8), "scales": (F16, 64, 1, 1, 1)},
+    "BitNet": {"weight": (U8, 16, 32), "weight_scale": (F16, 1)},
+    "Marlin's": {"B": (I32, 2, 128), "s": (F16, 1, 64), "workspace": (I32, 8)},
     "SpQR": {"dense_weights": (I64, 64), "row_offsets": (I32, 65), "col_vals": (I32, 9), "in_perm": (I16, 32)},
     "VPTQ": {"centroids.weight": (F16, 1, 1024), "indices": (I32, 1, 8, 16), "weight_scale": (F16, 32)},
     "HIGGS": {"weight": (I16, 16, 64), "scales": (F16, 64, 1), "tables": (F16, 16), "tables2": (F32, 16, 16, 1)},
@@ -85,10 +82,12 @@ def refused(base: Path, tmp_path: Path, match: str) -> None:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_each_is_known_by_its_tensors(tmp_path: Path, name: str) -> None:
-    """Also where config.json is silent, as optimum-quanto leaves it."""
+    """Also where config.json is silent."""
     base = checkpoint(tmp_path / "base", LAYOUTS[name])
     refused(base, tmp_path, rf"quantized by .*{name.split()[0]}.* \({STEM}\..*which is not read")
-    assert lora_merge.inspect(base).kind.endswith("(not read)")
+    found = lora_merge.inspect(base)
+    assert found.kind.endswith("(not read)")
+    assert any("Merge onto" in note for note in found.notes)
     assert name.split()[0] in lora_merge.inspect(base).kind
 
 
@@ -106,7 +105,7 @@ def test_no_method_is_both_read_and_not() -> None:
 
 @pytest.mark.parametrize(
     ("folder", "name"),
-    [("hqq_b4_axis1", "HQQ"), ("aqlm_2x8", "AQLM"), ("eetq_sm80", "EETQ")],
+    [("hqq_b4_axis1", "HQQ")],
 )
 def test_what_their_libraries_wrote(tmp_path: Path, folder: str, name: str) -> None:
     base = FIXTURES / "unread" / folder
@@ -201,6 +200,39 @@ def test_a_base_that_is_read_but_for_some_codes_is_kept_and_not_converted(tmp_pa
     for words in ({"bits": 16}, {"bits": 4}, {"dtype": "bfloat16"}):
         with pytest.raises(UnsupportedError, match=r"only be written as it is stored: .*experts\.gate_up_proj looks"):
             lora_merge.plan(base, [], **words)
+
+
+@pytest.mark.parametrize(
+    ("folder", "name", "bits", "group", "first"),
+    [
+        ("awq_gemv", "awq gemv int4 128", 4.31, 128, "plain"),
+        ("autoround_w4g32", "auto-round gptq int4 32", 4.62, 32, "auto-round"),
+        ("awq_gemm_g32", "awq int4 32", 4.62, 32, "awq"),
+        ("fp8_block128", "fp8 e4m3 128x128", 8.0, 16384, "fp8"),
+        ("aqlm_2x8", "aqlm 2x8 g8", 11.54, -1, "plain"),
+        ("eetq_sm80", "eetq int8 sm80", 8.11, -1, "eetq"),
+        ("quanto/qint4", "quanto int4 32", 5.0, 32, "quanto"),
+        ("bnb_nf4", "bitsandbytes nf4 64", 4.72, 64, "bitsandbytes"),
+        ("gptq_8b_gm1_sym_v1", "gptq int8 row", 8.78, -1, "gptq"),
+        ("mxfp4_gptoss", "mxfp4", 4.25, 32, "mxfp4"),
+        ("ct_W8A8", "int-quantized int8 channel", 8.21, -1, "compressed-tensors"),
+    ],
+)
+def test_inspect_says_what_a_format_takes_and_becomes(
+    folder: str, name: str, bits: float, group: int, first: str
+) -> None:
+    found = next(one for one in lora_merge.inspect(FIXTURES / folder).formats if one.name == name)
+    assert abs(found.bits_per_weight - bits) < 0.01
+    assert (found.group_size, found.becomes[0]) == (group, first)
+    assert "plain" in found.becomes and ("compressed-tensors" in found.becomes) == (name != "mxfp4")
+
+
+def test_inspect_prints_what_a_format_takes_and_becomes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["inspect", str(FIXTURES / "quanto" / "qint4")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "  quanto int4 32: 7 weights, 5 bits each, groups of 32; can be written as quanto, plain, compr" in lines[1]
+    assert cli.run(["inspect", str(FIXTURES / "eetq_sm80")]) == 0
+    assert "8.11 bits each, a scale per row; can be written as eetq" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

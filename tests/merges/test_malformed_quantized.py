@@ -31,7 +31,10 @@ MODES: dict[str, tuple[bool, dict[str, Any]]] = {
     "another format": (False, CT4),
 }
 """Whether there is an adapter, and the words of the merge."""
-WHERE = ("config.json", "model.safetensors", "layers.", "quantization_config", "the base cannot be written as")
+WHERE = (
+    "config.json", "quanto_qmap.json", "model.safetensors", "layers.", "quantization_config",
+    "the base cannot be written as",
+)  # fmt: skip
 
 
 def merged(base: Path, adapters: Path, out: Path, folder: str, mode: str) -> None:

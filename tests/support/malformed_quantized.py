@@ -28,8 +28,9 @@ FOLDERS = (
     "gptq_8b_gm1_sym_v1", "awq_gemm_g32", "autoround_w4g32", "fp8_block128", "modelopt/fp8", "modelopt/fp8_block",
     "modelopt/fp8_channel", "modelopt/mxfp8", "modelopt/nvfp4", "modelopt/nvfp4_w4a8", "mxfp4_gptoss",
     "torchao/int8", "torchao/fp8",
+    "quanto/qint4", "eetq_sm80",
 )  # fmt: skip
-OWN_FILES = ("quantize_config.json", "quantization_config.json", "hf_quant_config.json")
+OWN_FILES = ("quantize_config.json", "quantization_config.json", "hf_quant_config.json", "quanto_qmap.json")
 SECTIONS = ("quantization_config", "quantization_bit", "quantization_embeddings")
 GONE: Any = object()
 

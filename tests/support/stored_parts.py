@@ -8,7 +8,8 @@ from lora_merge.formats.base import ByteRange, Format
 from lora_merge.spec import TensorSpec
 
 DTYPES = {
-    torch.int8: "I8", torch.int32: "I32", torch.int64: "I64", torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3",
+    torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64", torch.uint8: "U8",
+    torch.float8_e4m3fn: "F8_E4M3",
     torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32",
 }  # fmt: skip
 Encode = Callable[[torch.Tensor, int, int, dict[str, torch.Tensor]], None]
@@ -76,6 +77,17 @@ def kept(
     return out
 
 
+def put(whole: torch.Tensor, cut: ByteRange, piece: torch.Tensor) -> None:
+    """Write the bytes of one cut into a whole part; codes into their fields of a folded one, which were zero."""
+    if cut.fold is None:
+        window(whole, cut).copy_(piece.view(cut.lines, -1))
+        return
+    for code, place in zip(piece.tolist(), range(cut.begin, cut.end), strict=True):
+        slab, byte = divmod(place, cut.fold.length)
+        left = (8 // cut.fold.bits - 1 - slab if cut.fold.high else slab) * cut.fold.bits
+        whole[byte] |= code << left
+
+
 def window(data: torch.Tensor, cut: ByteRange) -> torch.Tensor:
     """The bytes of one cut of a whole part, `[lines, end - begin]`, as they lie in it."""
     lines = data.view(-1, cut.stride) if cut.stride else data.view(1, -1)
@@ -83,7 +95,12 @@ def window(data: torch.Tensor, cut: ByteRange) -> torch.Tensor:
 
 
 def gathered(data: torch.Tensor, cut: ByteRange) -> torch.Tensor:
-    """The bytes of one cut of a whole part, lines one behind the other."""
+    """The bytes of one cut of a whole part, lines one behind the other; of a folded part its codes."""
+    if cut.fold is not None:
+        bits, length, mask = cut.fold.bits, cut.fold.length, (1 << cut.fold.bits) - 1
+        slabs = torch.cat([data >> left & mask for left in range(0, 8, bits)][:: -1 if cut.fold.high else 1])
+        assert len(data) == length
+        return slabs[cut.begin : cut.end]
     return window(data, cut).reshape(-1)
 
 
@@ -97,15 +114,17 @@ def pieces(format: Format, weight: TensorSpec, rows: int, step: int) -> Iterator
 def by_tiles(format: Format, weight: TensorSpec, rows: torch.Tensor, step: int, encode: Encode) -> dict[str, bytes]:
     """Bytes of each part written tile by tile, parts of the whole weight but once."""
     whole = {part: torch.full((spec.nbytes,), 0xA5).byte() for part, spec in format.describe(weight).items()}
+    folded = {part for part, cut in format.slices(weight, rows.shape[1], 0, step).items() if cut.fold}
+    whole |= {part: torch.zeros_like(whole[part]) for part in folded}
     filled = dict.fromkeys(whole, 0)
     for start, stop in pieces(format, weight, len(rows), step):
         cuts = format.slices(weight, rows.shape[1], start, stop)
         out = {part: torch.full((cut.nbytes,), 0xA5, dtype=torch.uint8) for part, cut in cuts.items()}
         encode(rows[start:stop], start, stop, out)
         for part, cut in cuts.items():
-            window(whole[part], cut).copy_(out[part].view(cut.lines, -1))
+            put(whole[part], cut, out[part])
             filled[part] = cut.nbytes if part in format.shared else filled[part] + cut.nbytes
-    assert filled == {part: len(data) for part, data in whole.items()}
+    assert filled == {part: len(data) for part, data in whole.items()} | dict.fromkeys(folded, rows.numel())
     return {part: data.numpy().tobytes() for part, data in whole.items()}
 
 

@@ -12,7 +12,7 @@ from lora_merge.formats.awq.gemm import AWQ
 from lora_merge.formats.awq.gemv import AWQGemv, AWQGemvFast
 from lora_merge.formats.base import CodedFormat
 from lora_merge.formats.group_size import common_group_size
-from lora_merge.formats.method import SECTION, ConfigPath, Loader, QuantMethod
+from lora_merge.formats.method import SECTION, ConfigPath, JsonFile, Loader, QuantMethod
 from lora_merge.spec import TensorSpec
 
 SCALED_ACTIVATIONS = ("bloom", "falcon", "gpt_bigcode", "gpt_neox", "gptj", "mpt", "RefinedWebModel", "starcoder2")
@@ -27,7 +27,7 @@ class AWQMethod(QuantMethod[AWQ]):
     loader: ClassVar[Loader | None] = Loader(
         by_end=True, experts="served", served=True, scaled_activations=SCALED_ACTIVATIONS
     )
-    json_file: ClassVar[str | None] = "quantize_config.json"
+    json_file: ClassVar[JsonFile | None] = JsonFile("quantize_config.json")
     rescales_channels: ClassVar[bool] = True
 
     @classmethod

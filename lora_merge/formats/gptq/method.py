@@ -11,7 +11,7 @@ from lora_merge.formats.compressed_tensors.schemes import GROUPS
 from lora_merge.formats.gptq.config import METHOD, changed_section
 from lora_merge.formats.gptq.format import GPTQ
 from lora_merge.formats.group_size import common_group_size
-from lora_merge.formats.method import SECTION, ConfigPath, Loader, QuantMethod
+from lora_merge.formats.method import SECTION, ConfigPath, JsonFile, Loader, QuantMethod
 from lora_merge.spec import TensorSpec
 
 
@@ -21,7 +21,7 @@ class GPTQMethod(QuantMethod[GPTQ]):
     name: ClassVar[str] = METHOD
     formats: ClassVar[tuple[type[CodedFormat], ...]] = (GPTQ,)
     loader: ClassVar[Loader | None] = Loader(derived=False, blocks=True, text=True, experts="served", served=True)
-    json_file: ClassVar[str | None] = "quantize_config.json"
+    json_file: ClassVar[JsonFile | None] = JsonFile("quantize_config.json")
 
     @classmethod
     def format_for(cls, options: FormatOptions, weights: Mapping[str, TensorSpec]) -> GPTQ:

@@ -9,7 +9,7 @@ from lora_merge.abilities import FormatOptions
 from lora_merge.formats.base import CodedFormat
 from lora_merge.formats.fp8.config import quantization, still_skipped
 from lora_merge.formats.fp8.format import ROW
-from lora_merge.formats.method import SECTION, ConfigPath, QuantMethod
+from lora_merge.formats.method import SECTION, ConfigPath, JsonFile, QuantMethod
 from lora_merge.formats.modelopt.format import ModelOpt, ModelOptFP4
 from lora_merge.spec import TensorSpec
 
@@ -26,7 +26,7 @@ class ModelOptMethod(QuantMethod[ModelOpt]):
 
     name: ClassVar[str] = ModelOpt.name
     formats: ClassVar[tuple[type[CodedFormat], ...]] = (ModelOpt,)
-    json_file: ClassVar[str | None] = "hf_quant_config.json"
+    json_file: ClassVar[JsonFile | None] = JsonFile("hf_quant_config.json")
 
     @classmethod
     def format_for(cls, options: FormatOptions, weights: Mapping[str, TensorSpec]) -> ModelOpt:
