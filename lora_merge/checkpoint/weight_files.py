@@ -25,6 +25,7 @@ BASE_WEIGHTS = (
 )
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors", "adapter_model.bin")
 ADAPTER_CONFIG = "adapter_config.json"
+HQQ_PICKLE = "qmodel.pt"
 
 _TRAINER_STATE = ("optimizer*", "scheduler*", "rng_state*", "training_args*", "scaler*", "trainer_state*")
 
@@ -75,6 +76,11 @@ def find_base(path: Path) -> CheckpointFiles:
     if found is None and ADAPTER_CONFIG in names:
         raise InputError(f"{printable(path)}: is an adapter ({ADAPTER_CONFIG}), expected a base; the base comes first")
     found = found or _single(path, names, "*.safetensors", "pytorch_model*.bin")
+    if found is None and HQQ_PICKLE in names:
+        raise UnsupportedError(
+            f"{printable(path)}: {HQQ_PICKLE} is HQQ's own pickled file, and not read: that would run code. "
+            "Load it with hqq's from_quantized and write it with save_to_safetensors, or merge onto the original"
+        )
     if found is None:
         raise InputError(
             f"{printable(path)}: holds no weights; expected model.safetensors, pytorch_model.bin or one of them with "

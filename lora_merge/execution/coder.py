@@ -122,7 +122,7 @@ class Coder:
         codes = self.rounding.codes(rows, grid, tile.start, base)
         written = grid.values(codes)
         if not self.merged:
-            self.target.pack(codes, grid, into)
+            self.target.from_row(tile.start).pack(codes, grid, into)
             return _conversion(base, written)
         wanted = rows.sub_(base)
         moved = written != (base if self.same_grid else grid.values(grid.nearest(base)))
@@ -133,7 +133,7 @@ class Coder:
                 moved[unchanged], written[unchanged] = False, base[unchanged]
             if any_unchanged or not isinstance(grid, Affine):
                 codes = codes.where(moved, tile.codes)
-        self.target.pack(codes, grid, into)
+        self.target.from_row(tile.start).pack(codes, grid, into)
         sums = Sums(self.directions)
         sums.see(tile.start, base, wanted, written, int(moved.sum()))
         return sums

@@ -37,7 +37,6 @@ class Unread:
 
 UNREAD = (
     Unread("optimum-quanto", ("quanto",), r"weight\._(data|scale|shift)(\._(data|scale|shift))?"),
-    Unread("HQQ", ("hqq",), "W_q", ("scale", "zero")),
     Unread("torchao", ("torchao",), "_weight_(qdata|scale_and_zero)"),
     Unread("EETQ", ("eetq",), "weight_scales", advice=f"{ORIGINAL}; its codes lie as one GPU's kernels want them"),
     Unread("AQLM", ("aqlm",), "codebooks", ("codes", "scales")),
@@ -73,7 +72,7 @@ UNREAD = (
     ),
 )
 """Layouts on disk: optimum-quanto `weight._data`, `weight._scale`, `weight._shift` (of 4 bits `weight._data._data`);
-HQQ `W_q`, `scale`, `zero`; torchao `_weight_qdata`, `_weight_scale`; EETQ `weight` transposed and shuffled,
+torchao `_weight_qdata`, `_weight_scale`; EETQ `weight` transposed and shuffled,
 `weight_scales`; Gaudi's FP8 `weight`, which lies `[in, out]` on some machines and counts to 240 on others, and
 `scale_weight`, for each rank `scale_weight_0_8`."""
 PARTS = re.compile("|".join(rf"(?P<of{n}>{kind.part})" for n, kind in enumerate(UNREAD) if kind.part))

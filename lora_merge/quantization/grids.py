@@ -302,7 +302,7 @@ def refined(grid: G, rows: torch.Tensor, shares: Sequence[float] = SHARES) -> G:
     for share in shares:
         tried = replace(grid, scale=(grid.scale.float() * share).to(grid.scale.dtype))
         error = tried.spread_(tried.snap_(tried.coordinate(rows))).sub_(rows).square_()
-        sums = _by_group(error, grid)
+        sums = by_group(error, grid)
         if least is None:
             best, least = tried.scale, sums
             continue
@@ -311,7 +311,7 @@ def refined(grid: G, rows: torch.Tensor, shares: Sequence[float] = SHARES) -> G:
     return replace(grid, scale=best)
 
 
-def _by_group(values: torch.Tensor, grid: Grid) -> torch.Tensor:
+def by_group(values: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Sums over each group's columns, `[n, groups]`."""
     n, columns = values.shape
     groups = grid.scale.shape[1]

@@ -53,6 +53,10 @@ OUTPUTS: dict[str, dict[str, Any]] = {
     "fbgemm": {"format": "fbgemm_fp8", "bits": 8},
     "modelopt-fp8": {"format": "modelopt", "bits": 8},
     "modelopt-fp4": {"format": "modelopt", "bits": 4},
+    "hqq-2": {"format": "hqq", "bits": 2},
+    "hqq-3": {"format": "hqq", "bits": 3},
+    "hqq-4": {"format": "hqq", "bits": 4},
+    "hqq-8": {"format": "hqq", "bits": 8},
 }
 TOLD: dict[str, dict[str, Any]] = {"awq": {"adapter_base": "same"}}
 """What a base of this format must be told."""

@@ -24,7 +24,6 @@ LAYOUTS: dict[str, Stored] = {
     "optimum-quanto qint4": {
         "weight._data._data": (U8, 32, 32), "weight._scale": (F16, 64, 1), "weight._shift": (F16, 64, 1),
     },
-    "HQQ": {"W_q": (U8, 32, 32), "scale": (F16, 64, 1), "zero": (F16, 64, 1), "shape": (I64, 2), "axis": (I32,)},
     "torchao": {"_weight_qdata": (I8, 64, 32), "_weight_scale": (F32, 64, 1)},
     "torchao int4": {"_weight_qdata": (I32, 8, 1, 32, 4), "_weight_scale_and_zero": (F16, 1, 64, 2)},
     "EETQ": {"weight": (I8, 32, 64), "weight_scales": (F16, 64)},
@@ -108,7 +107,7 @@ def test_no_method_is_both_read_and_not() -> None:
 
 @pytest.mark.parametrize(
     ("folder", "name"),
-    [("hqq_b4_axis1", "HQQ"), ("torchao_int8wo", "torchao"), ("aqlm_2x8", "AQLM"), ("eetq_sm80", "EETQ")],
+    [("torchao_int8wo", "torchao"), ("aqlm_2x8", "AQLM"), ("eetq_sm80", "EETQ")],
 )
 def test_what_their_libraries_wrote(tmp_path: Path, folder: str, name: str) -> None:
     base = FIXTURES / "unread" / folder

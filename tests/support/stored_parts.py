@@ -59,9 +59,10 @@ def recoding(format: Format, weight: TensorSpec, data: Mapping[str, torch.Tensor
 
     def encode(tile: torch.Tensor, start: int, stop: int, out: dict[str, torch.Tensor]) -> None:
         cuts = format.slices(weight, weight.shape[1], start, stop)
-        codes, grid = format.unpack(raw({part: gathered(data[part], cut) for part, cut in cuts.items()}), *tile.shape)
+        here = format.from_row(start)
+        codes, grid = here.unpack(raw({part: gathered(data[part], cut) for part, cut in cuts.items()}), *tile.shape)
         assert torch.equal(grid.values(codes), tile)
-        format.pack(grid.nearest(tile), grid, out)
+        here.pack(grid.nearest(tile), grid, out)
 
     return encode
 
@@ -95,16 +96,21 @@ def pieces(format: Format, weight: TensorSpec, rows: int, step: int) -> Iterator
 
 
 def by_tiles(format: Format, weight: TensorSpec, rows: torch.Tensor, step: int, encode: Encode) -> dict[str, bytes]:
-    """Bytes of each part written tile by tile, parts of the whole weight but once."""
+    """Bytes of each part written tile by tile, parts of the whole weight but once; joined ones begin as zeros."""
     whole = {part: torch.full((spec.nbytes,), 0xA5).byte() for part, spec in format.describe(weight).items()}
+    joined = {part for part, cut in format.slices(weight, rows.shape[1], 0, 1).items() if cut.joined}
+    for part in joined:
+        whole[part].zero_()
     filled = dict.fromkeys(whole, 0)
     for start, stop in pieces(format, weight, len(rows), step):
         cuts = format.slices(weight, rows.shape[1], start, stop)
         out = {part: torch.full((cut.nbytes,), 0xA5, dtype=torch.uint8) for part, cut in cuts.items()}
         encode(rows[start:stop], start, stop, out)
         for part, cut in cuts.items():
-            window(whole[part], cut).copy_(out[part].view(cut.lines, -1))
+            place, data = window(whole[part], cut), out[part].view(cut.lines, -1)
+            place.copy_(place | data if part in joined else data)
             filled[part] = cut.nbytes if part in format.shared else filled[part] + cut.nbytes
+    filled |= {part: min(filled[part], len(whole[part])) for part in joined}
     assert filled == {part: len(data) for part, data in whole.items()}
     return {part: data.numpy().tobytes() for part, data in whole.items()}
 
