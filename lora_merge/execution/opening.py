@@ -130,7 +130,8 @@ def _compute_dtype(job: Rewrite) -> str:
 def _samples(opened: OpenWeight) -> Iterator[tuple[Tile, torch.Tensor]]:
     """Some tiles of the base, each with its merged rows, on the CPU: where a choice depends on them."""
     job = opened.job
-    if not job.effects or job.source is None:
+    fitted = job.quantize is not None and job.quantize.fit is not None
+    if job.source is None or not (job.effects or fitted):
         return
     for start, stop in sample_starts(job):
         buffers = RowBuffers()

@@ -60,6 +60,12 @@ class Grid(ABC):
         self._each(levels, self.scale, "mul_")
         return levels
 
+    def shift_(self, levels: torch.Tensor) -> torch.Tensor:
+        """`levels + zero`, in place: a coordinate from what it is without a zero point."""
+        if self.zero is not None:
+            self._each(levels, self.zero, "add_")
+        return levels
+
     def nearest(self, rows: torch.Tensor) -> torch.Tensor:
         """Float32 rows `[n, columns]` to the codes of the nearest levels, clamped at the ends."""
         return self.codes(self.snap_(self.coordinate(rows, self.compute_dtype)))

@@ -104,8 +104,9 @@ def _solved(grid: Affine, rows: torch.Tensor, counts: torch.Tensor) -> torch.Ten
     bare = replace(grid, zero=None)
     at, zero = bare.coordinate(rows), grid.zero
     assert zero is not None
+    levels = at.clone()  # fresh memory for each step would cost more than the step
     for _ in range(FEW_STEPS):
-        levels = grid.snap_(replace(grid, zero=zero).coordinate(rows))
+        grid.snap_(replace(grid, zero=zero).shift_(levels.copy_(at)))
         zero = by_group(levels.sub_(at), bare) / counts
     return zero
 

@@ -100,11 +100,11 @@ class HQQ(HQQLayout):
         if not self.axis:
             return self._fit_columns(rows, start)
         groups = rows.reshape(-1, self.group_size)
-        inverse, zero = self._spanned(groups)
         whole_groups = self._repeats(rows.shape[1]) == 1
         if self.fit_by != "minmax" and whole_groups and not self._as_library:
-            grid = self._grid(*self._storable(inverse, zero), rows)
+            grid = self._grid(*self._storable(*self._spanned(groups, rounds=False)), rows)
             return half_quadratic.fitted(grid, rows, self._storable_zero)
+        inverse, zero = self._spanned(groups)
         for _ in range(self._steps):
             zero, _ = half_quadratic.step(groups, inverse, zero, self.top)
         grid = self._grid(*self._storable(inverse, zero), rows)
@@ -175,15 +175,18 @@ class HQQ(HQQLayout):
 
         return codes.view(torch.int8) if self.top < 128 else codes
 
-    def _spanned(self, groups: torch.Tensor, axis: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inverse scales and zero points that reach from lowest to highest value of each group along `axis`."""
+    def _spanned(self, groups: torch.Tensor, axis: int = 1, rounds: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inverse scales and zero points that reach from lowest to highest value of each group along `axis`.
+
+        rounds: zero points of 4 bits to whole numbers, as the library does before it moves them.
+        """
         low, high = groups.amin(axis, keepdim=True), groups.amax(axis, keepdim=True)
         span = high - low
         inverse = (self.top / span).masked_fill(span <= NARROW, 1.0).clamp(max=STEEPEST)
         # Beyond the library's rule: a zero point that its dtype cannot hold.
         inverse = inverse.minimum(LIMITS[self.scale] / 2 / low.abs().clamp(min=1e-30))
         zero = -low * inverse
-        return inverse, zero.round() if self.nbits == 4 else zero
+        return inverse, zero.round() if rounds and self.nbits == 4 else zero
 
     def _storable(self, inverse: torch.Tensor, zero: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         dtype = torch_dtype(self.scale)
