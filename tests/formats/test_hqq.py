@@ -207,6 +207,7 @@ BAD: dict[str, dict[str, torch.Tensor | None]] = {
     "axis 2": {"axis": torch.tensor(2, dtype=I32)},
     "axis of floats": {"axis": torch.tensor(1.0)},
     "seven bits": {"nbits": torch.tensor(7, dtype=I32)},
+    "empty text": {"compute_dtype": torch.zeros(0, dtype=U8)},
     "many bits": {"nbits": torch.tensor(2**31 - 1, dtype=I32)},
     "bits not a number": {"nbits": torch.tensor(float("nan"))},
     "group of nothing": {"group_size": torch.tensor(0, dtype=I32)},

@@ -129,7 +129,7 @@ def _shared(meta: Meta) -> Meta:
 
 
 def _content(spec: TensorSpec, module: str, name: str, read: ReadPart) -> bytes:
-    _check(spec.nbytes <= LONGEST, module, f"{name} {spec}")
+    _check(0 < spec.nbytes <= LONGEST, module, f"{name} {spec}")
     return read(name)
 
 
