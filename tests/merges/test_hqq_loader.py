@@ -6,30 +6,26 @@ transformers 5 opens no HQQ, so they cannot be those of the project.
 """
 
 import json
-import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
+import opened_by_hqq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import lora_merge
 
-PYTHON = os.environ.get("HQQ_PYTHON", "")
 FIXTURES = Path(__file__).parents[2] / "fixtures"
-SCRIPT = Path(__file__).parents[1] / "support" / "opened_by_hqq.py"
 
-pytestmark = pytest.mark.skipif(not PYTHON, reason="HQQ_PYTHON names no interpreter with transformers 4.57 and hqq")
+pytestmark = pytest.mark.skipif(
+    not opened_by_hqq.PYTHON, reason="HQQ_PYTHON names no interpreter with transformers 4.57 and hqq"
+)
 
 
 def opened(out: Path, plain: Path) -> dict[str, Any]:
     lora_merge.merge(out, [], plain, format="plain", dtype="float32")
-    done = subprocess.run([PYTHON, str(SCRIPT), str(out), str(plain)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return opened_by_hqq.asked(out, plain)
 
 
 def adapter(folder: Path, base: Path) -> Path:

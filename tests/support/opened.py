@@ -32,6 +32,7 @@ OUTPUTS: dict[str, dict[str, Any]] = {
     "gptq": {"format": "gptq", "bits": 4},
     "awq": {"format": "awq", "bits": 4},
     "nvfp4": {"format": "compressed-tensors", "bits": 4, "quant_type": "nvfp4"},
+    "hqq": {"format": "hqq", "bits": 4},
 }
 ON_GPU = {"fp8-gpu": "FineGrainedFP8HfQuantizer", "fbgemm": "FbgemmFp8HfQuantizer"}
 """Formats whose loader only computes on a GPU, with the class whose look for one is left out."""

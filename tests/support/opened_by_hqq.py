@@ -2,13 +2,29 @@
 
     PYTHON opened_by_hqq.py OUT PLAIN
 
-PLAIN: the same weights in float32. Imports nothing of the project.
+PLAIN: the same weights in float32. `asked` runs that with the interpreter that HQQ_PYTHON names; nothing else here is
+of the project.
 """
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+PYTHON = os.environ.get("HQQ_PYTHON", "")
+
+
+def asked(out: Path, plain: Path) -> dict[str, Any]:
+    """What the other interpreter finds. ValueError where there is none, or it fails."""
+    if not PYTHON:
+        raise ValueError("HQQ_PYTHON names no interpreter with transformers 4.57 and hqq")
+    done = subprocess.run([PYTHON, __file__, str(out), str(plain)], capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(done.stderr.strip().rpartition("\n")[2])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def main(out: Path, plain: Path) -> dict[str, Any]:
