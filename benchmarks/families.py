@@ -6,7 +6,8 @@ again by its loader.
 A line for each family and format: `ok` with the relative distance of the logits from those of the plain model of the
 same decoded weights; or which keys were missing, unexpected or of another shape; or how far off the numbers are. `keys`
 stands for a loader that needs a GPU to compute: its modules are built, filled and compared with the plain weights.
-`plain` is compared with what PEFT merges. `--json` adds what was found to a file, of which `loader_table.py` makes
+`plain` is compared with what PEFT merges. `--formats hqq` is opened by transformers 4.57 with hqq, in the interpreter
+that HQQ_PYTHON names. `--json` adds what was found to a file, of which `loader_table.py` makes
 docs/loaders.md.
 """
 
@@ -37,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "oracles"))
 import merged_by_peft
 import opened
 import opened_by_gptqmodel
+import opened_by_hqq
 import opened_by_library
 import tiny_families
 import torch
@@ -45,7 +47,7 @@ import lora_merge
 from lora_merge.errors import LoraMergeError
 
 SECONDS = 240
-PLAIN = "plain"
+PLAIN, HQQ = "plain", "hqq"
 UNBUILT = "-"
 """Stands where formats do for a family that could not be built."""
 DEPLOYED = """
@@ -147,6 +149,10 @@ class Family:
     def opened(self, base: Path, format: str) -> opened.Found:
         """What transformers makes of the output; gptqmodel where transformers has no place for experts in codes."""
         out, plain = self.home / "out", self.home / "plain"
+        if format == HQQ:
+            lora_merge.merge(out, [], plain, format="plain", dtype="float32")
+            seen = opened_by_hqq.asked(out, plain)
+            return opened.Found(seen["keys"], max(seen["far"], seen["logits"]), 1e-4, "transformers 4", seen["layers"])
         found, first = None, ""
         try:
             found = opened.compare(base, out, plain, self.kind, self.name, format)

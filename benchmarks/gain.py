@@ -69,6 +69,8 @@ FORMATS: dict[str, Words] = {
     "quanto int2": {"format": "quanto", "bits": 2}, "quanto int4": {"format": "quanto", "bits": 4},
     "quanto int8": {"format": "quanto", "bits": 8}, "EETQ": {"format": "eetq", "bits": 8},
     "FP8 blocks": {"format": "fp8", "bits": 8}, "FBGEMM": {"format": "fbgemm_fp8", "bits": 8},
+    "HQQ int2": {"format": "hqq", "bits": 2}, "HQQ int4": {"format": "hqq", "bits": 4},
+    "HQQ int8": {"format": "hqq", "bits": 8},
     "ModelOpt FP8": {"format": "modelopt", "bits": 8}, "ModelOpt NVFP4": {"format": "modelopt", "bits": 4},
     "torchao int8": {"format": "torchao", "bits": 8},
     "torchao fp8": {"format": "torchao", "bits": 8, "quant_type": "fp8"},
@@ -82,6 +84,10 @@ def rows() -> Iterator[Row]:
         yield Row(f"{name} -> itself", words, more, adapter)
         yield Row(f"fp16 -> {name}", {}, words)
     yield Row("fp16 -> NF4 --trained-on nf4, adapter-nf4", {}, NF4 | {"trained_on": "nf4"}, "adapter-nf4")
+    for name in ("compressed-tensors", "hqq"):
+        for fit in ("minmax", "hqq"):
+            words = {"format": name, "bits": 4, "group_size": 64, "fit": fit}
+            yield Row(f"fp16 -> {name} int4 --fit {fit}", {}, words)
     yield Row("int4 -> int8", INT4, INT8)
     yield Row("int4 -> int4 per row", INT4, PER_ROW)
     for name, words in (("int4", INT4), ("int8", INT8)):

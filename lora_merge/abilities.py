@@ -18,6 +18,7 @@ class FormatOptions:
 
     dtype: safetensors name of the dtype of the plain weights: scales that are floats are stored in it where the format
         leaves that open, and the weights decode to it.
+    fit: how zero points are fitted; with it the codes have some where the format leaves that open.
     """
 
     bits: int
@@ -25,6 +26,7 @@ class FormatOptions:
     quant_type: str | None = None
     group_size: int | None = None
     double_quant: bool = False
+    fit: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +34,13 @@ class QuantType:
     """One kind of codes that a format writes.
 
     widths: bits of a code. group_sizes: what `--group-size` may name, -1 being a whole row; empty: the format fixes it;
-    None: any. double_quant: whether scales may be quantized, too.
+    None: any. double_quant: whether scales may be quantized, too. zero_points: whether codes may have zero points.
     """
 
     widths: tuple[int, ...]
     group_sizes: tuple[int, ...] | None = ()
     double_quant: bool = False
+    zero_points: bool = False
 
 
 KEPT, NONE = "as the base has it", "none"
@@ -81,6 +84,13 @@ class Abilities:
         """Whether scales may be quantized for some kind of codes of this width and name; None: whichever."""
         return any(
             kind.double_quant and bits in (None, *kind.widths) and quant_type in (None, word)
+            for word, kind in self.quant_types.items()
+        )
+
+    def zero_points(self, bits: int | None = None, quant_type: str | None = None) -> bool:
+        """Whether some kind of codes of this width and name may have zero points; None: whichever."""
+        return any(
+            kind.zero_points and bits in (None, *kind.widths) and quant_type in (None, word)
             for word, kind in self.quant_types.items()
         )
 
@@ -153,7 +163,7 @@ ABILITIES: Mapping[str, Abilities] = {
     "chatglm": Abilities({"int": QuantType((4, 8))}),
     "compressed-tensors": Abilities(
         {
-            "int": QuantType((2, 3, 4, 5, 6, 7, 8), None),
+            "int": QuantType((2, 3, 4, 5, 6, 7, 8), None, zero_points=True),
             "fp8": QuantType((8,), None),
             "nvfp4": QuantType((4,), None),
             "mxfp4": QuantType((4,), None),
@@ -168,9 +178,11 @@ ABILITIES: Mapping[str, Abilities] = {
             "int": QuantType((8,)),
         }
     ),
-    "gptq": Abilities({"int": QuantType((2, 3, 4, 8), (-1, 16, 32, 64, 128, 256, 512, 1024))}, experts=ANY),
+    "gptq": Abilities(
+        {"int": QuantType((2, 3, 4, 8), (-1, 16, 32, 64, 128, 256, 512, 1024), zero_points=True)}, experts=ANY
+    ),
     "auto-round": Abilities(),
-    "awq": Abilities({"int": QuantType((4,), (128, 64, 32, 16))}, experts=ANY),
+    "awq": Abilities({"int": QuantType((4,), (128, 64, 32, 16), zero_points=True)}, experts=ANY),
     "fp8": Abilities({"fp8": QuantType((8,), (128,))}, experts=ANY),
     "fbgemm_fp8": Abilities({"fp8": QuantType((8,), (128,))}),
     # Of experts at 8 bits servers want one scale a weight, and rows have their own here.
@@ -180,6 +192,7 @@ ABILITIES: Mapping[str, Abilities] = {
     "quanto": Abilities({"int": QuantType((2, 4, 8)), "fp8": QuantType((8,))}),
     "eetq": Abilities({"int": QuantType((8,))}),
     "aqlm": Abilities(writable=False),
+    "hqq": Abilities({"int": QuantType((1, 2, 3, 4, 8), (64, 128, 32, 16, 8, 256, 512, 1024), zero_points=True)}),
 }
 """By the name under which config.json has a format (`quant_method`)."""
 PLAIN = "plain"
@@ -188,6 +201,8 @@ FORMATS = (PLAIN, *(name for name, has in ABILITIES.items() if has.quant_types))
 """What `--format` takes."""
 DOUBLE_QUANT = tuple(name for name, has in ABILITIES.items() if has.double_quant())
 """Formats for which there is `--double-quant`."""
+ZERO_POINTS = tuple(name for name, has in ABILITIES.items() if has.zero_points())
+"""Formats for which there is `--fit`."""
 WIDTHS = (*sorted({bits for has in ABILITIES.values() for bits in has.widths}), 16)
 """What `--bits` takes."""
 QUANT_TYPES = tuple(dict.fromkeys(word for has in ABILITIES.values() for word in has.quant_types))

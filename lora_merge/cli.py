@@ -20,6 +20,7 @@ from lora_merge.errors import LoraMergeError, StorageError, UsageError, printabl
 from lora_merge.request import (
     CARDS,
     DEFAULTS,
+    FITS,
     ROUNDINGS,
     SCALES,
     TOKENIZERS,
@@ -50,7 +51,7 @@ SECTIONS = {
         *("bits", "format", "dtype", "quant_type", "double_quant", "group_size", "keep"),
         *("quantize_towers", "tokenizer", "card", "digest", "max_shard_size", "overwrite", "verify"),
     ),
-    "Rounding": ("rounding", "scales", "seed", "min_survival"),
+    "Rounding": ("rounding", "scales", "fit", "seed", "min_survival"),
     "Running": ("dry_run", "device", "max_memory", "threads", "resume", "restart"),
 }
 """Options of the merge under the headings of its help; the rest are on what is printed."""
@@ -134,6 +135,11 @@ def chosen(word: str, known: tuple[str, ...], text: str, metavar: str | None = N
 @click.option("--verify/--no-verify", default=False, help="Read OUT again before it is published.")
 @chosen("--rounding", ROUNDINGS, "How merged weights become codes; auto chooses for each by measuring.")
 @chosen("--scales", SCALES, "Of merged weights: keep those of the base, or fit fresh ones.")
+@chosen(
+    "--fit",
+    FITS,
+    "Zero points of fresh scales: from lowest to highest value, or by HQQ's solver. Default: as the format's library.",
+)
 @click.option("--seed", type=int, default=DEFAULTS["seed"], show_default=True, help="Of the roundings that draw.")
 @click.option(
     "--min-survival",

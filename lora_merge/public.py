@@ -10,7 +10,18 @@ from lora_merge.digests import DigestName
 from lora_merge.errors import UsageError
 from lora_merge.keywords import PathLike, checked_call, path_of, paths_of, request_of
 from lora_merge.progress import Progress, no_progress
-from lora_merge.request import Bits, Card, DtypeName, FormatName, QuantType, Rounding, Scales, TokenizerFrom, TrainedOn
+from lora_merge.request import (
+    Bits,
+    Card,
+    DtypeName,
+    Fit,
+    FormatName,
+    QuantType,
+    Rounding,
+    Scales,
+    TokenizerFrom,
+    TrainedOn,
+)
 from lora_merge.results import Inspection, MergeResult, PlanResult
 from lora_merge.verification.integrity import Verification
 
@@ -34,6 +45,7 @@ def merge(
     quantize_towers: bool = False,
     rounding: Rounding = "auto",
     scales: Scales = "auto",
+    fit: Fit | None = None,
     seed: int = 0,
     min_survival: float = 0.3,
     trained_on: TrainedOn = "as-is",
@@ -70,6 +82,7 @@ def merge(
     quantize_towers: quantize what is no part of the language model, too: encoders of images and sounds, projectors.
     rounding: of merged weights to codes: nearest, stochastic, dither, adapter-aware; auto: the best of them, measured.
     scales: of merged weights: keep those of the base, or fit fresh ones; auto: the better, measured.
+    fit: of the zero points of fresh scales: minmax, or hqq for its solver; None: as the format's library does.
     seed: of the roundings that draw.
     min_survival: raise NumericError if rounding leaves less than this of the change to any weight.
     trained_on: the grid that a QLoRA adapter was trained over, nf4, fp4 or int8; as-is: the base itself.
@@ -97,7 +110,8 @@ def merge(
     request = request_of(
         *(base, adapters, path_of("out", out)),
         bits=bits, format=format, dtype=dtype, quant_type=quant_type, double_quant=double_quant,
-        group_size=group_size, keep=keep, quantize_towers=quantize_towers, rounding=rounding, scales=scales, seed=seed,
+        group_size=group_size, keep=keep, quantize_towers=quantize_towers, rounding=rounding, scales=scales,
+        fit=fit, seed=seed,
         min_survival=min_survival, trained_on=trained_on, adapter_base=adapter_base, weight=weight, alpha=alpha,
         base_is_residual=base_is_residual, allow_unused=allow_unused, tokenizer=tokenizer, card=card, digest=digest,
         max_shard_size=max_shard_size, device=device, max_memory=max_memory, threads=threads, resume=resume,
@@ -122,6 +136,7 @@ def plan(
     quantize_towers: bool = False,
     rounding: Rounding = "auto",
     scales: Scales = "auto",
+    fit: Fit | None = None,
     seed: int = 0,
     min_survival: float = 0.3,
     trained_on: TrainedOn = "as-is",
@@ -157,6 +172,7 @@ def plan(
     quantize_towers: quantize what is no part of the language model, too: encoders of images and sounds, projectors.
     rounding: of merged weights to codes: nearest, stochastic, dither, adapter-aware; auto: the best of them, measured.
     scales: of merged weights: keep those of the base, or fit fresh ones; auto: the better, measured.
+    fit: of the zero points of fresh scales: minmax, or hqq for its solver; None: as the format's library does.
     seed: of the roundings that draw.
     min_survival: raise NumericError if rounding leaves less than this of the change to any weight.
     trained_on: the grid that a QLoRA adapter was trained over, nf4, fp4 or int8; as-is: the base itself.
@@ -183,7 +199,8 @@ def plan(
     request = request_of(
         *(base, adapters, out),
         bits=bits, format=format, dtype=dtype, quant_type=quant_type, double_quant=double_quant,
-        group_size=group_size, keep=keep, quantize_towers=quantize_towers, rounding=rounding, scales=scales, seed=seed,
+        group_size=group_size, keep=keep, quantize_towers=quantize_towers, rounding=rounding, scales=scales,
+        fit=fit, seed=seed,
         min_survival=min_survival, trained_on=trained_on, adapter_base=adapter_base, weight=weight, alpha=alpha,
         base_is_residual=base_is_residual, allow_unused=allow_unused, tokenizer=tokenizer, card=card, digest=digest,
         max_shard_size=max_shard_size, device=device, max_memory=max_memory, threads=threads, resume=resume,

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
-from lora_merge.abilities import ABILITIES, DOUBLE_QUANT, FORMATS, QUANT_TYPES, WIDTHS
+from lora_merge.abilities import ABILITIES, DOUBLE_QUANT, FORMATS, QUANT_TYPES, WIDTHS, ZERO_POINTS
 from lora_merge.digests import DIGESTS, USUAL, DigestName
 from lora_merge.dtypes import MODEL_DTYPES
 from lora_merge.errors import UsageError, quoted
 
 # Format, width and kind of codes are spelled out for editors; a test compares them with the table of abilities.
-Bits: TypeAlias = Literal[2, 3, 4, 5, 6, 7, 8, 16]
+Bits: TypeAlias = Literal[1, 2, 3, 4, 5, 6, 7, 8, 16]
 DtypeName: TypeAlias = Literal["float32", "bfloat16", "float16"]
 FormatName: TypeAlias = Literal[
     "plain",
@@ -31,16 +31,19 @@ FormatName: TypeAlias = Literal[
     "torchao",
     "quanto",
     "eetq",
+    "hqq",
 ]
 QuantType: TypeAlias = Literal["int", "fp8", "nvfp4", "mxfp4", "mxfp8", "nf4", "fp4"]
 Rounding: TypeAlias = Literal["auto", "nearest", "stochastic", "dither", "adapter-aware"]
 Scales: TypeAlias = Literal["auto", "keep", "fresh"]
+Fit: TypeAlias = Literal["minmax", "hqq"]
 TrainedOn: TypeAlias = Literal["as-is", "nf4", "fp4", "int8"]
 TokenizerFrom: TypeAlias = Literal["auto", "base", "adapter"]
 Card: TypeAlias = Literal["new", "base"]
 
 ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
 SCALES: tuple[Scales, ...] = get_args(Scales)
+FITS: tuple[Fit, ...] = get_args(Fit)
 TRAINED_ON: tuple[TrainedOn, ...] = get_args(TrainedOn)
 TOKENIZERS: tuple[TokenizerFrom, ...] = get_args(TokenizerFrom)
 CARDS: tuple[Card, ...] = get_args(Card)
@@ -53,7 +56,7 @@ STRONGEST = 1e15
 """No weight and no alpha is further from 0. Then a strength, a weight times an alpha divided by a rank, is a number of
 float32, and where something overflows it is the merged weight, which is looked at."""
 INTEGERS = {
-    "bits": (2, 16), "group_size": (-1, 2**20), "seed": (-(2**63), 2**63 - 1), "threads": (1, 1024),
+    "bits": (1, 16), "group_size": (-1, 2**20), "seed": (-(2**63), 2**63 - 1), "threads": (1, 1024),
     "max_memory": (1, 2**63 - 1), "max_shard_size": (1, 2**63 - 1),
 }  # fmt: skip
 """Options that are integers, with the least and the largest value."""
@@ -90,6 +93,7 @@ class Recipe:
     card: Card = "new"
     digest: DigestName = USUAL
     max_shard_size: int | None = None
+    fit: Fit | None = None
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -100,7 +104,7 @@ class Recipe:
             )
         for name, known in (
             ("bits", WIDTHS), ("format", FORMATS), ("dtype", tuple(MODEL_DTYPES)), ("quant_type", QUANT_TYPES),
-            ("rounding", ROUNDINGS), ("scales", SCALES), ("trained_on", TRAINED_ON),
+            ("rounding", ROUNDINGS), ("scales", SCALES), ("fit", FITS), ("trained_on", TRAINED_ON),
             ("tokenizer", TOKENIZERS), ("card", CARDS), ("digest", DIGESTS),
         ):  # fmt: skip
             value = getattr(self, name)
@@ -131,8 +135,12 @@ class Recipe:
                 f"{', '.join(given)}: says how new codes are written, and none are asked for; give --bits or --format "
                 "too, or leave it out"
             )
+        if self.fit and (self.decodes or self.scales == "keep"):
+            other = "--scales keep" if self.scales == "keep" else "a plain output"
+            raise UsageError(f"--fit: says how fresh zero points are fitted, and {other} has none; leave it out")
         if self.format is not None:
             self.check_double_quant(self.format)
+            self.check_fit(self.format)
 
     def check_double_quant(self, name: str) -> None:
         """UsageError where `--double-quant` is given and the format of this name has none for these codes."""
@@ -142,10 +150,18 @@ class Recipe:
                 f"{' or '.join(DOUBLE_QUANT)}; leave --double-quant out"
             )
 
+    def check_fit(self, name: str) -> None:
+        """UsageError where `--fit` is given and the format of this name has no zero points for these codes."""
+        if self.fit and not (self.format == "plain" or ABILITIES[name].zero_points(self.bits, self.quant_type)):
+            raise UsageError(
+                f"--fit: {name} has no zero points for such codes, only scales; --fit goes with --format "
+                f"{' or '.join(ZERO_POINTS)}; leave --fit out"
+            )
+
     def _check_types(self) -> None:
         _check_flags(self, ("double_quant", "quantize_towers", "base_is_residual"))
         _check_texts(self, ("scales", "rounding", "trained_on", "tokenizer", "card", "digest"))
-        _check_texts(self, ("format", "dtype", "quant_type", "adapter_base", "allow_unused"), optional=True)
+        _check_texts(self, ("format", "fit", "dtype", "quant_type", "adapter_base", "allow_unused"), optional=True)
         if not isinstance(self.keep, tuple) or not all(isinstance(pattern, str) for pattern in self.keep):
             raise UsageError(f"--keep: {quoted(self.keep)} is not a regular expression, nor several of them")
         _check_integers(self, ("bits", "group_size", "max_shard_size"), optional=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lora_merge.containers.json_types import integers, mapping, number, text, texts
 
+FIT = ("fit_error", "minmax_error")
 SURVIVAL = ("survival", "raw_survival", "projection", "noise", "change_norm")
 """Figures of a weight that an adapter changed and that was written as codes."""
 
@@ -83,6 +84,7 @@ class MergedWeight:
     parts: its tensors in the output whose dtype says what their values are.
     For a merge into codes also: rounding (the strategy), scales (`kept` or `fresh`), and what `quantization.survival`
     says of it: survival, raw_survival, projection, noise, and change_norm, the norm of the wanted change.
+    With `--fit`: fit_error, the relative rounding error of some rows on fresh scales, and minmax_error: with min-max.
     """
 
     name: str
@@ -100,6 +102,8 @@ class MergedWeight:
     projection: float | None = None
     noise: float | None = None
     change_norm: float | None = None
+    fit_error: float | None = None
+    minmax_error: float | None = None
 
     def as_json(self) -> dict[str, object]:
         """A line of `lora_merge.json` and of the journal; figures that were not measured are left out."""
@@ -117,6 +121,8 @@ class MergedWeight:
             line |= {"rounding": self.rounding, "scales": self.scales}
         if self.change_norm is not None:
             line |= {name: getattr(self, name) for name in SURVIVAL}
+        if self.fit_error is not None:
+            line |= {name: getattr(self, name) for name in FIT}
         return line
 
     @classmethod
@@ -136,7 +142,7 @@ class MergedWeight:
             parts=texts(line.get("parts", [name]), "parts"),
             rounding=rounding,
             scales=scales,
-            **{key: number(line.get(key), key) for key in SURVIVAL},
+            **{key: number(line.get(key), key) for key in (*SURVIVAL, *FIT)},
         )
 
 

@@ -52,5 +52,5 @@ def test_what_the_table_says_in_words() -> None:
 
 def test_the_choices_of_the_command_line_are_those_of_the_table() -> None:
     assert set(FORMATS) == {"plain", *(name for name, has in ABILITIES.items() if has.written == "yes")}
-    assert WIDTHS == (2, 3, 4, 5, 6, 7, 8, 16)
+    assert WIDTHS == (1, 2, 3, 4, 5, 6, 7, 8, 16)
     assert set(QUANT_TYPES) == {"int", "fp8", "nf4", "fp4", "nvfp4", "mxfp4", "mxfp8"}

@@ -213,7 +213,7 @@ class StoredRows:
             source.format.decode(parts, rows)
             return Tile(start, self._rounded(rows, start).to(self.device))
         try:
-            codes, grid = source.format.unpack(parts, *rows.shape)
+            codes, grid = source.format.from_row(start).unpack(parts, *rows.shape)
         except InputError as error:
             raise InputError(f"{printable(self.name)}: {error}") from None
         return Tile(start, grid.values(codes, rows).to(self.device), codes, grid)

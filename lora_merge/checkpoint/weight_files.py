@@ -30,6 +30,7 @@ PIPELINE = "model_index.json"
 """Lists the components of a pipeline of diffusers, each of which has a folder."""
 _MLX_STEP = "[0-9]*_adapters.safetensors"
 """An adapter as it was after some steps of training with mlx-lm, beside the last one and its config."""
+HQQ_PICKLE = "qmodel.pt"
 
 _TRAINER_STATE = ("optimizer*", "scheduler*", "rng_state*", "training_args*", "scaler*", "trainer_state*")
 
@@ -84,6 +85,11 @@ def find_base(path: Path) -> CheckpointFiles:
     found = found or _single(path, names, "*.safetensors", "pytorch_model*.bin")
     if found is None and (quantized := [name for name in names if name.lower().endswith(".gguf")]):
         raise UnsupportedError(f"{printable(path)}/{printable(quantized[0])}: {GGUF_ADVICE}")
+    if found is None and HQQ_PICKLE in names:
+        raise UnsupportedError(
+            f"{printable(path)}: {HQQ_PICKLE} is HQQ's own pickled file, and not read: that would run code. "
+            "Load it with hqq's from_quantized and write it with save_to_safetensors, or merge onto the original"
+        )
     if found is None:
         raise InputError(
             f"{printable(path)}: holds no weights; expected model.safetensors, pytorch_model.bin or one of them with "

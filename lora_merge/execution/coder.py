@@ -55,6 +55,7 @@ class PlainCoder:
     """How a weight is written as numbers."""
 
     choices: Mapping[str, str] = field(default_factory=dict)
+    fit_errors: Mapping[str, float] = field(default_factory=dict)
 
     def measured_rows(self, job: Rewrite, tile: Tile) -> int:
         """How many rows of a tile are compared with the base: the first of tiles evenly spread over the weight."""
@@ -80,6 +81,7 @@ class Coder:
 
     target: the format with the parameters of this weight. keeps_scales: codes are on the base's own scales. merged: an
     adapter changes it. same_grid: the base stands on the target's grid already.
+    fit_errors: what `--fit` did, see there.
     """
 
     target: Format
@@ -88,6 +90,7 @@ class Coder:
     merged: bool
     same_grid: bool
     directions: Directions | None
+    fit_errors: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def choices(self) -> dict[str, str]:
@@ -122,7 +125,7 @@ class Coder:
         codes = self.rounding.codes(rows, grid, tile.start, base)
         written = grid.values(codes)
         if not self.merged:
-            self.target.pack(codes, grid, into)
+            self.target.from_row(tile.start).pack(codes, grid, into)
             return _conversion(base, written)
         wanted = rows.sub_(base)
         moved = written != (base if self.same_grid else grid.values(grid.nearest(base)))
@@ -133,7 +136,7 @@ class Coder:
                 moved[unchanged], written[unchanged] = False, base[unchanged]
             if any_unchanged or not isinstance(grid, Affine):
                 codes = codes.where(moved, tile.codes)
-        self.target.pack(codes, grid, into)
+        self.target.from_row(tile.start).pack(codes, grid, into)
         sums = Sums(self.directions)
         sums.see(tile.start, base, wanted, written, int(moved.sum()))
         return sums
@@ -167,7 +170,7 @@ def choose_coder(
     quantize = job.quantize or QuantizeOptions()
     same = job.source is not None and same_grid(job.source.format, target, job.weight)
     if not job.effects:
-        return Coder(target, Nearest(), can_keep_scales(job), False, same, None)
+        return Coder(target, Nearest(), can_keep_scales(job), False, same, None, fit_errors(job, target, samples))
     directions = directions_of(job, bounds)
     offered = {}
     if can_keep_scales(job):
@@ -178,7 +181,26 @@ def choose_coder(
         ]
     names = AUTO if quantize.rounding == "auto" else (quantize.rounding,)
     choice = choose(key(quantize.seed, job.name), offered, directions, names)
-    return Coder(target, choice.rounding, choice.scales == KEPT, True, same, directions)
+    errors = fit_errors(job, target, samples) if choice.scales == FRESH else {}
+    return Coder(target, choice.rounding, choice.scales == KEPT, True, same, directions, errors)
+
+
+def fit_errors(job: Rewrite, target: Format, samples: Sequence[tuple[Tile, torch.Tensor]]) -> dict[str, float]:
+    """The relative rounding error of sampled rows on fresh scales, as they are fitted and with min-max; nothing where
+    nobody asked for a fit."""
+    minmax = target.fitted_by("minmax")
+    if job.quantize is None or job.quantize.fit is None or minmax is None or target.needs_observation:
+        return {}
+    found = {}
+    for name, format in (("fit_error", target), ("minmax_error", minmax)):
+        lost = total = 0.0
+        for tile, rows in samples:
+            grid = fresh(format, rows, tile.start) if job.effects else format.fit(rows, tile.start)
+            lost += torch.linalg.vector_norm(grid.values(grid.nearest(rows)) - rows).item() ** 2
+            total += torch.linalg.vector_norm(rows).item() ** 2
+        if total:
+            found[name] = math.sqrt(lost / total)
+    return found
 
 
 def can_keep_scales(job: Rewrite) -> bool:

@@ -236,11 +236,15 @@ class ShardOutput:
                 first : first + byte_range.lines
             ]
             data = numpy.frombuffer(part.data[begin : begin + byte_range.nbytes], numpy.uint8)
-            lines[:, byte_range.begin : byte_range.end] = data.reshape(byte_range.lines, -1)
+            place = lines[:, byte_range.begin : byte_range.end]
             begin += byte_range.nbytes
+            if byte_range.joined:
+                place |= data.reshape(byte_range.lines, -1)
+                continue  # full with the last piece
+            place[:] = data.reshape(byte_range.lines, -1)
             self.filled += byte_range.nbytes if leading else 0
             if leading and self.filled == len(waiting):
-                del lines
+                del lines, place
                 self.writer.write(memoryview(self.waiting.pop(name)))
                 self.filled = 0
 

@@ -13,6 +13,7 @@ from lora_merge.errors import MemoryLimitError, printable
 from lora_merge.execution.blocks import COPIED
 from lora_merge.execution.executor import Machine, blocks_in_flight
 from lora_merge.execution.tiles import CACHED, TILE, tile_rows
+from lora_merge.formats.base import same_grid
 from lora_merge.planning.jobs import Plan, Rewrite, described
 from lora_merge.request import RunOptions
 
@@ -108,7 +109,11 @@ def _packed(job: Rewrite) -> int:
     """The packed parts of a weight, where they cannot be read or written as they come."""
     stored = [(job.target, job.weight)] + ([(job.source.format, job.source.weight)] if job.source else [])
     coded = [described(format, weight) for format, weight in stored if format.coded]
-    return sum(spec.nbytes for parts in coded for spec in parts.values()) + _stack_windows(job)
+    kept = job.source is not None and same_grid(job.source.format, job.target, job.weight)
+    fresh = job.quantize is not None and (job.quantize.scales == "fresh" or not kept)
+    observed = fresh and job.target.needs_observation
+    beside = sum(format.workspace(weight, observed) for format, weight in stored)
+    return sum(spec.nbytes for parts in coded for spec in parts.values()) + beside + _stack_windows(job)
 
 
 def _stack_windows(job: Rewrite) -> int:

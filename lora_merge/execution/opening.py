@@ -26,6 +26,7 @@ from lora_merge.execution.device import pick_device
 from lora_merge.execution.factors import FactorReader, uses_of
 from lora_merge.execution.rewriting import OpenWeight, compute_on_one_thread, patched, strengthened
 from lora_merge.execution.tiles import tile_rows
+from lora_merge.formats import Format
 from lora_merge.planning.jobs import Rewrite, Shard
 
 
@@ -52,7 +53,7 @@ class WeightOpener:
         opened = self._patched(job)
         if not job.target.coded:
             return opened
-        target = job.target.for_weight(job.weight, _compute_dtype(job), self._observe(job, opened))
+        target = _target(job).for_weight(job.weight, _compute_dtype(job), self._observe(job, opened))
         coder = choose_coder(job, target, opened.bounds, list(_samples(opened)))
         return OpenWeight(job, opened.stored, opened.bounds, opened.whole, coder)
 
@@ -94,7 +95,7 @@ class WeightOpener:
 
     def _observe(self, job: Rewrite, opened: OpenWeight) -> torch.Tensor | None:
         """What the target must know of all rows before the first can be written; of the siblings' rows, too."""
-        if not job.target.needs_observation or can_keep_scales(job):
+        if not _target(job).needs_observation or can_keep_scales(job):
             return None
         family = job.siblings or (job,)
         return torch.cat([self._observed_rows(one, opened if one.name == job.name else None) for one in family])
@@ -104,7 +105,7 @@ class WeightOpener:
             seen = self._observed.get(job.name)
         if seen is None:
             opened = opened or self._patched(job)
-            target = job.target.for_weight(job.weight, _compute_dtype(job))
+            target = _target(job).for_weight(job.weight, _compute_dtype(job))
             found = []
             for tile in opened.stored.tiles():
                 rows = opened.merged(tile).cpu()
@@ -116,6 +117,11 @@ class WeightOpener:
         return seen
 
 
+def _target(job: Rewrite) -> Format:
+    """The format in which it is written."""
+    return job.target.for_merge() if job.effects else job.target
+
+
 def _compute_dtype(job: Rewrite) -> str:
     """In which dtype codes are computed; its name in a safetensors header."""
     return job.quantize.compute_dtype if job.quantize else "F32"
@@ -124,7 +130,8 @@ def _compute_dtype(job: Rewrite) -> str:
 def _samples(opened: OpenWeight) -> Iterator[tuple[Tile, torch.Tensor]]:
     """Some tiles of the base, each with its merged rows, on the CPU: where a choice depends on them."""
     job = opened.job
-    if not job.effects or job.source is None:
+    fitted = job.quantize is not None and job.quantize.fit is not None
+    if job.source is None or not (job.effects or fitted):
         return
     for start, stop in sample_starts(job):
         buffers = RowBuffers()

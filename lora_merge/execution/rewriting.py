@@ -62,7 +62,7 @@ class OpenWeight:
         return patched(self.job, self.bounds, tile.rows, tile.start)
 
     def result(self, measured: Measured | None) -> MergedWeight:
-        return merged_weight(self.job, measured, self.coder.choices)
+        return merged_weight(self.job, measured, self.coder.choices, self.coder.fit_errors)
 
     def sources(self) -> Reads:
         return self.stored.sources([(one.name, one.source) for one in self.job.siblings if one.source])
@@ -123,7 +123,9 @@ def strengthened(bound: Bound, rows: torch.Tensor, start: int, strength: float) 
     return torch.lerp(rows, bound.apply(rows.clone(), start), strength)
 
 
-def merged_weight(job: Rewrite, measured: Measured | None, choices: Mapping[str, str]) -> MergedWeight:
+def merged_weight(
+    job: Rewrite, measured: Measured | None, choices: Mapping[str, str], fit_errors: Mapping[str, float]
+) -> MergedWeight:
     """What is recorded of one rewritten weight. choices: of rounding and scales, where it is written as codes."""
     figures: dict[str, float | None] = {"relative_change": None, "changed": None}
     if isinstance(measured, Change):
@@ -142,8 +144,9 @@ def merged_weight(job: Rewrite, measured: Measured | None, choices: Mapping[str,
         adapters=tuple(sorted({effect.adapter for effect in job.effects})),
         format=str(job.target),
         shape=tuple(job.weight.shape),
-        parts=tuple(job.parts),
+        parts=tuple(name for part, name in job.names.items() if part not in job.target.disguised),
         rounding=choices.get("rounding"),
         scales=choices.get("scales"),
         **figures,
+        **fit_errors,
     )

@@ -21,6 +21,7 @@ from lora_merge.formats.eetq import EETQMethod
 from lora_merge.formats.fp8.fbgemm import FbgemmMethod
 from lora_merge.formats.fp8.method import FP8Method
 from lora_merge.formats.gptq.method import GPTQMethod
+from lora_merge.formats.hqq.method import HQQMethod
 from lora_merge.formats.method import QuantMethod
 from lora_merge.formats.modelopt.method import ModelOptMethod
 from lora_merge.formats.mxfp4 import MXFP4Method
@@ -48,6 +49,7 @@ METHODS: dict[str, type[QuantMethod[Any]]] = {
         QuantoMethod,
         EETQMethod,
         AQLMMethod,
+        HQQMethod,
     )
 }
 """By the word on the command line, which is the `quant_method` of config.json. The first with a format that knows the

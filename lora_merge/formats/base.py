@@ -52,7 +52,11 @@ class ByteRange(NamedTuple):
     """Which bytes of a part: `[begin, end)` of each of the lines `[first, first + lines)`, all `stride` bytes long; one
     line (without a stride, the whole part) is the usual piece in one run. Formats that store a weight transposed,
     `[in, out]`, need many; a stack of such weights has those of each expert one behind the other. Of a folded part
-    these are codes, each a byte to `unpack` and `pack`."""
+    these are codes, each a byte to `unpack` and `pack`.
+
+    joined: rows that lie far apart share these bytes. Each piece fills in its own bits, the others zero, and the pieces
+    are joined by or; there is a stride then, too.
+    """
 
     begin: int
     end: int
@@ -60,6 +64,7 @@ class ByteRange(NamedTuple):
     stride: int = 0
     first: int = 0
     fold: Fold | None = None
+    joined: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -200,6 +205,14 @@ class Codec(ABC):
         """
         return self
 
+    def from_row(self, start: int) -> Self:
+        """This format for `unpack` and `pack` of rows from `start` on, where bits go by the row's place."""
+        return self
+
+    def for_merge(self) -> Self:
+        """This format of a weight that an adapter changes: its bytes need not be those of the format's library."""
+        return self
+
 
 class Format(Layout, Codec):
     """One way to store a weight, with its parameters (dtype, bits, group size, ...); frozen. Two that are equal have
@@ -223,6 +236,19 @@ class Format(Layout, Codec):
     def as_linear(self) -> bool:
         """Whether the weight of a Conv1D, which its class has `[in, out]`, is `[out, in]` to the merge."""
         return self.coded
+
+    def fitted_by(self, fit: str) -> Self | None:
+        """This format with its zero points fitted as `--fit` says; None where that has nothing to fit."""
+        return None
+
+    @property
+    def disguised(self) -> tuple[str, ...]:
+        """Parts that hold codes and are declared as floats."""
+        return ()
+
+    def workspace(self, weight: TensorSpec, observed: bool) -> int:
+        """Bytes that this weight takes beside its tiles and its stored parts. observed: its rows are seen first."""
+        return 0
 
 
 class CodedFormat(Format):

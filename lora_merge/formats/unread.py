@@ -36,7 +36,6 @@ class Unread:
 
 
 UNREAD = (
-    Unread("HQQ", ("hqq",), "W_q", ("scale", "zero")),
     Unread(
         "BitNet",
         ("bitnet",),
@@ -68,8 +67,8 @@ UNREAD = (
         "compressed-tensors, and merge onto that; its other files differ from one Gaudi to another",
     ),
 )
-"""Layouts on disk: HQQ `W_q`, `scale`, `zero`; Gaudi's FP8 `weight`, which lies `[in, out]` on some machines and counts
-to 240 on others, and `scale_weight`, for each rank `scale_weight_0_8`."""
+"""Layouts on disk: Gaudi's FP8 `weight`, which lies `[in, out]` on some machines and counts to 240 on others, and
+`scale_weight`, for each rank `scale_weight_0_8`."""
 PARTS = re.compile("|".join(rf"(?P<of{n}>{kind.part})" for n, kind in enumerate(UNREAD) if kind.part))
 DEPTH = 3
 """Most steps of a name that such a part has."""

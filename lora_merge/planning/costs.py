@@ -79,7 +79,8 @@ def _written(job: Rewrite) -> float:
     if not isinstance(job.target, CodedFormat):
         return _costs(source).decoded if isinstance(source, CodedFormat) else PLAIN
     costs = _costs(job.target)
-    observed = SEEN if job.target.needs_observation else 0.0
+    target = job.target.for_merge() if job.effects else job.target
+    observed = SEEN if target.needs_observation else 0.0
     if not job.effects or job.quantize is None:
         return costs.converted + observed
     if source is not None and same_grid(source, job.target, job.weight):

@@ -200,7 +200,8 @@ class _Maker:
             raise UnsupportedError(f"{printable(name)} cannot be written as {target}: {reason}")
         converted = not applied and not found.format.coded
         recipe = self.recipe
-        quantize = QuantizeOptions(recipe.rounding, recipe.scales, recipe.seed, weight.dtype if converted else "F32")
+        compute_dtype = weight.dtype if converted else "F32"
+        quantize = QuantizeOptions(recipe.rounding, recipe.scales, recipe.seed, compute_dtype, recipe.fit)
         if target.coded and recipe.scales == "keep" and not same_grid(found.format, target, weight):
             raise UsageError(
                 f"--scales keep: {printable(name)} goes from {found.format} to {target}, whose scales are others; "

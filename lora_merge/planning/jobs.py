@@ -44,7 +44,7 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class QuantizeOptions:
-    """How a weight becomes codes; the words of `--rounding`, `--scales` and `--seed`.
+    """How a weight becomes codes; the words of `--rounding`, `--scales`, `--seed` and `--fit`.
 
     compute_dtype: dtype in which the format's own library would compute, whose bytes are wanted; F32 for a merge.
     """
@@ -53,6 +53,7 @@ class QuantizeOptions:
     scales: str = "auto"
     seed: int = 0
     compute_dtype: str = "F32"
+    fit: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
-from lora_merge.abilities import FORMATS
+from lora_merge.abilities import FORMATS, ZERO_POINTS
 from lora_merge.errors import UnsupportedError, UsageError, listed
 from lora_merge.formats import METHODS, Format, FormatOptions, Plain, StoredWeight, unread
 from lora_merge.formats.chatglm import is_chatglm
@@ -27,6 +27,8 @@ from lora_merge.planning.remarks import on_loaders
 from lora_merge.request import Recipe
 from lora_merge.spec import TensorSpec
 
+Name = TypeVar("Name")
+F = TypeVar("F", bound=Format)
 USUAL = "compressed-tensors"
 """Into which codes go that are not asked for by name."""
 
@@ -65,7 +67,11 @@ def decide(
     method = asked_method(recipe, present, config)
     keep = [re.compile(pattern) for pattern in recipe.keep]
     if method is None:
+        if recipe.fit is not None:
+            formats = _fitted({name: stored.format for name, stored in present.items()}, recipe.fit)
+            present = {name: replace(stored, format=formats[name]) for name, stored in present.items()}
         return _own(keep, present, plain, config, tensors)
+    recipe.check_fit(method.name)
     if recipe.quantize_towers and not method.abilities().towers:
         raise UnsupportedError(f"--quantize-towers: servers take towers of {method.name} for plain; leave it out")
     recipe.check_double_quant(method.name)
@@ -92,6 +98,19 @@ def _decoded(
                 "one, as servers do (vLLM, SGLang)"
             )
     return OutputFormats(plain, removal(present, config), tuple(notes), removed_files(present))
+
+
+def _fitted(formats: Mapping[Name, F], fit: str) -> dict[Name, F]:
+    """The formats with their zero points fitted so, where they have any. UsageError where none has."""
+    fitted = {id(format): format.fitted_by(fit) for format in formats.values()}
+    if not any(fitted.values()):
+        kinds = listed(dict.fromkeys(map(str, formats.values())), 3)
+        why = f"{kinds} has none" if kinds else "no codes are written"
+        raise UsageError(
+            f"--fit: fits the zero points of fresh codes, and {why}; leave it out, or write --format "
+            f"{' or '.join(ZERO_POINTS)}"
+        )
+    return {name: fitted[id(format)] or format for name, format in formats.items()}
 
 
 def _own(
@@ -222,6 +241,8 @@ def _quantized(
     specs = {module: weights[module + end].weight for module in found.chosen}
     _refuse_nothing(method, specs, [name for name in present if name.removesuffix(end) not in specs], weights)
     format = method.from_options(_options(recipe, method, common(present), weights, specs), specs)
+    if recipe.fit is not None:
+        format = _fitted({None: format}, recipe.fit)[None]
     fit = agreed(format, method.loader, model, tensors, found, specs)
     written = dict.fromkeys(fit.written, format.settled())
     if not written:
@@ -264,7 +285,7 @@ def _options(
     """What is asked of the new format; the width of the base where none is."""
     bits = width(recipe, method, own)
     dtype = recipe.target_dtype or scale_dtype(weights, chosen)
-    return FormatOptions(bits, dtype, recipe.quant_type, recipe.group_size, recipe.double_quant)
+    return FormatOptions(bits, dtype, recipe.quant_type, recipe.group_size, recipe.double_quant, recipe.fit)
 
 
 def _in_config(

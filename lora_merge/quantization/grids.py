@@ -60,6 +60,12 @@ class Grid(ABC):
         self._each(levels, self.scale, "mul_")
         return levels
 
+    def shift_(self, levels: torch.Tensor) -> torch.Tensor:
+        """`levels + zero`, in place: a coordinate from what it is without a zero point."""
+        if self.zero is not None:
+            self._each(levels, self.zero, "add_")
+        return levels
+
     def nearest(self, rows: torch.Tensor) -> torch.Tensor:
         """Float32 rows `[n, columns]` to the codes of the nearest levels, clamped at the ends."""
         return self.codes(self.snap_(self.coordinate(rows, self.compute_dtype)))
@@ -302,7 +308,7 @@ def refined(grid: G, rows: torch.Tensor, shares: Sequence[float] = SHARES) -> G:
     for share in shares:
         tried = replace(grid, scale=(grid.scale.float() * share).to(grid.scale.dtype))
         error = tried.spread_(tried.snap_(tried.coordinate(rows))).sub_(rows).square_()
-        sums = _by_group(error, grid)
+        sums = by_group(error, grid)
         if least is None:
             best, least = tried.scale, sums
             continue
@@ -311,7 +317,7 @@ def refined(grid: G, rows: torch.Tensor, shares: Sequence[float] = SHARES) -> G:
     return replace(grid, scale=best)
 
 
-def _by_group(values: torch.Tensor, grid: Grid) -> torch.Tensor:
+def by_group(values: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Sums over each group's columns, `[n, groups]`."""
     n, columns = values.shape
     groups = grid.scale.shape[1]

@@ -210,6 +210,9 @@ def show_result(result: MergeResult, *, as_json: bool) -> None:
             f"kept of the adapters: survival {figure(total.survival)} (raw {figure(total.raw_survival)}), "
             f"projection {figure(total.projection)}, noise {figure(total.noise)}"
         )
+    if fitted := [weight for weight in result.weights if weight.fit_error is not None]:
+        error, minmax = (_mean([getattr(weight, name) for weight in fitted]) for name in ("fit_error", "minmax_error"))
+        print(f"zero points of fresh scales: rounding error {share(error, 2)}, with min-max {share(minmax, 2)}")
     say(note_lines(result.notes))
     print(f"written to {printable(result.out)}")
     print(f"next: {next_steps(result.out)}")

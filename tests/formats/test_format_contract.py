@@ -43,6 +43,8 @@ def encoded(format: Plain, weight: TensorSpec, rows: torch.Tensor) -> dict[str, 
     return parts
 
 
+LOSS = {1: 2.0}
+"""Relative errors that a width may have, where not 0.7: of one bit both codes lie near the ends of a range."""
 STACK = TensorSpec("BF16", (2, 64, 96))
 MODULES = {"mxfp4": "model.layers.0.mlp.experts.down_proj", "chatglm": "transformer.layers.0.mlp.dense_h_to_4h"}
 MODEL_TYPES = {"mxfp4": "gpt_oss", "chatglm": "chatglm"}
@@ -93,11 +95,11 @@ def test_every_coded_format_is_in_the_contract() -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_what_a_format_has_not_is_refused_by_its_name(name: str) -> None:
     method, has = METHODS[name], METHODS[name].abilities()
-    refused = [FormatOptions(bits) for bits in range(2, 9) if bits not in has.widths]
+    refused = [FormatOptions(bits) for bits in range(1, 9) if bits not in has.widths]
     refused += [FormatOptions(bits, quant_type="nf5") for bits in has.widths]
     for word, kind in has.quant_types.items():
         bits = kind.widths[0]
-        refused += [FormatOptions(other, quant_type=word) for other in range(2, 9) if other not in kind.widths]
+        refused += [FormatOptions(other, quant_type=word) for other in range(1, 9) if other not in kind.widths]
         refused += [FormatOptions(bits, quant_type=word, group_size=7)] if kind.group_sizes is not None else []
         refused += [FormatOptions(bits, quant_type=word, double_quant=True)] if not kind.double_quant else []
     for options in refused:
@@ -138,11 +140,12 @@ def test_codes_are_the_same_by_tiles_and_come_back_byte_for_byte(
     def again(tile: torch.Tensor, start: int, stop: int, out: dict[str, torch.Tensor]) -> None:
         cuts = format.slices(weight, tile.shape[1], start, stop)
         stored = {part: sp.gathered(data[part], cut) for part, cut in cuts.items()}
-        codes, grid = format.unpack(stored, *tile.shape)
+        here = format.from_row(start)
+        codes, grid = here.unpack(stored, *tile.shape)
         near = grid.values(codes)
-        assert (near - tile).norm() <= 0.7 * tile.norm()
+        assert (near - tile).norm() <= LOSS.get(format.bits, 0.7) * tile.norm()
         assert torch.equal(grid.values(grid.nearest(near)), near)
-        format.pack(codes, grid, out)
+        here.pack(codes, grid, out)
 
     assert whole == sp.by_tiles(format, weight, rows, step, again)
 
@@ -180,7 +183,7 @@ def test_a_checkpoint_of_codes_is_found_in_its_own_format(format: CodedFormat, m
 def encode_with(format: CodedFormat) -> Callable[..., Any]:
     def fresh(tile: torch.Tensor, start: int, stop: int, out: dict[str, torch.Tensor]) -> None:
         grid = format.fit(tile, start)
-        format.pack(grid.nearest(tile), grid, out)
+        format.from_row(start).pack(grid.nearest(tile), grid, out)
 
     return fresh
 

@@ -62,6 +62,10 @@ OUTPUTS: dict[str, dict[str, Any]] = {
     "quanto-4": {"format": "quanto", "bits": 4},
     "quanto-2": {"format": "quanto", "bits": 2},
     "quanto-fp8": {"format": "quanto", "bits": 8, "quant_type": "fp8"},
+    "hqq-2": {"format": "hqq", "bits": 2},
+    "hqq-3": {"format": "hqq", "bits": 3},
+    "hqq-4": {"format": "hqq", "bits": 4},
+    "hqq-8": {"format": "hqq", "bits": 8},
 }
 TOLD: dict[str, dict[str, Any]] = {"awq": {"adapter_base": "same"}}
 """What a base of this format must be told."""

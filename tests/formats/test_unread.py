@@ -21,7 +21,6 @@ F16, F32, F8 = torch.float16, torch.float32, torch.float8_e4m3fn
 Stored = dict[str, tuple[Any, ...]]
 """Dtype and shape of each part."""
 LAYOUTS: dict[str, Stored] = {
-    "HQQ": {"W_q": (U8, 32, 32), "scale": (F16, 64, 1), "zero": (F16, 64, 1), "shape": (I64, 2), "axis": (I32,)},
     "BitNet": {"weight": (U8, 16, 32), "weight_scale": (F16, 1)},
     "Marlin's": {"B": (I32, 2, 128), "s": (F16, 1, 64), "workspace": (I32, 8)},
     "SpQR": {"dense_weights": (I64, 64), "row_offsets": (I32, 65), "col_vals": (I32, 9), "in_perm": (I16, 32)},
@@ -101,22 +100,6 @@ def test_each_is_known_by_its_method(method: str, place: str) -> None:
 
 def test_no_method_is_both_read_and_not() -> None:
     assert not KNOWN_METHODS & {method for kind in unread.UNREAD for method in kind.methods}
-
-
-@pytest.mark.parametrize(
-    ("folder", "name"),
-    [("hqq_b4_axis1", "HQQ")],
-)
-def test_what_their_libraries_wrote(tmp_path: Path, folder: str, name: str) -> None:
-    base = FIXTURES / "unread" / folder
-    refused(base, tmp_path, f"quantized by {name} ")
-    assert lora_merge.inspect(base).kind == f"{name} (not read)"
-    silent = tmp_path / "silent"
-    silent.mkdir()
-    (silent / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes())
-    (silent / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(UnsupportedError, match=f"quantized by {name} "):
-        lora_merge.plan(silent, [])
 
 
 @pytest.mark.parametrize("name", UNNAMED)

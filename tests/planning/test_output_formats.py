@@ -114,7 +114,7 @@ def test_a_quantized_base_that_cannot_be_read_is_neither_decoded_nor_taken_for_p
 @pytest.mark.parametrize(
     ("words", "error", "told"),
     [
-        ({"bits": 9}, UsageError, "not one of 2, 3, 4"),
+        ({"bits": 9}, UsageError, "not one of 1, 2, 3, 4"),
         ({"format": "chatglm", "bits": 4}, UnsupportedError, "cannot be written as chatglm"),
         ({"bits": 8, "quant_type": "nvfp4"}, UnsupportedError, "nvfp4 weights have 4 bits, not 8"),
         ({"bits": 4, "quant_type": "nf4", "format": "compressed-tensors"}, UnsupportedError, "no nf4 weights"),

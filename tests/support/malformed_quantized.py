@@ -26,9 +26,9 @@ FOLDERS = (
     *CHATGLMS, "ct_W4_g32", "ct_W4_channel", "ct_W8A8", "ct_FP8_DYNAMIC", "ct_FP8_BLOCK", "ct_MXFP4A16", "ct_NVFP4A16",
     "bnb_int8", "bnb_nf4", "bnb_nf4_dq", "bnb_fp4", "gptq_3b_g32_sym_v1", "gptq_4b_g32_sym_v1", "gptq_4b_g32_sym_v2",
     "gptq_8b_gm1_sym_v1", "awq_gemm_g32", "autoround_w4g32", "fp8_block128", "modelopt/fp8", "modelopt/fp8_block",
-    "modelopt/fp8_channel", "modelopt/mxfp8", "modelopt/nvfp4", "modelopt/nvfp4_w4a8", "mxfp4_gptoss",
-    "torchao/int8", "torchao/fp8",
-    "quanto/qint4", "eetq_sm80",
+    "modelopt/fp8_channel", "modelopt/mxfp8", "modelopt/nvfp4", "modelopt/nvfp4_w4a8", "mxfp4_gptoss", "hqq_b3_axis1",
+    "hqq_b4_axis1", "hqq_b8_axis1",
+    "torchao/int8", "torchao/fp8", "quanto/qint4", "eetq_sm80",
 )  # fmt: skip
 OWN_FILES = ("quantize_config.json", "quantization_config.json", "hf_quant_config.json", "quanto_qmap.json")
 SECTIONS = ("quantization_config", "quantization_bit", "quantization_embeddings")

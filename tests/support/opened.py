@@ -34,6 +34,7 @@ OUTPUTS: dict[str, dict[str, Any]] = {
     "nvfp4": {"format": "compressed-tensors", "bits": 4, "quant_type": "nvfp4"},
     "torchao": {"format": "torchao", "bits": 8},
     "torchao-fp8": {"format": "torchao", "bits": 8, "quant_type": "fp8"},
+    "hqq": {"format": "hqq", "bits": 4},
 }
 ON_GPU = {"fp8-gpu": "FineGrainedFP8HfQuantizer", "fbgemm": "FbgemmFp8HfQuantizer"}
 """Formats whose loader only computes on a GPU, with the class whose look for one is left out."""

@@ -60,9 +60,10 @@ def recoding(format: Format, weight: TensorSpec, data: Mapping[str, torch.Tensor
 
     def encode(tile: torch.Tensor, start: int, stop: int, out: dict[str, torch.Tensor]) -> None:
         cuts = format.slices(weight, weight.shape[1], start, stop)
-        codes, grid = format.unpack(raw({part: gathered(data[part], cut) for part, cut in cuts.items()}), *tile.shape)
+        here = format.from_row(start)
+        codes, grid = here.unpack(raw({part: gathered(data[part], cut) for part, cut in cuts.items()}), *tile.shape)
         assert torch.equal(grid.values(codes), tile)
-        format.pack(grid.nearest(tile), grid, out)
+        here.pack(grid.nearest(tile), grid, out)
 
     return encode
 
@@ -80,10 +81,11 @@ def kept(
 def put(whole: torch.Tensor, cut: ByteRange, piece: torch.Tensor) -> None:
     """Write the bytes of one cut into a whole part; codes into their fields of a folded one, which were zero."""
     if cut.fold is None:
-        window(whole, cut).copy_(piece.view(cut.lines, -1))
+        place, data = window(whole, cut), piece.view(cut.lines, -1)
+        place.copy_(place | data if cut.joined else data)
         return
-    for code, place in zip(piece.tolist(), range(cut.begin, cut.end), strict=True):
-        slab, byte = divmod(place, cut.fold.length)
+    for code, at in zip(piece.tolist(), range(cut.begin, cut.end), strict=True):
+        slab, byte = divmod(at, cut.fold.length)
         left = (8 // cut.fold.bits - 1 - slab if cut.fold.high else slab) * cut.fold.bits
         whole[byte] |= code << left
 
@@ -112,10 +114,13 @@ def pieces(format: Format, weight: TensorSpec, rows: int, step: int) -> Iterator
 
 
 def by_tiles(format: Format, weight: TensorSpec, rows: torch.Tensor, step: int, encode: Encode) -> dict[str, bytes]:
-    """Bytes of each part written tile by tile, parts of the whole weight but once."""
+    """Bytes of each part written tile by tile, parts of the whole weight but once; joined ones begin as zeros."""
     whole = {part: torch.full((spec.nbytes,), 0xA5).byte() for part, spec in format.describe(weight).items()}
-    folded = {part for part, cut in format.slices(weight, rows.shape[1], 0, step).items() if cut.fold}
-    whole |= {part: torch.zeros_like(whole[part]) for part in folded}
+    cuts = format.slices(weight, rows.shape[1], 0, step)
+    folded = {part for part, cut in cuts.items() if cut.fold}
+    joined = {part for part, cut in cuts.items() if cut.joined}
+    for part in folded | joined:
+        whole[part].zero_()
     filled = dict.fromkeys(whole, 0)
     for start, stop in pieces(format, weight, len(rows), step):
         cuts = format.slices(weight, rows.shape[1], start, stop)
@@ -124,6 +129,7 @@ def by_tiles(format: Format, weight: TensorSpec, rows: torch.Tensor, step: int, 
         for part, cut in cuts.items():
             put(whole[part], cut, out[part])
             filled[part] = cut.nbytes if part in format.shared else filled[part] + cut.nbytes
+    filled |= {part: min(filled[part], len(whole[part])) for part in joined}
     assert filled == {part: len(data) for part, data in whole.items()} | dict.fromkeys(folded, rows.numel())
     return {part: data.numpy().tobytes() for part, data in whole.items()}
 

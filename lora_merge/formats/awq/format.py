@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_merge.dtypes import BITS
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from typing_extensions import Self
 
-    from lora_merge.quantization.grids import Affine
+    from lora_merge.quantization.grids import Affine, Grid
 
 METHOD = "awq"
 VERSIONS = ("gemm", "gemv", "gemv_fast")
@@ -32,10 +32,15 @@ COMMON = (128, 64, 32)
 
 @dataclass(frozen=True, slots=True)
 class AWQFormat(CodedFormat):
-    """What the three layouts share. group_size: columns with one scale, -1 for all; scale: dtype of `scales`."""
+    """What the three layouts share.
+
+    group_size: columns with one scale, -1 for all. scale: dtype of `scales`. fit_by: how fresh zero points are fitted,
+    the word of `--fit`.
+    """
 
     group_size: int
     scale: str = "F16"
+    fit_by: str = field(default="minmax", compare=False, repr=False)
 
     name: ClassVar[str] = METHOD
     part_names: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales")
@@ -77,6 +82,12 @@ class AWQFormat(CodedFormat):
 
     def refusal(self, weight: TensorSpec) -> str | None:
         return f"AWQ's layout {self.version} is read but not written; choose --format awq, which is gemm"
+
+    def fitted_by(self, fit: str) -> Self | None:
+        return replace(self, fit_by=fit)
+
+    def refinable(self, grid: Grid) -> bool:
+        return self.fit_by == "minmax"
 
     def groups(self, columns: int) -> int:
         return 1 if self.group_size == -1 else columns // self.group_size

@@ -24,6 +24,7 @@ from lora_merge.formats.awq.gemv import AWQGemv, AWQGemvFast
 from lora_merge.formats.base import ByteRange, Parts, ReadPart
 from lora_merge.formats.raw import fill, numbers
 from lora_merge.quantization import bits as codec
+from lora_merge.quantization import half_quadratic
 from lora_merge.spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -101,7 +102,8 @@ class AWQ(AWQFormat):
         groups = rows.view(len(rows), self.groups(columns), -1)
         low, high = groups.amin(-1).clamp_(max=0), groups.amax(-1).clamp_(min=0)
         scale = ((high - low).clamp_(min=LEAST) / TOP).to(torch_dtype(self.scale))
-        return self.grid(scale, (-low / scale.float()).round_().clamp_(0, TOP), columns)
+        grid = self.grid(scale, (-low / scale.float()).round_().clamp_(0, TOP), columns)
+        return grid if self.fit_by == "minmax" else half_quadratic.fitted(grid, rows, half_quadratic.whole(0, TOP))
 
     def unpack(self, parts: Mapping[str, torch.Tensor], rows: int, columns: int) -> tuple[torch.Tensor, Affine]:
         import torch

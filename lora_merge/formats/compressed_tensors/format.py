@@ -57,9 +57,10 @@ class CompressedTensors(CompressedLayout):
             most = rows.new_full((len(rows), 1), cast(float, self.peak))
         if scheme.number_type == "int":
             low, high = (-most, most) if scheme.strategy == "tensor" else scales.extremes(rows, wide)
-            return self._grid(
+            grid = self._grid(
                 *scales.integer(low, high, self.bits, scheme.symmetric, compute_dtype, dtype), rows.shape[1]
             )
+            return self._solved(grid, rows) if self._solves else grid
         if scheme.strategy != "tensor":
             most = scales.largest(rows, wide, tall)
         if scheme.format == NVFP4:
@@ -70,7 +71,26 @@ class CompressedTensors(CompressedLayout):
         return self._grid(scales.floating(most, compute_dtype, dtype), None, rows.shape[1])
 
     def refinable(self, grid: Grid) -> bool:
+        return self._free and not self._solves
+
+    def fitted_by(self, fit: str) -> CompressedTensors | None:
+        return replace(self, fit_by=fit) if self._free and not self.scheme.symmetric else None
+
+    @property
+    def _free(self) -> bool:
+        """Whether every row has scales of its own, stored as they are."""
         return self.scheme.number_type == "int" and self.scheme.strategy in ("group", "channel")
+
+    @property
+    def _solves(self) -> bool:
+        return self._free and not self.scheme.symmetric and self.fit_by != "minmax"
+
+    def _solved(self, grid: Grid, rows: torch.Tensor) -> Grid:
+        from lora_merge.quantization import half_quadratic
+        from lora_merge.quantization.grids import Affine
+
+        assert isinstance(grid, Affine)
+        return half_quadratic.fitted(grid, rows, half_quadratic.whole(grid.low, grid.high))
 
     def unpack(self, parts: Mapping[str, torch.Tensor], rows: int, columns: int) -> tuple[torch.Tensor, Grid]:
         scheme, wide = self.scheme, self._grain(columns)[1]

@@ -57,6 +57,7 @@ class CompressedLayout(CodedFormat):
     peak:    largest magnitude of all values that share one scale, where the scheme has such a scale.
     dense:   whether codes straddle words.
     shape:   of the weight; its parts may leave it open, and `weight_shape` says it.
+    fit_by:  how fresh zero points are fitted, the word of `--fit`.
     shape_dtype: of `weight_shape`. Kimi's checkpoints have I32, the library writes I64; the grid is the same.
     """
 
@@ -67,6 +68,7 @@ class CompressedLayout(CodedFormat):
     dense: bool = True
     shape: tuple[int, int] | None = None
     shape_dtype: str = field(default="I64", compare=False)
+    fit_by: str = field(default="minmax", compare=False, repr=False)
 
     name: ClassVar[str] = METHOD
     identifying_parts: ClassVar[tuple[str, ...]] = ("weight_scale",)

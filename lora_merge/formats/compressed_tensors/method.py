@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from lora_merge.abilities import FormatOptions
@@ -34,6 +35,8 @@ class CompressedTensorsMethod(QuantMethod[CompressedTensors]):
         """One scheme for all weights: loaders that stack experts or dequantize while loading know but one."""
         size = options.group_size or common_group_size(weights, options.bits, GROUPS)
         scheme = preset(options.quant_type or "int", options.bits, 0, size)
+        if options.fit:
+            scheme = replace(scheme, symmetric=False)
         return CompressedTensors(scheme, options.dtype if scheme.format not in scales.FIXED else "BF16")
 
     @classmethod

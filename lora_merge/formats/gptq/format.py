@@ -29,6 +29,7 @@ from lora_merge.formats.gptq.config import GptqOptions, section
 from lora_merge.formats.plain import LIMITS
 from lora_merge.formats.raw import fill, numbers
 from lora_merge.quantization import bits as codec
+from lora_merge.quantization import half_quadratic
 from lora_merge.spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class GPTQ(CodedFormat):
     carry:   version 1's zero points were lowered a word at a time.
     scale:   dtype of `scales`.
     named:   whether there is a `g_idx`.
+    fit_by:  how fresh zero points are fitted, the word of `--fit`.
     order:   bytes of a `g_idx` whose groups do not lie side by side; None: they do, or only the stored part tells.
     """
 
@@ -62,6 +64,7 @@ class GPTQ(CodedFormat):
     scale: str = "F16"
     named: bool = True
     order: bytes | None = field(default=None, repr=False)
+    fit_by: str = field(default="minmax", compare=False, repr=False)
 
     name: ClassVar[str] = "gptq"
     part_names: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales", "g_idx")
@@ -182,7 +185,16 @@ class GPTQ(CodedFormat):
             zero = torch.full_like(exact, 1 << self.bits - 1)
         else:  # the library, too, takes it from the scale before that is rounded
             zero = (-low / exact).round_().clamp_(2 - self.version, self._top)
-        return self._grid(scale, zero, rows.shape[1], index)
+        grid = self._grid(scale, zero, rows.shape[1], index)
+        if self.fit_by == "minmax" or self.sym:
+            return grid
+        return half_quadratic.fitted(grid, rows, half_quadratic.whole(2 - self.version, self._top))
+
+    def fitted_by(self, fit: str) -> GPTQ | None:
+        return None if self.sym else replace(self, fit_by=fit)
+
+    def refinable(self, grid: Grid) -> bool:
+        return self.sym or self.fit_by == "minmax"
 
     def unpack(self, parts: Mapping[str, torch.Tensor], rows: int, columns: int) -> tuple[torch.Tensor, Affine]:
         import torch

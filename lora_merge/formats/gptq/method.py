@@ -25,7 +25,8 @@ class GPTQMethod(QuantMethod[GPTQ]):
 
     @classmethod
     def format_for(cls, options: FormatOptions, weights: Mapping[str, TensorSpec]) -> GPTQ:
-        return GPTQ(options.bits, options.group_size or common_group_size(weights, options.bits, GROUPS))
+        size = options.group_size or common_group_size(weights, options.bits, GROUPS)
+        return GPTQ(options.bits, size, sym=options.fit is None)
 
     @classmethod
     def config_changes(

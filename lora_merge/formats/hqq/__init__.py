@@ -1,0 +1,1 @@
+"""HQQ: groups of any direction with a scale and a zero point of floats, fitted without data."""
