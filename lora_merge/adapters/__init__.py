@@ -18,6 +18,13 @@
 | `gralora.py` | GRALORA |
 | `beft.py` | BEFT |
 | `lora.py` | LORA of PEFT, with `layers.py` (linear, embedding, convolution), `experts.py`, `dora.py`, `residual.py` |
+| `ia3.py` | IA3 |
+| `oft.py`, `boft.py` | OFT, BOFT, with `rotation.py` |
+| `hra.py` | HRA |
+| `miss.py` | MISS, and BONE as it was called before |
+| `road.py` | ROAD |
+| `hira.py` | HIRA |
+| `glora.py` | GLORA |
 | `tokens.py` | TRAINABLE_TOKENS, and `trainable_token_indices` of LORA |
 | `saved_modules.py` | tensors brought whole: modules_to_save, biases, embeddings |
 | `dialects.py` | which files are not of PEFT, and who reads them: |
@@ -35,17 +42,25 @@ from typing import Any
 from lora_merge.adapters import (
     adalora,
     beft,
+    boft,
     c3a,
     delora,
     dialects,
     fourierft,
+    glora,
     gralora,
+    hira,
+    hra,
+    ia3,
     ln_tuning,
     loha,
     lokr,
     lora,
+    miss,
+    oft,
     osf,
     randlora,
+    road,
     shira,
     tokens,
     vblora,
@@ -58,6 +73,15 @@ from lora_merge.spec import TensorSpec
 
 KINDS: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, TensorSpec], Options], Reading]] = {
     "LORA": lora.read,
+    "IA3": ia3.read,
+    "OFT": oft.read,
+    "HRA": hra.read,
+    "MISS": miss.read,
+    "BONE": miss.read,
+    "BOFT": boft.read,
+    "ROAD": road.read,
+    "HIRA": hira.read,
+    "GLORA": glora.read,
     "TRAINABLE_TOKENS": tokens.read,
     "ADALORA": adalora.read,
     "VERA": vera.read,
@@ -96,8 +120,7 @@ NEVER: Mapping[str, str] = {
 """peft_type -> why it cannot be merged."""
 
 LATER = (
-    "ADAMSS", "BOFT", "BONE", "DEFT", "FROD", "GLORA", "HIRA", "HRA", "IA3", "MISS", "OFT", "PEANUT", "PSOFT",
-    "ROAD", "SUPERTUNING", "TINYLORA", "UNILORA",
+    "ADAMSS", "DEFT", "FROD", "PEANUT", "PSOFT", "SUPERTUNING", "TINYLORA", "UNILORA",
 )  # fmt: skip
 """peft_types that could be merged and are not read yet."""
 

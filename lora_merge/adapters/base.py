@@ -111,6 +111,12 @@ class Patch(ABC):
         return None
 
     @property
+    def rows_together(self) -> int:
+        """Rows that it mixes with each other: `apply` gets whole runs of so many, counted from row 0; those of the
+        last run may be fewer. A patch that needs the whole weight says 1."""
+        return 1
+
+    @property
     def replaces(self) -> TensorSpec | None:
         """The spec of the tensor after the patch, where the patch brings the whole value by itself (saved modules,
         base_layer copies) and ignores the base's rows. None: an effect on the base's rows."""
@@ -156,6 +162,9 @@ class Claim:
     survey: Callable[[Location, TensorSpec], None] | None = None
     """Called once for each tensor of the claim before any patch of the adapter is built, where the patches depend on
     all weights that are adapted (VeRA's projections are as large as the largest)."""
+    beside: bool = False
+    """The parameter stands beside the module's weight, whose claim came before; where the base has none, there is
+    nothing to change (a bias that is scaled as its weight is). Its factors are claimed there."""
 
 
 @dataclass(frozen=True, slots=True)

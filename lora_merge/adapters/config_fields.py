@@ -25,18 +25,31 @@ class Pattern:
     @classmethod
     def from_json(cls, field: str, key: str, value: float) -> Pattern:
         """Raises AdapterError for keys that are no regex, or one that could run for ever."""
-        if len(key) > LONGEST_PATTERN or re.search(r"\)[*+{]", key) or len(re.findall("[*+{]", key)) > MOST_REPEATS:
-            raise AdapterError(f"adapter_config.json: the {field} key {printable(key[:60])!r} is too complex to match")
-        try:
-            regex = re.compile(rf"(.*\.)?({key})$")
-        except (re.error, RecursionError, OverflowError) as error:
-            raise AdapterError(
-                f"adapter_config.json: the {field} key {printable(key)!r} is no valid pattern: {error}"
-            ) from None
+        regex = _compiled(f"the {field} key", key, rf"(.*\.)?({key})$")
         return cls(regex, key.rpartition(".")[2] if re.fullmatch(r"[\w.-]+", key) else "", value)
 
     def matches(self, path: str) -> bool:
         return path.endswith(self.tail) and self.regex.match(path) is not None
+
+
+def _compiled(what: str, key: str, pattern: str) -> re.Pattern[str]:
+    """`pattern`, made of `key` of a file. Raises AdapterError for keys that are no regex, or could run for ever."""
+    if len(key) > LONGEST_PATTERN or re.search(r"\)[*+{]", key) or len(re.findall("[*+{]", key)) > MOST_REPEATS:
+        raise AdapterError(f"adapter_config.json: {what} {printable(key[:60])!r} is too complex to match")
+    try:
+        return re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise AdapterError(f"adapter_config.json: {what} {printable(key)!r} is no valid pattern: {error}") from None
+
+
+def matching(config: Mapping[str, Any], field: str) -> Callable[[str], bool]:
+    """Whether a field that names modules means a path: ends of paths, or one regex for the whole path."""
+    value = config.get(field)
+    if isinstance(value, str):
+        regex = _compiled(field, value, value)
+        return lambda path: regex.fullmatch(path) is not None
+    ends = strings(config, field)
+    return lambda path: path.endswith(ends)
 
 
 def number(value: object, field: str) -> float:

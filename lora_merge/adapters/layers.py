@@ -34,6 +34,7 @@ class Pair:
     conv1d: a square weight is stored `[in, out]`.
     group_size: of QA-LoRA, whose lora_A takes the mean of that many inputs, times the number of groups; 1 else.
     turned: the file has the two as `[in, r]` and `[r, out]`; the shapes here are those of the factors as PEFT has them.
+    names: what the two are called in the text of errors.
     """
 
     module: str
@@ -51,6 +52,7 @@ class Pair:
     conv1d: bool = False
     group_size: int = 1
     turned: bool = False
+    names: tuple[str, str] = ("lora_A", "lora_B")
 
     @property
     def inputs(self) -> int:
@@ -67,7 +69,7 @@ class Pair:
     def misfit(self, location: Location, weight: TensorSpec, expected: str) -> AdapterError:
         a, b = list(self.a_shape), list(self.b_shape)
         return AdapterError(
-            f"{printable(self.module)}: lora_A {a} and lora_B {b} are made for {expected}; "
+            f"{printable(self.module)}: {self.names[0]} {a} and {self.names[1]} {b} are made for {expected}; "
             f"{printable(location.tensor)} is {weight}. Is this the base that the adapter was trained on?"
         )
 
@@ -211,8 +213,8 @@ def _started(
 
 def _grouped(pair: Pair) -> UnsupportedError:
     return UnsupportedError(
-        f"{printable(pair.module)}: lora_A {list(pair.a_shape)} and lora_B {list(pair.b_shape)} belong to a "
-        "convolution with groups, whose update cannot be merged; leave it out with --allow-unused REGEX"
+        f"{printable(pair.module)}: {pair.names[0]} {list(pair.a_shape)} and {pair.names[1]} {list(pair.b_shape)} "
+        "belong to a convolution with groups, whose update cannot be merged; leave it out with --allow-unused REGEX"
     )
 
 

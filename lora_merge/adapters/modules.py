@@ -48,6 +48,19 @@ class Module:
         """The tensors that are its own."""
         return tuple(self.keys.values())
 
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        """What is stored under each of its roles."""
+        return {role: self.tensors[key] for role, key in self.keys.items()}
+
+    @property
+    def shown(self) -> str:
+        """Its factors with their shapes, as an error names them."""
+        return " and ".join(f"{printable(key)} {list(self.tensors[key].shape)}" for key in self.factors)
+
+    def misfit(self, expected: str) -> AdapterError:
+        return AdapterError(f"{printable(self.path)}: {self.shown}; expected {expected}")
+
     def names(self, *roles: str) -> tuple[str, ...]:
         """The keys of these roles."""
         return tuple(self._key(role) for role in roles)
@@ -90,6 +103,7 @@ class Kind:
     name: the word for reports. roles: segments of keys that are factors, `hada_w1_a` or `osf_svd_params.U_low`.
     shared: those of them that stand once, for all modules. integers: those that may be whole numbers.
     fields: fields of its config that its reader knows, or that steer training only.
+    nonempty: factors without any number are refused.
     """
 
     name: str
@@ -97,6 +111,7 @@ class Kind:
     shared: tuple[str, ...] = ()
     integers: tuple[str, ...] = ()
     fields: tuple[str, ...] = ()
+    nonempty: bool = False
 
     def read(
         self,
@@ -163,6 +178,8 @@ class Kind:
                 offences.append(f"{key} names no module")
             if tensors[key].dtype not in PLAIN_FLOATS + (WHOLE_NUMBERS if role in self.integers else ()):
                 offences.append(f"{key} is {tensors[key]}, not {'a number' if role in self.integers else 'a float'}")
+            if self.nonempty and not tensors[key].numel:
+                offences.append(f"{key} is {tensors[key]}, which holds nothing")
             place[role] = key
         if offences:
             raise AdapterError(f"{len(offences)} adapter tensors cannot be used: {listed(offences, 8, counted=False)}")

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from lora_merge.spec import Location, TensorSpec
 
+OPEN = -1
+"""A side of a weight of which the factors say nothing."""
+
 
 @dataclass(frozen=True, slots=True)
 class Seat:
@@ -27,16 +30,17 @@ class Seat:
 def seat(location: Location, weight: TensorSpec, outputs: int, inputs: int, conv1d: bool) -> Seat | None:
     """The seat of a change in a linear's weight, or None where it does not fit.
 
-    conv1d: a square weight is stored `[in, out]`.
+    outputs, inputs: OPEN where the factors do not tell. conv1d: where the shape does not tell either, the weight is
+    stored `[in, out]`.
     """
-    rows = location.rows or (0, outputs)
     one_expert = location.within is not None and len(weight.shape) == 3
     total, columns = weight.matrix(stacked=one_expert)
     first, last = location.within or (0, total)
+    rows = location.rows or (0, last - first if outputs == OPEN else outputs)
     whole = location.rows is None and location.within is None
-    fits = last - first == rows[1] - rows[0] and last <= total and rows[1] <= outputs
-    as_is = fits and columns == inputs and (len(weight.shape) == 2 or one_expert)
-    turned = whole and weight.shape == (inputs, outputs)
+    fits = last - first == rows[1] - rows[0] and last <= total and (outputs == OPEN or rows[1] <= outputs)
+    as_is = fits and inputs in (OPEN, columns) and (len(weight.shape) == 2 or one_expert)
+    turned = whole and _alike(weight.shape, (inputs, outputs))
     if location.expert is not None or not (as_is or turned):
         return None
     if turned and not (as_is and (location.as_linear or not conv1d)):
@@ -50,7 +54,8 @@ def kernel_seat(location: Location, weight: TensorSpec, outputs: int, inputs: in
     inputs: of the flattened kernels, `in * prod(kernel)`.
     """
     shape = weight.shape
-    if len(shape) < 3 or location != Location(location.tensor) or (shape[0], math.prod(shape[1:])) != (outputs, inputs):
+    flat = (shape[0], math.prod(shape[1:])) if len(shape) > 2 else ()
+    if location != Location(location.tensor) or not _alike(flat, (outputs, inputs)):
         return None
     return Seat(stacked=False)
 
@@ -66,3 +71,7 @@ def whole_shape(location: Location, weight: TensorSpec, conv1d: bool) -> tuple[i
     if location.within is not None:
         rows = location.within[1] - location.within[0]
     return (columns, rows) if conv1d and not location.as_linear else (rows, columns)
+
+
+def _alike(shape: tuple[int, ...], sides: tuple[int, int]) -> bool:
+    return len(shape) == 2 and all(side in (OPEN, held) for held, side in zip(shape, sides, strict=True))

@@ -29,8 +29,8 @@ def tile_rows(job: Rewrite) -> int:
 
 
 def rows_together(job: Rewrite) -> int:
-    """The smallest number of rows that both the base's format and the target can code alone."""
-    together = job.target.rows_at_once(job.weight)
+    """The smallest number of rows that the base's format and the target can code, and the effects change, alone."""
+    together = math.lcm(job.target.rows_at_once(job.weight), *(effect.patch.rows_together for effect in job.effects))
     return together if job.source is None else math.lcm(together, job.source.format.rows_at_once(job.source.weight))
 
 

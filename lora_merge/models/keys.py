@@ -24,6 +24,8 @@ from lora_merge.models.names import BASE_PREFIXES, EXPERT_PARTS, ONE_EXPERT, SPE
 from lora_merge.models.skeleton import NoSkeleton, Skeleton
 from lora_merge.spec import Location, TensorSpec
 
+OPEN = -1
+"""A side of a shape of which the factors say nothing."""
 How = Literal["name", "prefix", "rename", "fused", "underscores", "transformers", "suffix"]
 
 
@@ -182,9 +184,10 @@ class Resolver:
             if name not in self.tensors or part not in pieces or len(self.tensors[name].shape) != 3:
                 continue
             experts, rows, columns = self.tensors[name].shape
-            if expert < experts and shape == (rows // len(pieces), columns) and rows % len(pieces) == 0:
-                start = expert * rows + pieces.index(part) * shape[0]
-                yield (Location(name, within=(start, start + shape[0])),)
+            height = rows // len(pieces)
+            if expert < experts and rows % len(pieces) == 0 and _alike((height, columns), shape):
+                start = expert * rows + pieces.index(part) * height
+                yield (Location(name, within=(start, start + height)),)
 
     # underscores in the place of dots
 
@@ -308,15 +311,22 @@ def fits(stored: tuple[int, ...], shape: tuple[int, ...] | None, any_rows: bool 
     """Whether a tensor of shape `stored` can be the parameter that an adapter knows as `shape`.
 
     Conv1D weights lie transposed, kernels of convolutions may be flattened, stacked experts may have their last two
-    dimensions the other way round. `any_rows`: a vocabulary, which the adapter may have resized.
+    dimensions the other way round. A side of a matrix may be OPEN. `any_rows`: a vocabulary, which the adapter may have
+    resized.
     """
     if shape is None or stored == shape:
         return True
     if len(stored) == len(shape) == 2:
         either = (shape, shape[::-1])
-        return stored in either or (any_rows and any(stored[1] == one[1] for one in either))
+        return any(_alike(stored, one) or (any_rows and one[1] in (OPEN, stored[1])) for one in either)
     if len(stored) == len(shape) == 3 and stored[0] == shape[0]:
         return sorted(stored[1:]) == sorted(shape[1:])
     if len(stored) < 2 or len(shape) < 2:
         return False
+    if OPEN in shape:
+        return _alike((stored[0], math.prod(stored[1:])), shape)
     return stored[0] == shape[0] and math.prod(stored) == math.prod(shape)
+
+
+def _alike(stored: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    return len(stored) == len(shape) and all(side in (OPEN, held) for held, side in zip(stored, shape, strict=True))

@@ -96,9 +96,14 @@ def resolve(
     unmatched: list[UnmatchedClaim] = []
     for index, reading in enumerate(readings):
         _check_elsewhere(adapters[index], reading, allow_unused)
+        places: tuple[Location, ...] = ()  # of the weight whose claim came last
         for claim in reading.claims:
+            if claim.beside:
+                for location in _beside(places, claim.parameter, resolver.tensors):
+                    by_tensor[location.tensor].append(PlacedClaim(index, claim, location))
+                continue
             resolution = resolver.resolve(claim.module, claim.parameter, claim.shape)
-            locations = resolution.locations
+            locations = places = resolution.locations
             how: str = resolution.how
             if locations and resolution.note and resolution.note not in notes:
                 notes.append(resolution.note)
@@ -128,6 +133,14 @@ def _check_elsewhere(adapter: Checkpoint, reading: Reading, allow_unused: str | 
             f"pipeline: {listed(lost, 4)}. Give the folder of the whole pipeline as BASE, or allow the loss with "
             "--allow-unused REGEX"
         )
+
+
+def _beside(places: Sequence[Location], parameter: str, tensors: Collection[str]) -> Iterator[Location]:
+    """Where a module has this parameter, whose weight is at these places; the same rows of it are the module's."""
+    for place in places:
+        name = f"{place.tensor.removesuffix('weight')}{parameter}"
+        if place.tensor.endswith(".weight") and name in tensors:
+            yield replace(place, tensor=name)
 
 
 def _passed_over(by_tensor: Mapping[str, Sequence[PlacedClaim]], tensors: Collection[str]) -> Iterator[str]:

@@ -234,6 +234,41 @@ _MERGED = (
         lora(GPT2) + lora(["c_proj"], r=2) + lora(["c_fc"], use_rslora=False),
         {"weight": [1.5, -0.5, 1]},
     ),
+    # kinds that multiply or replace
+    Case("ia3", "llama", other("IA3", ["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])),
+    Case(
+        "ia3_conv1d",
+        "gpt2",
+        other("IA3", r".*\.(c_attn|c_proj|c_fc)", feedforward_modules=r".*\.mlp\.c_proj", fan_in_fan_out=True),
+    ),
+    Case("ia3_bert", "bert", other("IA3", ["query", "dense"], feedforward_modules=["dense"], task_type="SEQ_CLS")),
+    Case("oft", "llama", other("OFT", LLAMA, oft_block_size=8)),
+    Case(
+        "oft_shared_head",
+        "llama",
+        other("OFT", ["q_proj"], oft_block_size=4, block_share=True, modules_to_save=["lm_head"]),
+    ),
+    Case("oft_embedding", "bert", other("OFT", ["word_embeddings", "query"], oft_block_size=4, task_type="SEQ_CLS")),
+    Case("oft_bias", "llama_bias", other("OFT", ["q_proj", "down_proj"], oft_block_size=16, bias="oft_only")),
+    Case("hra", "llama", other("HRA", LLAMA, r=4)),
+    Case("hra_orthogonal", "bert", other("HRA", ["query", "dense"], r=3, apply_GS=True, task_type="SEQ_CLS")),
+    Case("hra_convolutions", "convolutions", other("HRA", ["wide", "point", "head"], r=2)),
+    Case("miss", "llama", other("MISS", LLAMA, r=5)),
+    Case("miss_bat", "llama", other("MISS", LLAMA, r=8, init_weights="bat")),
+    Case("miss_mini", "bert", other("MISS", ["query", "dense"], r=4, init_weights="mini", mini_r=8)),
+    Case("boft", "llama", other("BOFT", LLAMA, boft_block_size=8)),
+    Case("road", "llama", other("ROAD", LLAMA, variant="road_1", group_size=8)),
+    Case("road_bias", "bert", other("ROAD", ["query", "dense"], variant="road_4", group_size=16)),
+    Case("hira", "llama", other("HIRA", LLAMA, r=4)),
+    Case("hira_conv1d", "gpt2", other("HIRA", [*GPT2, "wpe"], r=4, fan_in_fan_out=True)),
+    Case("hira_convolutions", "convolutions", other("HIRA", CONV, r=2)),
+    Case("glora", "llama", other("GLORA", LLAMA, r=4)),
+    Case(
+        "glora_bias",
+        "bert",
+        other("GLORA", ["query", "dense"], config_A_B="vector", config_C="none", config_D_E="vector"),
+    ),
+    Case("boft_convolutions", "convolutions", other("BOFT", ["wide", "point"], boft_block_size=4)),
 )
 
 ADALORA = {"init_r": 6, "target_r": 3, "lora_alpha": 0.3, "total_step": 10, "init_lora_weights": False}
@@ -291,6 +326,7 @@ ROUNDED_TWICE = {
     ),
     *("sharded_experts", "two_adapters", "two_experts", "three_conv1d"),
     *("randlora", "randlora_conv1d", "c3a", "c3a_bert", "delora", "delora_bert"),
+    *("road", "road_bias", "hira", "hira_conv1d", "hira_convolutions", "glora", "glora_bias"),
 }
 
 _UNMERGED = (

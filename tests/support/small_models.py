@@ -39,7 +39,7 @@ def apply(patch: Patch, weight: torch.Tensor, read: Callable[[str], torch.Tensor
         weight = torch.zeros(held.shape)
     rows = weight.float().reshape(held.matrix(bool(patch.stacked))).clone()
     bound = patch.bind(read, held)
-    block = max(1, len(rows)) if patch.needs is Needs.WHOLE else block
+    block = max(1, len(rows)) if patch.needs is Needs.WHOLE else -(-block // patch.rows_together) * patch.rows_together
     if patch.needs is Needs.COLUMNS:
         for start in range(0, len(rows), block):
             bound.observe(rows[start : start + block], start)
@@ -66,6 +66,8 @@ def merge_reading(
             claim.survey(Location(name), spec(base[name]))
     for claim in sorted(reading.claims, key=lambda claim: claim.order):
         name = f"{claim.module}.{claim.parameter}"
+        if claim.beside and name not in base:
+            continue
         like = TensorSpec(DTYPES[dtypes[name]], tuple(merged[name].shape))
         patch = claim.build(Location(name), like)
         merged[name] = apply(patch, merged[name], factors.__getitem__, block)
