@@ -19,6 +19,7 @@ from lora_merge.dtypes import MODEL_DTYPES
 from lora_merge.errors import LoraMergeError, StorageError, UsageError, printable
 from lora_merge.request import (
     CARDS,
+    COMBINES,
     DEFAULTS,
     FITS,
     ROUNDINGS,
@@ -46,7 +47,10 @@ COMMANDS = ("inspect", "verify")
 MEANT = {name: name for name in COMMANDS} | {"help": "--help", "version": "--version"}
 """What is meant by a first word that is like one of these and names no folder."""
 SECTIONS = {
-    "Inputs": ("weight", "alpha", "base_is_residual", "trained_on", "adapter_base", "allow_unused"),
+    "Inputs": (
+        *("weight", "combine", "density", "alpha", "base_is_residual"),
+        *("trained_on", "adapter_base", "allow_unused"),
+    ),
     "Output": (
         *("bits", "format", "dtype", "quant_type", "double_quant", "group_size", "keep"),
         *("quantize_towers", "tokenizer", "card", "digest", "max_shard_size", "overwrite", "verify"),
@@ -105,6 +109,8 @@ def chosen(word: str, known: tuple[str, ...], text: str, metavar: str | None = N
 @app.command(cls=Merge, epilog=EXITS)
 @click.argument("paths", nargs=-1, required=True, metavar="BASE ADAPTER... OUT", type=click.Path(path_type=Path))
 @click.option("--weight", type=float, multiple=True, help="Strength of an adapter; once for each, in their order.")
+@chosen("--combine", COMBINES, "How the changes of several adapters become one.")
+@click.option("--density", type=float, help="Share of the changes that stays with --combine ties, dare, magnitude.")
 @click.option("--alpha", type=float, help="lora_alpha of an adapter file that has no config.")
 @click.option("--base-is-residual", is_flag=True, help="BASE is the residual saved with a PiSSA, OLoRA, ... adapter.")
 @chosen("--trained-on", TRAINED_ON, "Round a 16-bit BASE first onto the grid that a QLoRA adapter was trained over.")
@@ -140,7 +146,7 @@ def chosen(word: str, known: tuple[str, ...], text: str, metavar: str | None = N
     FITS,
     "Zero points of fresh scales: from lowest to highest value, or by HQQ's solver. Default: as the format's library.",
 )
-@click.option("--seed", type=int, default=DEFAULTS["seed"], show_default=True, help="Of the roundings that draw.")
+@click.option("--seed", type=int, default=DEFAULTS["seed"], show_default=True, help="Of what is drawn.")
 @click.option(
     "--min-survival",
     type=float,

@@ -139,6 +139,9 @@ def _body(
         yield ""
         pairs = zip(adapters, recipe.strengths, strict=True)
         yield from (f"- {adapter}, strength {strength:g}" for adapter, strength in pairs)
+        if recipe.combine != "sum":
+            yield ""
+            yield f"Their changes were combined with `{recipe.combine}` at a density of {recipe.density:g}."
     else:
         yield f"These are the weights of {base}, converted by lora-merge {__version__}."
     yield from _section("Weights", _weights(plan, weights))

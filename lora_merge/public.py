@@ -13,6 +13,7 @@ from lora_merge.progress import Progress, no_progress
 from lora_merge.request import (
     Bits,
     Card,
+    Combine,
     DtypeName,
     Fit,
     FormatName,
@@ -51,6 +52,8 @@ def merge(
     trained_on: TrainedOn = "as-is",
     adapter_base: PathLike | None = None,
     weight: float | Iterable[float] = (),
+    combine: Combine = "sum",
+    density: float | None = None,
     alpha: float | None = None,
     base_is_residual: bool = False,
     allow_unused: str | None = None,
@@ -83,11 +86,13 @@ def merge(
     rounding: of merged weights to codes: nearest, stochastic, dither, adapter-aware; auto: the best of them, measured.
     scales: of merged weights: keep those of the base, or fit fresh ones; auto: the better, measured.
     fit: of the zero points of fresh scales: minmax, or hqq for its solver; None: as the format's library does.
-    seed: of the roundings that draw.
+    seed: of the roundings that draw, and of dare.
     min_survival: raise NumericError if rounding leaves less than this of the change to any weight.
     trained_on: the grid that a QLoRA adapter was trained over, nf4, fp4 or int8; as-is: the base itself.
     adapter_base: for an AWQ base: the original that the adapters were trained on, or `same`.
     weight: strength of each adapter, in their order; 1 where not given.
+    combine: sum of all changes, or of what ties, dare or magnitude leave of each.
+    density: share of the changes that stays, above 0; needed by all but sum.
     alpha: lora_alpha of an adapter file that has no config.
     base_is_residual: the base is the residual saved with a PiSSA, OLoRA, ... adapter.
     allow_unused: regular expression of adapter tensors that may have no place in the base.
@@ -110,10 +115,10 @@ def merge(
     request = request_of(
         *(base, adapters, path_of("out", out)),
         bits=bits, format=format, dtype=dtype, quant_type=quant_type, double_quant=double_quant,
-        group_size=group_size, keep=keep, quantize_towers=quantize_towers, rounding=rounding, scales=scales,
-        fit=fit, seed=seed,
-        min_survival=min_survival, trained_on=trained_on, adapter_base=adapter_base, weight=weight, alpha=alpha,
-        base_is_residual=base_is_residual, allow_unused=allow_unused, tokenizer=tokenizer, card=card, digest=digest,
+        group_size=group_size, keep=keep, quantize_towers=quantize_towers, rounding=rounding, scales=scales, fit=fit,
+        seed=seed, min_survival=min_survival, trained_on=trained_on, adapter_base=adapter_base, weight=weight,
+        combine=combine, density=density, alpha=alpha, base_is_residual=base_is_residual, allow_unused=allow_unused,
+        tokenizer=tokenizer, card=card, digest=digest,
         max_shard_size=max_shard_size, device=device, max_memory=max_memory, threads=threads, resume=resume,
         restart=restart, overwrite=overwrite, verify=verify,
     )  # fmt: skip
@@ -142,6 +147,8 @@ def plan(
     trained_on: TrainedOn = "as-is",
     adapter_base: PathLike | None = None,
     weight: float | Iterable[float] = (),
+    combine: Combine = "sum",
+    density: float | None = None,
     alpha: float | None = None,
     base_is_residual: bool = False,
     allow_unused: str | None = None,
@@ -173,11 +180,13 @@ def plan(
     rounding: of merged weights to codes: nearest, stochastic, dither, adapter-aware; auto: the best of them, measured.
     scales: of merged weights: keep those of the base, or fit fresh ones; auto: the better, measured.
     fit: of the zero points of fresh scales: minmax, or hqq for its solver; None: as the format's library does.
-    seed: of the roundings that draw.
+    seed: of the roundings that draw, and of dare.
     min_survival: raise NumericError if rounding leaves less than this of the change to any weight.
     trained_on: the grid that a QLoRA adapter was trained over, nf4, fp4 or int8; as-is: the base itself.
     adapter_base: for an AWQ base: the original that the adapters were trained on, or `same`.
     weight: strength of each adapter, in their order; 1 where not given.
+    combine: sum of all changes, or of what ties, dare or magnitude leave of each.
+    density: share of the changes that stays, above 0; needed by all but sum.
     alpha: lora_alpha of an adapter file that has no config.
     base_is_residual: the base is the residual saved with a PiSSA, OLoRA, ... adapter.
     allow_unused: regular expression of adapter tensors that may have no place in the base.
@@ -199,10 +208,10 @@ def plan(
     request = request_of(
         *(base, adapters, out),
         bits=bits, format=format, dtype=dtype, quant_type=quant_type, double_quant=double_quant,
-        group_size=group_size, keep=keep, quantize_towers=quantize_towers, rounding=rounding, scales=scales,
-        fit=fit, seed=seed,
-        min_survival=min_survival, trained_on=trained_on, adapter_base=adapter_base, weight=weight, alpha=alpha,
-        base_is_residual=base_is_residual, allow_unused=allow_unused, tokenizer=tokenizer, card=card, digest=digest,
+        group_size=group_size, keep=keep, quantize_towers=quantize_towers, rounding=rounding, scales=scales, fit=fit,
+        seed=seed, min_survival=min_survival, trained_on=trained_on, adapter_base=adapter_base, weight=weight,
+        combine=combine, density=density, alpha=alpha, base_is_residual=base_is_residual, allow_unused=allow_unused,
+        tokenizer=tokenizer, card=card, digest=digest,
         max_shard_size=max_shard_size, device=device, max_memory=max_memory, threads=threads, resume=resume,
         restart=restart, overwrite=overwrite, verify=verify,
     )  # fmt: skip

@@ -39,6 +39,7 @@ Scales: TypeAlias = Literal["auto", "keep", "fresh"]
 Fit: TypeAlias = Literal["minmax", "hqq"]
 TrainedOn: TypeAlias = Literal["as-is", "nf4", "fp4", "int8"]
 TokenizerFrom: TypeAlias = Literal["auto", "base", "adapter"]
+Combine: TypeAlias = Literal["sum", "ties", "dare", "magnitude"]
 Card: TypeAlias = Literal["new", "base"]
 
 ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
@@ -46,6 +47,7 @@ SCALES: tuple[Scales, ...] = get_args(Scales)
 FITS: tuple[Fit, ...] = get_args(Fit)
 TRAINED_ON: tuple[TrainedOn, ...] = get_args(TrainedOn)
 TOKENIZERS: tuple[TokenizerFrom, ...] = get_args(TokenizerFrom)
+COMBINES: tuple[Combine, ...] = get_args(Combine)
 CARDS: tuple[Card, ...] = get_args(Card)
 SAME = "same"
 """What `--adapter-base` says of an adapter that was trained on BASE itself."""
@@ -86,6 +88,8 @@ class Recipe:
     trained_on: TrainedOn = "as-is"
     adapter_base: str | None = None
     weight: tuple[float, ...] = ()
+    combine: Combine = "sum"
+    density: float | None = None
     alpha: float | None = None
     base_is_residual: bool = False
     allow_unused: str | None = None
@@ -106,6 +110,7 @@ class Recipe:
             ("bits", WIDTHS), ("format", FORMATS), ("dtype", tuple(MODEL_DTYPES)), ("quant_type", QUANT_TYPES),
             ("rounding", ROUNDINGS), ("scales", SCALES), ("fit", FITS), ("trained_on", TRAINED_ON),
             ("tokenizer", TOKENIZERS), ("card", CARDS), ("digest", DIGESTS),
+            ("combine", COMBINES),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value not in known:
@@ -119,6 +124,7 @@ class Recipe:
         if self.bits == 16 and self.dtype == "float32":
             raise UsageError("--bits 16 and --dtype float32 exclude each other")
         self._check_codes()
+        self._check_combination()
         for name, patterns in (("allow_unused", (self.allow_unused,)), ("keep", self.keep)):
             for pattern in filter(None, patterns):
                 try:
@@ -142,6 +148,16 @@ class Recipe:
             self.check_double_quant(self.format)
             self.check_fit(self.format)
 
+    def _check_combination(self) -> None:
+        """The share that stays goes with a way to thin changes out, and with adapters that make them."""
+        if self.density is not None and not (_is_real(self.density) and 0 < self.density <= 1):
+            raise UsageError(f"--density: {quoted(self.density)} is not a number above 0, and 1 at most")
+        if self.combine == "sum" and self.density is not None:
+            raise UsageError("--density: says which share of the changes stays; give --combine ties, dare or magnitude")
+        if self.combine != "sum" and (self.density is None or not self.adapters):
+            lacks = "an adapter" if self.density is not None else "--density"
+            raise UsageError(f"--combine {self.combine}: needs {lacks}; it thins out the changes of adapters")
+
     def check_double_quant(self, name: str) -> None:
         """UsageError where `--double-quant` is given and the format of this name has none for these codes."""
         if self.double_quant and not ABILITIES[name].double_quant(self.bits, self.quant_type):
@@ -160,7 +176,7 @@ class Recipe:
 
     def _check_types(self) -> None:
         _check_flags(self, ("double_quant", "quantize_towers", "base_is_residual"))
-        _check_texts(self, ("scales", "rounding", "trained_on", "tokenizer", "card", "digest"))
+        _check_texts(self, ("scales", "rounding", "trained_on", "tokenizer", "card", "digest", "combine"))
         _check_texts(self, ("format", "fit", "dtype", "quant_type", "adapter_base", "allow_unused"), optional=True)
         if not isinstance(self.keep, tuple) or not all(isinstance(pattern, str) for pattern in self.keep):
             raise UsageError(f"--keep: {quoted(self.keep)} is not a regular expression, nor several of them")

@@ -132,15 +132,16 @@ def test_every_word_reaches_the_request(job: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(api, "plan_request", asked)
     words = """--bits 4 --format bitsandbytes --dtype bfloat16 --quant-type fp4 --double-quant --group-size 128
         --scales keep --rounding dither --seed 7 --keep lm_head --keep q_proj --quantize-towers --trained-on nf4
-        --adapter-base same --min-survival 0.5 --weight 2 --alpha 16 --base-is-residual --allow-unused x
-        --tokenizer adapter --card base --digest sha256 --max-shard-size 1GB --device cpu
+        --adapter-base same --min-survival 0.5 --weight 2 --combine dare --density 0.25 --alpha 16
+        --base-is-residual --allow-unused x --tokenizer adapter --card base --digest sha256 --max-shard-size 1GB --device cpu
         --max-memory 2GB --threads 3 --resume --overwrite --verify"""
     with pytest.raises(Asked) as found:
         cli.run(["base", "adapter", "out", *words.split(), "--dry-run"])
     recipe = Recipe(
         Path("base"), (Path("adapter"),), bits=4, format="bitsandbytes", dtype="bfloat16", quant_type="fp4",
         double_quant=True, group_size=128, scales="keep", rounding="dither", seed=7, keep=("lm_head", "q_proj"),
-        quantize_towers=True, trained_on="nf4", adapter_base="same", weight=(2.0,), alpha=16.0, base_is_residual=True,
+        quantize_towers=True, trained_on="nf4", adapter_base="same", weight=(2.0,), combine="dare", density=0.25,
+        alpha=16.0, base_is_residual=True,
         allow_unused="x", tokenizer="adapter", card="base", digest="sha256", max_shard_size=10**9,
     )  # fmt: skip
     run = RunOptions(0.5, "cpu", 2 * 10**9, 3, True, False, True, True)

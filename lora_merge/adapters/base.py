@@ -111,6 +111,11 @@ class Patch(ABC):
         return None
 
     @property
+    def sums(self) -> bool:
+        """Whether it adds something that does not depend on the weight: its bound is `Additive`, and needs rows."""
+        return False
+
+    @property
     def rows_together(self) -> int:
         """Rows that it mixes with each other: `apply` gets whole runs of so many, counted from row 0; those of the
         last run may be fewer. A patch that needs the whole weight says 1."""

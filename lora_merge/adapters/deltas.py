@@ -131,6 +131,10 @@ class Added(Patch):
         return self.delta.factors
 
     @property
+    def sums(self) -> bool:
+        return True
+
+    @property
     def stacked(self) -> bool | None:
         return self.seat.stacked
 

@@ -187,6 +187,10 @@ class LowRank(Patch):
         own = (*self.left.names, *self.right.names)
         return own if self.alpha is None else (*own, self.alpha)
 
+    @property
+    def sums(self) -> bool:
+        return True
+
     def workspace(self, weight: TensorSpec) -> int:
         # Both factors in float32, and while one is transposed, itself as stored (in 8 bytes a number at most).
         stored = max(f.shape[0] * f.shape[1] * f.blocks * f.repeat for f in (self.left, self.right))
@@ -258,6 +262,10 @@ class Shift(Patch):
     @property
     def factors(self) -> tuple[str, ...]:
         return (self.name,)
+
+    @property
+    def sums(self) -> bool:
+        return True
 
     def workspace(self, weight: TensorSpec) -> int:
         return 3 * self.length * FLOAT

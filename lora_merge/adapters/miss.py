@@ -44,6 +44,10 @@ class Shards(Patch):
         return (self.name,)
 
     @property
+    def sums(self) -> bool:
+        return len(self.shape) == 2
+
+    @property
     def stacked(self) -> bool | None:
         return self.span.stacked
 

@@ -21,6 +21,8 @@ BLOCK_TILES = 1
 DIRECTIONS = 4
 """Times the factors: their orthonormal bases in float64, and float32 copies."""
 MOST_THREADS = 8
+CHANGE_TILES, STATE = 8, 8192
+"""Tiles beside those of each adapter while changes are combined, and bytes that a state of torch's generator takes."""
 PLAIN_TILES, CODED_TILES = 3, 14
 """Tiles of float32 that work on one of them holds at once: decoded, merged, written, their differences."""
 INTERPRETER = 200 * 10**6
@@ -102,7 +104,19 @@ def _shared(plan: Plan) -> int:
 def _beside_tiles(job: Rewrite) -> int:
     factors = sum(effect.patch.workspace(job.weight) for effect in job.effects)
     whole = any(effect.patch.needs is Needs.WHOLE for effect in job.effects)
-    return (DIRECTIONS if job.quantize else 1) * factors + (4 * job.weight.numel if whole else 0) + _packed(job)
+    factors *= DIRECTIONS if job.quantize else 1
+    return factors + _combined(job) + (4 * job.weight.numel if whole else 0) + _packed(job)
+
+
+def _combined(job: Rewrite) -> int:
+    """Tiles of the changes that are combined, what is made of them, and the states of a generator."""
+    if job.combination is None:
+        return 0
+    rows, columns = job.weight.matrix(job.stacked)
+    adapters = len({effect.adapter for effect in job.effects})
+    height = min(rows, tile_rows(job))
+    states = adapters * -(-rows // max(1, height)) * STATE if job.combination.method == "dare" else 0
+    return (3 * adapters + CHANGE_TILES) * 4 * height * columns + states
 
 
 def _packed(job: Rewrite) -> int:

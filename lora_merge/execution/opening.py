@@ -22,12 +22,14 @@ from lora_merge.execution.coder import (
     choose_coder,
     sample_starts,
 )
+from lora_merge.execution.combining import Combined
 from lora_merge.execution.device import pick_device
 from lora_merge.execution.factors import FactorReader, uses_of
 from lora_merge.execution.rewriting import OpenWeight, compute_on_one_thread, patched, strengthened
 from lora_merge.execution.tiles import tile_rows
 from lora_merge.formats import Format
-from lora_merge.planning.jobs import Rewrite, Shard
+from lora_merge.planning.jobs import Combination, Rewrite, Shard
+from lora_merge.quantization.rounding import key
 
 
 class WeightOpener:
@@ -70,6 +72,8 @@ class WeightOpener:
 
     def _bind(self, job: Rewrite, stored: StoredRows) -> tuple[Bound, ...]:
         """The patches with their factors; those that must see all rows first have seen them."""
+        if job.combination is not None:
+            return (self._combined(job, job.combination, stored),)
         bounds: list[Bound] = []
         for effect in job.effects:
             bounds.append(effect.patch.bind(self.factors[effect.adapter], job.weight))
@@ -77,6 +81,18 @@ class WeightOpener:
                 for tile in stored.tiles():
                     bounds[-1].observe(patched(job, bounds[:-1], tile.rows, tile.start), tile.start)
         return tuple(bounds)
+
+    def _combined(self, job: Rewrite, combination: Combination, stored: StoredRows) -> Combined:
+        """The changes of the adapters as one effect, which has seen them all."""
+        members: dict[int, tuple[float, list[Bound]]] = {}
+        for effect in job.effects:
+            bound = effect.patch.bind(self.factors[effect.adapter], job.weight)
+            members.setdefault(effect.adapter, (effect.strength, []))[1].append(bound)
+        rows, columns = job.weight.matrix(job.stacked)
+        spans = stored.spans(0, rows)
+        return Combined(
+            combination, list(members.values()), spans, columns, self.device, key(combination.seed, job.name)
+        )
 
     def _whole(self, job: Rewrite, stored: StoredRows, bounds: Sequence[Bound]) -> torch.Tensor:
         """All rows patched, float32 `[rows, columns]`; each patch sees the rows cut as it must."""

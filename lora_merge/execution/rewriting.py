@@ -109,8 +109,8 @@ class _BlockParts:
 
 def patched(job: Rewrite, bounds: Sequence[Bound], rows: torch.Tensor, start: int) -> torch.Tensor:
     """Rows from `start` on after the effects of these bounds, float32 `[n, columns]`; `rows` may be changed."""
-    for effect, bound in zip(job.effects, bounds, strict=False):
-        rows = strengthened(bound, rows, start, effect.strength)
+    for strength, bound in zip(job.strengths, bounds, strict=False):
+        rows = strengthened(bound, rows, start, strength)
     return rows
 
 

@@ -122,7 +122,7 @@ class Resolver:
 
     def _misfit(self, names: list[str], shape: tuple[int, ...] | None) -> str:
         found = listed(f"{name} {list(self.tensors[name].shape)}" for name in names)
-        return f"the base has {found}, the adapter's factors are made for {list(shape or ())}"
+        return f"the base has {found}, the adapter's factors are made for {sides(shape or ())}"
 
     # experts: fused in the module and apart on disk, or the other way round
 
@@ -326,6 +326,11 @@ def fits(stored: tuple[int, ...], shape: tuple[int, ...] | None, any_rows: bool 
     if OPEN in shape:
         return _alike((stored[0], math.prod(stored[1:])), shape)
     return stored[0] == shape[0] and math.prod(stored) == math.prod(shape)
+
+
+def sides(shape: tuple[int, ...]) -> str:
+    """A shape for the text of an error, `[128, ?]` where a side is open."""
+    return f"[{', '.join('?' if side == OPEN else str(side) for side in shape)}]"
 
 
 def _alike(stored: tuple[int, ...], shape: tuple[int, ...]) -> bool:

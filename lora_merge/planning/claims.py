@@ -11,7 +11,7 @@ from lora_merge.adapters import read_adapter
 from lora_merge.adapters.base import Claim, Options, Patch, Reading
 from lora_merge.checkpoint.opening import Checkpoint
 from lora_merge.errors import AdapterError, UnsupportedError, listed, printable
-from lora_merge.models.keys import Resolver
+from lora_merge.models.keys import Resolver, sides
 from lora_merge.models.names import NEW_HEADS
 from lora_merge.spec import Location, TensorSpec
 

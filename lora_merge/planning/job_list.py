@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from lora_merge.checkpoint.opening import Checkpoint
+from lora_merge.checkpoint.opening import Checkpoint, Inputs
 from lora_merge.dtypes import PLAIN_FLOATS
 from lora_merge.errors import AdapterError, InputError, UnsupportedError, UsageError, listed, printable
 from lora_merge.formats import METHODS, CodedFormat, Format, FormatOptions, Plain, StoredWeight
@@ -14,6 +14,7 @@ from lora_merge.formats.base import same_grid
 from lora_merge.formats.plain import PART, WRITABLE
 from lora_merge.models.linears import fused_names, fused_set, rounded_in_training
 from lora_merge.planning import claims as effects
+from lora_merge.planning import combining
 from lora_merge.planning.awq_scales import NOT_RESCALED
 from lora_merge.planning.base_formats import quantization
 from lora_merge.planning.claims import Effect, PlacedClaim, PlacedClaims
@@ -22,14 +23,15 @@ from lora_merge.planning.jobs import Copy, Job, QuantizeOptions, Rewrite
 from lora_merge.planning.output_formats import OutputFormats, skeleton
 from lora_merge.planning.rescaling import Scalings, rescaled
 from lora_merge.request import SAME, Recipe
+from lora_merge.spec import TensorSpec
 
 
 def job_list(
-    draft: Draft, claims: PlacedClaims, recipe: Recipe, outputs: OutputFormats, original: Checkpoint | None = None
+    draft: Draft, claims: PlacedClaims, recipe: Recipe, outputs: OutputFormats, inputs: Inputs
 ) -> list[tuple[str, Job]]:
     """A job for every weight and other tensor of the output, each with the base file that it comes from, in the order
     of those files. Uses up `claims.by_tensor`, whose claims are as many as the jobs."""
-    scalings = _scalings(draft, claims, recipe, original)
+    scalings = _scalings(draft, claims, recipe, inputs.original)
     maker = _Maker(draft, claims, recipe, outputs, *_rounded(draft, recipe), scalings)
     order = {name: number for number, name in enumerate(draft.base.tensors)}
     first_tensor = {name: draft.sources[name] for name in draft.specs if name in draft.sources}
@@ -46,6 +48,8 @@ def job_list(
     draft.notes += _stale(draft, [job for _, job in jobs])
     last = jobs[-1][0] if jobs else ""
     jobs += [(last, maker.added(name)) for name in claims.added]
+    combining.check(maker.no_sums, recipe)
+    draft.notes += combining.order_notes((job for _, job in jobs), inputs.adapters)
     _refuse_clashes([job for _, job in jobs])
     return _with_siblings(jobs)
 
@@ -127,6 +131,8 @@ class _Maker:
         self.scalings = scalings
         self.specs = draft.specs
         self.refused: list[str] = []
+        self.combination = combining.combination(recipe)
+        self.no_sums: list[combining.NoSum] = []
 
     def jobs(self, name: str) -> list[Job]:
         """Copies of the parts of a weight that nobody touches, or its one rewrite."""
@@ -145,18 +151,27 @@ class _Maker:
 
     def added(self, name: str) -> Job:
         """A tensor that only the adapter has, in the dtype that most of the base has."""
-        applied, weight = effects.build(name, None, self.claims.pop(name), self.recipe.strengths)
+        applied, weight = self._built(name, None, self.claims.pop(name))
         common = Counter(spec.dtype for spec in self.specs.values() if spec.dtype in PLAIN_FLOATS).most_common(1)
         own = common[0][0] if common else weight.dtype
         target = Plain(self.recipe.target_dtype or (own if own in WRITABLE else "F32"))
         return Rewrite(name, weight, None, applied, target)
+
+    def _built(
+        self, name: str, weight: TensorSpec | None, claims: Sequence[PlacedClaim]
+    ) -> tuple[tuple[Effect, ...], TensorSpec]:
+        """The effects on a tensor, and its shape after them."""
+        applied, after = effects.build(name, weight, claims, self.recipe.strengths)
+        if self.combination is not None:
+            self.no_sums += combining.no_sums(name, applied)
+        return applied, after
 
     def _uncoded(self, name: str, claims: Sequence[PlacedClaim]) -> list[Job]:
         """A tensor that is no weight is copied, or replaced whole."""
         spec, source = self.specs[name], self.draft.sources[name]
         if not claims:
             return [Copy(name, spec, source)]
-        applied, weight = effects.build(name, spec, claims, self.recipe.strengths)
+        applied, weight = self._built(name, spec, claims)
         patch = applied[0].patch
         if len(applied) > 1 or applied[0].strength != 1 or patch.replaces != weight:
             self.refused.append(f"{name} ({spec})")
@@ -188,7 +203,7 @@ class _Maker:
         stored: StoredWeight,
         target: Format,
     ) -> Rewrite:
-        applied, weight = effects.build(name, found.weight, claims, self.recipe.strengths)
+        applied, weight = self._built(name, found.weight, claims)
         if self.scalings is not None and name.split(".")[-2] not in NOT_RESCALED:
             applied = tuple(replace(one, patch=rescaled(name, one.patch, self.scalings)) for one in applied)
         if not target.writable:
@@ -217,6 +232,7 @@ class _Maker:
             stacked=_stacked(applied, found.format, target),
             quantize=quantize if target.coded else None,
             trained_on=self.trained_on if name in self.rounded else None,
+            combination=self.combination if applied else None,
         )
 
 

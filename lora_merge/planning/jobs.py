@@ -16,6 +16,7 @@ from lora_merge.formats import CodedFormat, Format, StoredWeight
 from lora_merge.formats.method import ConfigPath
 from lora_merge.formats.plain import PART
 from lora_merge.planning.claims import Effect
+from lora_merge.request import Combine
 from lora_merge.spec import TensorSpec
 
 
@@ -57,6 +58,15 @@ class QuantizeOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class Combination:
+    """How the changes of several adapters become one; the words of `--combine`, `--density`, `--seed`."""
+
+    method: Combine
+    density: float
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
 class Rewrite:
     """A weight decoded, patched and encoded.
 
@@ -68,6 +78,7 @@ class Rewrite:
     quantize: None where the target is plain.
     trained_on: the grid onto which the base is rounded first.
     siblings: the weights, this one among them, that must share a scale with it.
+    combination: how the effects, all of them sums, become one; None: each is applied in its turn.
     """
 
     name: str
@@ -80,6 +91,12 @@ class Rewrite:
     quantize: QuantizeOptions | None = None
     trained_on: CodedFormat | None = None
     siblings: tuple[Rewrite, ...] = ()
+    combination: Combination | None = None
+
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """How strongly each of its bound effects applies; a combination is one, which has its members' in it."""
+        return (1.0,) if self.combination else tuple(effect.strength for effect in self.effects)
 
     @property
     def names(self) -> dict[str, str]:

@@ -61,7 +61,7 @@ def make(recipe: Recipe, inputs: Inputs) -> Plan:
     outputs = decide(recipe, draft.weights, draft.config, draft.specs)
     draft.changes |= outputs.changes
     draft.notes += outputs.notes
-    jobs = job_list(draft, claims, recipe, outputs, inputs.original)
+    jobs = job_list(draft, claims, recipe, outputs, inputs)
     return _assembled(draft, jobs, outputs, recipe, inputs)
 
 

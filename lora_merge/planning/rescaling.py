@@ -87,6 +87,10 @@ class Rescaled(Patch):
         return self.patch.factors
 
     @property
+    def sums(self) -> bool:
+        return True
+
+    @property
     def stacked(self) -> bool | None:
         return self.patch.stacked
 

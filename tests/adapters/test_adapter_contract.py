@@ -389,6 +389,11 @@ def test_sums_scale_with_strength(name: str) -> None:
     assert torch.equal(bound.add(rows.clone(), 0, 0.0), rows)
 
 
+def test_a_plan_knows_what_is_a_sum(case: Case) -> None:
+    assert case.patch.sums == isinstance(case.patch.bind(case.factors.__getitem__, spec(case.weight)), Additive)
+    assert not case.patch.sums or case.patch.needs is Needs.ROWS
+
+
 @pytest.mark.parametrize("name", [name for name in CASES if name not in SUMS])
 def test_other_patches_do_not_pose_as_sums(name: str) -> None:
     case = CASES[name]()
