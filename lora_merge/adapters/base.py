@@ -52,7 +52,10 @@ class Bound(ABC):
         return None
 
     def observe(self, rows: torch.Tensor, start: int) -> None:  # noqa: B027  most have nothing to see
-        """First pass of `Needs.COLUMNS`: see rows `[start, start + n)`, in order, before any `apply`."""
+        """First pass of `Needs.COLUMNS`, or over the weight that a patch `looks_at`.
+
+        Sees rows `[start, start + n)`, in order, before any `apply`.
+        """
 
     @abstractmethod
     def apply(self, rows: torch.Tensor, start: int) -> torch.Tensor:
@@ -114,6 +117,11 @@ class Patch(ABC):
     def sums(self) -> bool:
         """Whether it adds something that does not depend on the weight: its bound is `Additive`, and needs rows."""
         return False
+
+    @property
+    def looks_at(self) -> str | None:
+        """The name of another weight, whose rows, as the base has them, its bound must `observe` before any `apply`."""
+        return None
 
     @property
     def rows_together(self) -> int:

@@ -8,7 +8,7 @@
 | A, B, D, E | `constant` | `glora_A.X [1]` | one number |
 | all | `none` | `glora_A.zeros` | nothing |
 
-C of a layer with a bias moves a part of the weight into the bias; such adapters are refused.
+C `[in, 1]`, of the form of A, is there for a layer with a bias; W is the weight of the base.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from lora_merge.adapters.linear import PIECE, BoundRows, Linear, Span
 from lora_merge.adapters.lowrank import FLOAT
 from lora_merge.adapters.modules import Kind, Module
 from lora_merge.adapters.seats import OPEN
-from lora_merge.errors import UnsupportedError, printable
 from lora_merge.spec import Location, TensorSpec
 
 if TYPE_CHECKING:
@@ -73,16 +72,21 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class General(Patch):
-    """`rows + rows * factor + term` on a span."""
+    """`rows + rows * factor + term` on a span.
+
+    column: of a bias, what each row of its weight, which is called `looks_at`, is multiplied by and adds to it.
+    """
 
     factor: Part
     term: Part
     span: Span
+    column: Part = Part()
+    looks_at: str | None = None
     kind: str = "glora"
 
     @property
     def factors(self) -> tuple[str, ...]:
-        return self.factor.names + self.term.names
+        return self.factor.names + self.term.names + self.column.names
 
     @property
     def stacked(self) -> bool | None:
@@ -90,19 +94,31 @@ class General(Patch):
 
     def workspace(self, weight: TensorSpec) -> int:
         columns = weight.matrix(bool(self.stacked))[1]
-        return (3 * (self.factor.size + self.term.size) + 2 * max(PIECE, columns)) * FLOAT
+        sizes = self.factor.size + self.term.size + self.column.size + self.column.outputs + self.span.count
+        return (3 * sizes + 2 * max(PIECE, columns)) * FLOAT
 
     def bind(self, read: Callable[[str], torch.Tensor], weight: TensorSpec) -> Bound:
-        return BoundGeneral(self.span, self.factor.read(read), self.term.read(read))
+        column = _rows_of(self.column.read(read), 0, self.column.outputs)
+        return BoundGeneral(self.span, self.factor.read(read), self.term.read(read), column)
 
 
 class BoundGeneral(BoundRows):
-    """factor, term: as `Part.read` returns them."""
+    """factor, term: as `Part.read` returns them. column: float32 `[in, 1]`, or None; products: of the rows with it."""
 
-    def __init__(self, span: Span, factor: Values, term: Values) -> None:
+    def __init__(self, span: Span, factor: Values, term: Values, column: torch.Tensor | None) -> None:
         super().__init__(span)
         self.factor = factor
         self.term = term
+        self.column = column
+        self.products = None if column is None else column.new_zeros(span.count, 1)
+
+    def observe(self, rows: torch.Tensor, start: int) -> None:
+        if self.column is None or self.products is None:
+            return
+        first = self.span.first
+        low, high = max(start, first), min(start + len(rows), first + self.span.count)
+        if low < high:
+            self.products[low - first : high - first] = rows[low - start : high - start] @ self.column
 
     def change(self, rows: torch.Tensor, row: int) -> None:
         factor = _rows_of(self.factor, row, row + len(rows))
@@ -111,6 +127,9 @@ class BoundGeneral(BoundRows):
             rows.addcmul_(rows, factor)
         if term is not None:
             rows.add_(term)
+        if self.products is not None:
+            first = row - self.span.offset
+            rows.add_(self.products[first : first + len(rows)])
 
 
 if TYPE_CHECKING:
@@ -126,31 +145,28 @@ def _rows_of(values: Values, start: int, stop: int) -> torch.Tensor | None:
 
 
 def read(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec], options: Options) -> Reading:
-    """Claims of every tensor of a GLoRA adapter. Raises UnsupportedError where its C is used."""
+    """Claims of every tensor of a GLoRA adapter."""
     return KIND.read(config, tensors, options, _claims)
 
 
 def _claims(module: Module) -> list[Claim]:
     a, b, c, d, e = (Part.of(module, letter) for letter in "ABCDE")
-    if c.names:
-        raise UnsupportedError(
-            f"{printable(module.path)}: {c.names[0]} moves a part of the weight into the bias, which is not supported "
-            "yet; merge this adapter with PEFT"
-        )
     sides = [max(sides) for sides in zip(*((one.outputs, one.inputs) for one in (a, b)), strict=True)]
     outputs = max(sides[0], d.outputs, e.outputs)
-    if any(one.outputs not in (OPEN, outputs) or one.inputs not in (OPEN, sides[1]) for one in (a, b, d, e)):
+    wrong = any(one.outputs not in (OPEN, outputs) or one.inputs not in (OPEN, sides[1]) for one in (a, b, d, e))
+    if wrong or c.inputs not in (OPEN, 1) or (OPEN not in (c.outputs, sides[1]) and c.outputs != sides[1]):
         raise module.misfit("parts of one layer")
-    weight = Linear(module.path, outputs, sides[1], module.shown)
+    weight = Linear(module.path, outputs, max(sides[1], c.outputs), module.shown)
     bias = Linear(module.path, outputs, 1, module.shown)
 
     def build(location: Location, spec: TensorSpec) -> General:
         return General(a, b, weight.span(location, spec))
 
     def build_bias(location: Location, spec: TensorSpec) -> General:
-        return General(d, e, bias.span(location, TensorSpec(spec.dtype, (spec.numel, 1))))
+        looks_at = f"{location.tensor.removesuffix('bias')}weight" if c.names else None
+        return General(d, e, bias.span(location, TensorSpec(spec.dtype, (spec.numel, 1))), c, looks_at)
 
     claims = [Claim(module.path, "weight", module.factors, build, shape=weight.shape)]
-    if d.names or e.names:
+    if c.names or d.names or e.names:
         claims.append(Claim(module.path, "bias", (), build_bias, shape=(outputs,), beside=True))
     return claims

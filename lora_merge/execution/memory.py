@@ -12,7 +12,7 @@ from lora_merge.adapters.base import Needs
 from lora_merge.errors import MemoryLimitError, printable
 from lora_merge.execution.blocks import COPIED
 from lora_merge.execution.executor import Machine, blocks_in_flight
-from lora_merge.execution.tiles import CACHED, TILE, tile_rows
+from lora_merge.execution.tiles import CACHED, TILE, tile_rows, whole_rows
 from lora_merge.formats.base import same_grid
 from lora_merge.planning.jobs import Plan, Rewrite, described
 from lora_merge.request import RunOptions
@@ -105,7 +105,7 @@ def _beside_tiles(job: Rewrite) -> int:
     factors = sum(effect.patch.workspace(job.weight) for effect in job.effects)
     whole = any(effect.patch.needs is Needs.WHOLE for effect in job.effects)
     factors *= DIRECTIONS if job.quantize else 1
-    return factors + _combined(job) + (4 * job.weight.numel if whole else 0) + _packed(job)
+    return factors + _combined(job) + _looked_at(job) + (4 * job.weight.numel if whole else 0) + _packed(job)
 
 
 def _combined(job: Rewrite) -> int:
@@ -117,6 +117,14 @@ def _combined(job: Rewrite) -> int:
     height = min(rows, tile_rows(job))
     states = adapters * -(-rows // max(1, height)) * STATE if job.combination.method == "dare" else 0
     return (3 * adapters + CHANGE_TILES) * 4 * height * columns + states
+
+
+def _looked_at(job: Rewrite) -> int:
+    """Tiles of the weights at which effects look, one after the other."""
+    others = [effect.other for effect in job.effects if effect.other is not None]
+    heights = [whole_rows(one.format.rows_at_once(one.weight), one.weight.matrix()[1]) for one in others]
+    sizes = [height * one.weight.matrix()[1] for height, one in zip(heights, others, strict=True)]
+    return CODED_TILES * 4 * max(sizes, default=0)
 
 
 def _packed(job: Rewrite) -> int:

@@ -26,8 +26,9 @@ from lora_merge.execution.combining import Combined
 from lora_merge.execution.device import pick_device
 from lora_merge.execution.factors import FactorReader, uses_of
 from lora_merge.execution.rewriting import OpenWeight, compute_on_one_thread, patched, strengthened
-from lora_merge.execution.tiles import tile_rows
+from lora_merge.execution.tiles import tile_rows, whole_rows
 from lora_merge.formats import Format
+from lora_merge.planning.claims import Effect
 from lora_merge.planning.jobs import Combination, Rewrite, Shard
 from lora_merge.quantization.rounding import key
 
@@ -77,10 +78,21 @@ class WeightOpener:
         bounds: list[Bound] = []
         for effect in job.effects:
             bounds.append(effect.patch.bind(self.factors[effect.adapter], job.weight))
+            for tile in self._other_tiles(job, effect):
+                bounds[-1].observe(tile.rows, tile.start)
             if effect.patch.needs is Needs.COLUMNS:
                 for tile in stored.tiles():
                     bounds[-1].observe(patched(job, bounds[:-1], tile.rows, tile.start), tile.start)
         return tuple(bounds)
+
+    def _other_tiles(self, job: Rewrite, effect: Effect) -> Iterator[Tile]:
+        """The rows of the weight at which an effect looks."""
+        if effect.other is None:
+            return
+        other, matrix = effect.other, effect.other.weight.matrix()
+        step = whole_rows(other.format.rows_at_once(other.weight), matrix[1])
+        name = str(effect.patch.looks_at)
+        yield from StoredRows(self.base, name, other, matrix, step, self.device, self._sources).tiles()
 
     def _combined(self, job: Rewrite, combination: Combination, stored: StoredRows) -> Combined:
         """The changes of the adapters as one effect, which has seen them all."""

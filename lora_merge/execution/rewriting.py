@@ -65,7 +65,10 @@ class OpenWeight:
         return merged_weight(self.job, measured, self.coder.choices, self.coder.fit_errors)
 
     def sources(self) -> Reads:
-        return self.stored.sources([(one.name, one.source) for one in self.job.siblings if one.source])
+        others = [(one.name, one.source) for one in self.job.siblings if one.source]
+        looked_at = [(one.patch.looks_at, one.other) for one in self.job.effects]
+        others += [(name, other) for name, other in looked_at if name is not None and other is not None]
+        return self.stored.sources(others)
 
 
 class _BlockParts:

@@ -28,6 +28,11 @@ def tile_rows(job: Rewrite) -> int:
     return count * together
 
 
+def whole_rows(together: int, columns: int) -> int:
+    """Rows of a tile of a weight that is only looked at."""
+    return max(1, TILE // max(1, columns) // together) * together
+
+
 def rows_together(job: Rewrite) -> int:
     """The smallest number of rows that the base's format and the target can code, and the effects change, alone."""
     together = math.lcm(job.target.rows_at_once(job.weight), *(effect.patch.rows_together for effect in job.effects))

@@ -11,6 +11,7 @@ from lora_merge.adapters import read_adapter
 from lora_merge.adapters.base import Claim, Options, Patch, Reading
 from lora_merge.checkpoint.opening import Checkpoint
 from lora_merge.errors import AdapterError, UnsupportedError, listed, printable
+from lora_merge.formats import StoredWeight
 from lora_merge.models.keys import Resolver, sides
 from lora_merge.models.names import NEW_HEADS
 from lora_merge.spec import Location, TensorSpec
@@ -26,6 +27,7 @@ class Effect:
     """A patch, whose it is, and how strongly it is applied: rows + strength * (patch(rows) - rows).
 
     how: by which rule the weight was found. piece: where it is not the whole of the adapter's parameter.
+    other: the weight of the base that the patch looks at.
     """
 
     adapter: int
@@ -33,6 +35,7 @@ class Effect:
     patch: Patch
     how: str = "name"
     piece: Location | None = None
+    other: StoredWeight | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +213,7 @@ def _nearest(resolver: Resolver, unmatched: Sequence[UnmatchedClaim]) -> Iterato
     for one in unmatched:
         alike.setdefault(re.sub(r"\d+", "*", one.claim.module), one.claim)
     for claim in list(alike.values())[:EXPLAINED]:
-        shape = f" (factors say {list(claim.shape)})" if claim.shape else ""
+        shape = f" (factors say {sides(claim.shape)})" if claim.shape else ""
         if near := resolver.suggest(claim.module):
             yield f" Nearest in the base to {printable(claim.module)}{shape}: {listed(near, 3)}."
 

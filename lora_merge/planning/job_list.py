@@ -164,7 +164,18 @@ class _Maker:
         applied, after = effects.build(name, weight, claims, self.recipe.strengths)
         if self.combination is not None:
             self.no_sums += combining.no_sums(name, applied)
-        return applied, after
+        return tuple(self._with_other(one) if one.patch.looks_at else one for one in applied), after
+
+    def _with_other(self, effect: Effect) -> Effect:
+        """The effect with the weight of the base at which it looks."""
+        name = effect.patch.looks_at or ""
+        found = self.draft.weights.get(name)
+        if found is None:
+            raise UnsupportedError(
+                f"{printable(name)}: {effect.patch.kind} needs its rows for the bias beside it, and it is no weight of "
+                "a format that is read. Merge onto the unquantized original"
+            )
+        return replace(effect, other=self.draft.source(found))
 
     def _uncoded(self, name: str, claims: Sequence[PlacedClaim]) -> list[Job]:
         """A tensor that is no weight is copied, or replaced whole."""

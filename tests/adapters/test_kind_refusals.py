@@ -15,6 +15,7 @@ from lora_merge.spec import Location, TensorSpec
 OFT: dict[str, Any] = {"peft_type": "OFT", "oft_block_size": 4}
 ROAD: dict[str, Any] = {"peft_type": "ROAD", "group_size": 4}
 Shapes = dict[str, tuple[int, ...]]
+GLORA: Shapes = {"glora_C.X": (5, 1), "glora_A.Xd": (8, 2), "glora_A.Xu": (2, 4)}
 VECTORS: Shapes = {"road_theta": (4,), "road_alpha": (4,)}
 
 
@@ -132,7 +133,13 @@ REFUSED: dict[str, tuple[dict[str, Any], Shapes, tuple[int, ...], type[LoraMerge
         AdapterError,
         "one layer",
     ),
-    "glora_c": ({"peft_type": "GLORA"}, {"glora_C.X": (4, 1)}, (8, 4), UnsupportedError, "into the bias"),
+    "glora_c": (
+        {"peft_type": "GLORA"},
+        {"glora_C.X": (5, 1), "glora_A.Xd": (8, 2), "glora_A.Xu": (2, 4)},
+        (8, 4),
+        AdapterError,
+        "one layer",
+    ),
 }
 
 

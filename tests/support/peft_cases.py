@@ -263,10 +263,11 @@ _MERGED = (
     Case("hira_conv1d", "gpt2", other("HIRA", [*GPT2, "wpe"], r=4, fan_in_fan_out=True)),
     Case("hira_convolutions", "convolutions", other("HIRA", CONV, r=2)),
     Case("glora", "llama", other("GLORA", LLAMA, r=4)),
+    Case("glora_biases", "llama_bias", other("GLORA", LLAMA, r=4)),
     Case(
         "glora_bias",
         "bert",
-        other("GLORA", ["query", "dense"], config_A_B="vector", config_C="none", config_D_E="vector"),
+        other("GLORA", ["query", "dense"], config_A_B="vector", config_C="vector", config_D_E="vector"),
     ),
     Case("boft_convolutions", "convolutions", other("BOFT", ["wide", "point"], boft_block_size=4)),
 )
