@@ -327,7 +327,7 @@ ROUNDED_TWICE = {
     ),
     *("sharded_experts", "two_adapters", "two_experts", "three_conv1d"),
     *("randlora", "randlora_conv1d", "c3a", "c3a_bert", "delora", "delora_bert"),
-    *("road", "road_bias", "hira", "hira_conv1d", "hira_convolutions", "glora", "glora_bias"),
+    *("road", "road_bias", "hira", "hira_conv1d", "hira_convolutions", "glora", "glora_bias", "glora_biases"),
 }
 
 _UNMERGED = (
