@@ -133,8 +133,8 @@ def test_every_word_reaches_the_request(job: Path, monkeypatch: pytest.MonkeyPat
     words = """--bits 4 --format bitsandbytes --dtype bfloat16 --quant-type fp4 --double-quant --group-size 128
         --scales keep --rounding dither --seed 7 --keep lm_head --keep q_proj --quantize-towers --trained-on nf4
         --adapter-base same --min-survival 0.5 --weight 2 --combine dare --density 0.25 --alpha 16
-        --base-is-residual --allow-unused x --tokenizer adapter --card base --digest sha256 --max-shard-size 1GB --device cpu
-        --max-memory 2GB --threads 3 --resume --overwrite --verify"""
+        --base-is-residual --allow-unused x --tokenizer adapter --card base --digest sha256
+        --max-shard-size 1GB --device cpu --max-memory 2GB --threads 3 --resume --overwrite --verify"""
     with pytest.raises(Asked) as found:
         cli.run(["base", "adapter", "out", *words.split(), "--dry-run"])
     recipe = Recipe(

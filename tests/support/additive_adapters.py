@@ -1,4 +1,4 @@
-"""Adapters of the kinds that add to weights, made by hand for the weights of a base."""
+"""Adapters of kinds beside LoRA, made by hand for the weights of a base."""
 
 from __future__ import annotations
 
@@ -31,6 +31,14 @@ def _shapes(kind: str, out: int, inp: int) -> Shapes:
         "DELORA": {"delora_A": (r, inp), "delora_B": (out, r), "delora_lambda": (1,), "delora_w_norm": (inp,)},
         "GRALORA": {"gralora_A": (2, inp // 2, r), "gralora_B": (2, r, out // 2)},
         "OSF": {f"osf_svd_params.{part}_low": shape for part, shape in (("U", (out, r)), ("S", (r,)), ("V", (r, inp)))},
+        "IA3": {"ia3_l": (out, 1)},
+        "OFT": {"oft_R.weight": (inp // 8, 28)},
+        "HRA": {"hra_u": (inp, r)},
+        "MISS": {"miss_block": (r, out)},
+        "BOFT": {"boft_R": (1, inp // 8, 8, 8), "boft_s": (out, 1)},
+        "ROAD": {"road_theta": (out,), "road_alpha": (out,)},
+        "HIRA": {"hira_A": (r, inp), "hira_B": (out, r)},
+        "GLORA": {"glora_A.Xd": (out, r), "glora_A.Xu": (r, inp), "glora_B.X": (1,), "glora_C.zeros": (inp, 1)},
     }  # fmt: skip
     return shapes[kind]
 
@@ -50,6 +58,22 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "DELORA": {"r": 4},
     "GRALORA": {"alpha": 1},
     "OSF": {"effective_rank": 0.9},
+    "IA3": {"feedforward_modules": ["down_proj"], "fan_in_fan_out": False, "bias": "none", "modules_to_save": None},
+    "OFT": {
+        "oft_block_size": 8,
+        "coft": True,
+        "eps": 0.1,
+        "block_share": False,
+        "use_cayley_neumann": True,
+        "num_cayley_neumann_terms": 5,
+        "peft_version": "0.21.2",
+    },
+    "HRA": {"r": 4, "apply_GS": False},
+    "MISS": {"r": 4, "init_weights": True},
+    "BOFT": {"boft_block_size": 8},
+    "ROAD": {"variant": "road_2", "group_size": 16},
+    "HIRA": {"r": 4, "rank_pattern": {"q_proj": 4}},
+    "GLORA": {"r": 4, "config_A_B": "lora"},
 }
 
 
