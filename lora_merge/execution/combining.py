@@ -51,7 +51,7 @@ class Combined(Bound):
         self.device = device
         thins = combination.density < 1
         self.thresholds: list[float] = []
-        self.states: list[list[torch.Tensor]] = []
+        self.states: torch.Tensor | None = None
         if thins and combination.method == "dare":
             self.states = self._draw_once(key)
         elif thins:
@@ -74,7 +74,7 @@ class Combined(Bound):
         rows = self._change(number, start, stop)
         if self.thresholds:
             return rows.mul_(rows.abs() >= self.thresholds[number])
-        if self.states:
+        if self.states is not None:
             return rows.mul_(self._drawn(number, start, stop).to(rows.device)).div_(self.combination.density)
         return rows
 
@@ -100,14 +100,17 @@ class Combined(Bound):
 
     # numbers at random
 
-    def _draw_once(self, key: int) -> list[list[torch.Tensor]]:
-        """The state of the generator before each tile of each adapter: whoever wants a tile goes on from there."""
+    def _draw_once(self, key: int) -> torch.Tensor:
+        """The state of the generator before each tile of each adapter: whoever wants a tile goes on from there.
+
+        uint8 `[adapters, tiles, bytes]`, in one piece: small ones would keep tiles between them from being freed.
+        """
         generator = torch.Generator().manual_seed(key)
-        states: list[list[torch.Tensor]] = []
-        for _ in self.members:
-            states.append([])
-            for start, stop in self.spans:
-                states[-1].append(generator.get_state())
+        size = len(generator.get_state())
+        states = torch.empty(len(self.members), len(self.spans), size, dtype=torch.uint8)
+        for of_adapter in states:
+            for state, (start, stop) in zip(of_adapter, self.spans, strict=True):
+                state.copy_(generator.get_state())
                 self._bernoulli(stop - start, generator)
         return states
 
@@ -116,7 +119,8 @@ class Combined(Bound):
         height = self.spans[0][1] - self.spans[0][0]
         tile = start // height
         generator = torch.Generator()
-        generator.set_state(self.states[number][tile])
+        assert self.states is not None
+        generator.set_state(self.states[number, tile].clone())  # it reads from the beginning of the storage
         return self._bernoulli(stop - tile * height, generator)[start - tile * height :]
 
     def _bernoulli(self, rows: int, generator: torch.Generator) -> torch.Tensor:
