@@ -156,6 +156,10 @@ class InPairs(Patch):
     def stacked(self) -> bool | None:
         return self.inner.stacked
 
+    @property
+    def sums(self) -> bool:
+        return self.inner.sums
+
     def workspace(self, weight: TensorSpec) -> int:
         return 2 * self.inner.workspace(weight)
 
