@@ -490,7 +490,7 @@ def test_sixteen_bits_of_a_wider_base_need_a_dtype(tmp_path: Path) -> None:
         lora_merge.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", bits=16)
     with pytest.raises(UsageError, match="exclude each other"):
         lora_merge.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", bits=16, dtype="float32")
-    with pytest.raises(UsageError, match="not one of 2, 3, 4"):
+    with pytest.raises(UsageError, match="not one of 1, 2, 3, 4"):
         lora_merge.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", bits=9)  # type: ignore[arg-type]
     lora_merge.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", bits=16, dtype="float16")
     assert tensors(tmp_path / "out")["lm_head.weight"].dtype == torch.float16

@@ -116,7 +116,7 @@ def pieces(format: Format, weight: TensorSpec, rows: int, step: int) -> Iterator
 def by_tiles(format: Format, weight: TensorSpec, rows: torch.Tensor, step: int, encode: Encode) -> dict[str, bytes]:
     """Bytes of each part written tile by tile, parts of the whole weight but once; joined ones begin as zeros."""
     whole = {part: torch.full((spec.nbytes,), 0xA5).byte() for part, spec in format.describe(weight).items()}
-    cuts = format.slices(weight, rows.shape[1], 0, step)
+    cuts = format.slices(weight, rows.shape[1], *next(pieces(format, weight, len(rows), step), (0, 0)))
     folded = {part for part, cut in cuts.items() if cut.fold}
     joined = {part for part, cut in cuts.items() if cut.joined}
     for part in folded | joined:
