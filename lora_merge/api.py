@@ -88,7 +88,8 @@ def _merged(request: Request, out: Path, progress: Progress, stop: Stop) -> Merg
             if recipe.card == "new":
                 stage.write(CARD, model_card(recipe, plan, weights))
             known = plan.digest, inputs, plan.adapter_digests, recipe.choices(), plan.notes
-            stage.write(MANIFEST, Record.of(*known, stage.files, weights).sealed())
+            record = Record.of(*known, stage.files, weights, plan.stored, plan.plain)
+            stage.write(MANIFEST, record.sealed())
             inputs.check_unchanged()
             if run.verify:
                 verify_output(stage.folder, _looking(Portion(progress, proving, total), stop))

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lora_merge.containers.json_types import integers, mapping, number, text, texts
+from lora_merge.containers.json_types import flag, integer, integers, mapping, number, text, texts
 
 FIT = ("fit_error", "minmax_error")
 SURVIVAL = ("survival", "raw_survival", "projection", "noise", "change_norm")
@@ -147,6 +147,63 @@ class MergedWeight:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredAs:
+    """Tensors of the output that are stored alike. format: of rewritten weights, or the dtype of copied tensors.
+
+    count: rewritten weights, or copied tensors; a copied weight of codes has several. nbytes: in the output.
+    """
+
+    format: str
+    copied: bool
+    count: int
+    nbytes: int
+
+    def as_json(self) -> dict[str, object]:
+        """An entry of `stored` in `lora_merge.json`."""
+        return {"format": self.format, "copied": self.copied, "count": self.count, "bytes": self.nbytes}
+
+    @classmethod
+    def from_json(cls, body: object) -> StoredAs:
+        """From such an entry. ValueError that names a key whose value is of another type."""
+        entry = mapping(body, "stored")
+        copied = flag(entry.get("copied"), "copied")
+        return cls(
+            text(entry.get("format"), "format"),
+            copied,
+            integer(entry.get("count"), "count"),
+            integer(entry.get("bytes"), "bytes"),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StaysPlain:
+    """Matrices that stay plain beside codes, all for one reason. count: of them; nbytes: in the output.
+
+    names: of some of them, with `*` for the number of a layer or an expert.
+    """
+
+    reason: str
+    count: int
+    nbytes: int
+    names: tuple[str, ...]
+
+    def as_json(self) -> dict[str, object]:
+        """An entry of `plain` in `lora_merge.json`."""
+        return {"reason": self.reason, "count": self.count, "bytes": self.nbytes, "names": self.names}
+
+    @classmethod
+    def from_json(cls, body: object) -> StaysPlain:
+        """From such an entry. ValueError that names a key whose value is of another type."""
+        entry = mapping(body, "plain")
+        return cls(
+            text(entry.get("reason"), "reason"),
+            integer(entry.get("count"), "count"),
+            integer(entry.get("bytes"), "bytes"),
+            texts(entry.get("names"), "names"),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class TotalSurvival:
     """What rounding left of the change to all weights together, as `quantization.survival` says it of one."""
 
@@ -159,7 +216,7 @@ class TotalSurvival:
     def of(cls, weights: Iterable[MergedWeight]) -> TotalSurvival | None:
         """Summed up, each weight by the size of its change; None where no change went through rounding to codes."""
         found = [
-            (w.change_norm**2, w.survival, w.raw_survival, w.projection, w.noise)
+            (_square(w.change_norm), w.survival, w.raw_survival, w.projection, w.noise)
             for w in weights
             if w.change_norm
             and w.survival is not None
@@ -170,11 +227,16 @@ class TotalSurvival:
         total = sum(size for size, *_ in found)
         if not total:
             return None
-        lost = sum(size * (1 - survival) ** 2 for size, survival, *_ in found) / total
-        raw = sum(size * (1 - survival) ** 2 for size, _, survival, *_ in found) / total
+        lost = sum(size * _square(1 - survival) for size, survival, *_ in found) / total
+        raw = sum(size * _square(1 - survival) for size, _, survival, *_ in found) / total
         along = sum(size * projection for size, *_, projection, _ in found) / total
-        noise = sum(size * noise**2 for size, *_, noise in found) / total
+        noise = sum(size * _square(noise) for size, *_, noise in found) / total
         return cls(1 - math.sqrt(lost), 1 - math.sqrt(raw), along, math.sqrt(noise))
+
+
+def _square(value: float) -> float:
+    """Infinite where it is too large; `**` would raise."""
+    return value * value
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +244,7 @@ class MergeResult:
     """A finished merge. Sizes in bytes, time in seconds.
 
     resumed, resumed_bytes: shards that an earlier run had finished, and bytes of it that were not made again.
+    report: the file of the report, where one was asked for.
     """
 
     out: Path
@@ -195,6 +258,7 @@ class MergeResult:
     device: str
     notes: tuple[str, ...]
     resumed_bytes: int = 0
+    report: Path | None = None
 
     @property
     def kept(self) -> TotalSurvival | None:
@@ -203,6 +267,18 @@ class MergeResult:
 
     def as_json(self) -> dict[str, object]:
         return asdict(self) | {"kept": asdict(self.kept) if self.kept else None}
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenReport:
+    """A report that was written. nbytes: its size; weights: how many it tells of."""
+
+    file: Path
+    nbytes: int
+    weights: int
+
+    def as_json(self) -> dict[str, object]:
+        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,10 @@ def text(value: object, key: str) -> str:
     return value if isinstance(value, str) else _refuse(value, key, "a text")
 
 
+def flag(value: object, key: str) -> bool:
+    return value if isinstance(value, bool) else bool(_refuse(value, key, "true or false"))
+
+
 def integer(value: object, key: str) -> int:
     """An integer that is not negative."""
     fits = isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -1,7 +1,8 @@
 """`lora_merge.json`, the record in every output: what was merged from what, and each file with its size and digest.
 
     {"lora_merge": "<version>", "job": "<digest>", "inputs": [...], "options": {...}, "versions": {...},
-     "notes": [...], "files": {"<path>": {"bytes": n, "digest": "<kind>:<hex>"}}, "weights": [...], "sha256": "<hex>"}
+     "notes": [...], "stored": [...], "plain": [...], "files": {"<path>": {"bytes": n, "digest": "<kind>:<hex>"}},
+     "weights": [...], "sha256": "<hex>"}
 
 Its last key is the SHA-256 of its own bytes without that key, so that a record which was changed is known as such.
 Anybody can seal one, so what is read is of the right types, or is no record.
@@ -12,10 +13,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lora_merge import __version__
 from lora_merge.checkpoint.hub import name_of
@@ -25,9 +26,10 @@ from lora_merge.containers.json_types import integer, items, mapping, text, text
 from lora_merge.containers.regular_file import RegularFile
 from lora_merge.digests import Digest
 from lora_merge.errors import LoraMergeError, StorageError, VerificationError, printable
-from lora_merge.results import MergedWeight
+from lora_merge.results import MergedWeight, StaysPlain, StoredAs
 
 MAX_JSON = 1 << 30
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,8 @@ class Record:
     """What `lora_merge.json` says. job: digest of the job; options: those of its recipe that are no defaults.
 
     versions: of libraries. files: by path in the output. weights: None where the record does not say what was merged.
-    tensors: how many the output has, where the record says it.
+    tensors: how many the output has, where the record says it. stored: how they are stored; plain: matrices that are no
+    codes where others are; None where the record does not say it.
     """
 
     files: Mapping[str, RecordedFile]
@@ -78,6 +81,8 @@ class Record:
     versions: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     tensors: int | None = None
+    stored: tuple[StoredAs, ...] | None = None
+    plain: tuple[StaysPlain, ...] | None = None
 
     @classmethod
     def of(
@@ -89,6 +94,8 @@ class Record:
         notes: Sequence[str],
         files: Mapping[str, RecordedFile],
         weights: Sequence[MergedWeight],
+        stored: Sequence[StoredAs],
+        plain: Sequence[StaysPlain],
     ) -> Record:
         """The record of a finished job; the same for every run of it. digests: of each adapter's files."""
         import torch
@@ -104,6 +111,8 @@ class Record:
             notes=tuple(notes),
             files=dict(sorted(files.items())),
             weights=tuple(weights),
+            stored=tuple(stored),
+            plain=tuple(plain),
         )
 
     def sealed(self) -> bytes:
@@ -115,6 +124,8 @@ class Record:
             "options": self.options,
             "versions": self.versions,
             "notes": self.notes,
+            "stored": [one.as_json() for one in self.stored or ()],
+            "plain": [one.as_json() for one in self.plain or ()],
             "files": {path: {"bytes": one.nbytes, "digest": one.digest} for path, one in self.files.items()},
             "weights": [weight.as_json() for weight in self.weights or ()],
         })  # fmt: skip
@@ -135,6 +146,8 @@ class Record:
             versions={name: text(one, name) for name, one in mapping(body.get("versions", {}), "versions").items()},
             notes=texts(body.get("notes", []), "notes"),
             tensors=integer(body["tensors"], "tensors") if "tensors" in body else None,
+            stored=_entries(body, "stored", StoredAs.from_json),
+            plain=_entries(body, "plain", StaysPlain.from_json),
         )
 
 
@@ -189,6 +202,10 @@ def bounded(path: Path) -> bytes:
         return bytes(file.read(0, file.size, "content"))
     finally:
         file.close()
+
+
+def _entries(body: Mapping[str, Any], key: str, entry: Callable[[object], T]) -> tuple[T, ...] | None:
+    return tuple(map(entry, items(body[key], key))) if key in body else None
 
 
 def _inner(path: str) -> str:

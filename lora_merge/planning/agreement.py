@@ -4,6 +4,7 @@ server computes as one all or none. The others stay plain, each with the reason.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from lora_merge.errors import listed, printable
@@ -14,12 +15,15 @@ from lora_merge.models.linears import KEPT, SMALL, Linears
 from lora_merge.models.names import EMBEDDING, NOT_QUANTIZED
 from lora_merge.models.skeleton import Skeleton
 from lora_merge.planning.loaders import LoaderFit, fitted
+from lora_merge.results import StaysPlain
 from lora_merge.spec import TensorSpec
 
 EXPERTS = "experts, which the loader does not take"
 OTHERS = "no linears of the model class"
 MOST_REASONS = 5
 """So many are told in the one line of all."""
+MOST_NAMES = 6
+"""So many names are recorded for a reason."""
 
 
 def agreed(
@@ -76,33 +80,51 @@ def told(reasons: Mapping[str, str]) -> list[str]:
     return notes
 
 
-def share_that_stays_plain(
+def staying_plain(
     formats: Mapping[str, Format], weights: Mapping[str, StoredWeight], reasons: Mapping[str, str]
-) -> str | None:
-    """One line: how many weights stay plain, which share of the bytes they are, and why; None where none does.
+) -> tuple[StaysPlain, ...]:
+    """The matrices of the output that stay plain, by reason, those with the most bytes first.
 
     formats: of each weight of the output, by name. reasons: by module. Vectors are not counted as weights.
     """
-    every, count, matrices = 0, 0, 0
-    shares: dict[str, int] = {}
+    counts: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    names: dict[str, dict[str, None]] = {}
     for name, stored in weights.items():
-        size = sum(part.nbytes for part in formats[name].describe(stored.weight).values())
-        every += size
-        if len(stored.weight.shape) < 2:
+        if formats[name].coded or len(stored.weight.shape) < 2:
             continue
-        matrices += 1
-        if not formats[name].coded:
-            count += 1
-            reason = starred(_reason(name, stored.weight, reasons))
-            shares[reason] = shares.get(reason, 0) + size
-    if not count or not every:
+        reason = starred(_reason(name, stored.weight, reasons))
+        counts[reason] += 1
+        sizes[reason] += _nbytes(formats[name], stored)
+        shown = names.setdefault(reason, {})
+        if len(shown) < MOST_NAMES:
+            shown[starred(name)] = None
+    ranked = sorted(sizes, key=lambda reason: -sizes[reason])
+    return tuple(StaysPlain(reason, counts[reason], sizes[reason], tuple(names[reason])) for reason in ranked)
+
+
+def share_that_stays_plain(
+    plain: Sequence[StaysPlain], formats: Mapping[str, Format], weights: Mapping[str, StoredWeight]
+) -> str | None:
+    """One line: how many weights stay plain, which share of the bytes they are, and why; None where none does.
+
+    plain: as `staying_plain` gives them.
+    """
+    every = sum(_nbytes(formats[name], stored) for name, stored in weights.items())
+    if not plain or not every:
         return None
-    ranked = sorted(shares.items(), key=lambda item: -item[1])
-    least = sum(size for _, size in ranked[MOST_REASONS:])
-    ranked = [*ranked[:MOST_REASONS], *([("others", least)] if least else [])]
+    matrices = sum(len(stored.weight.shape) > 1 for stored in weights.values())
+    ranked = [(group.reason, group.nbytes) for group in plain[:MOST_REASONS]]
+    least = sum(group.nbytes for group in plain[MOST_REASONS:])
+    ranked += [("others", least)] if least else []
     why = "; ".join(f"{reason} {100 * size / every:.1f} %" for reason, size in ranked)
-    share = 100 * sum(shares.values()) / every
+    share = 100 * sum(group.nbytes for group in plain) / every
+    count = sum(group.count for group in plain)
     return f"{count} of {matrices} weights stay plain, {share:.1f} % of the bytes: {why}"
+
+
+def _nbytes(format: Format, stored: StoredWeight) -> int:
+    return sum(part.nbytes for part in format.describe(stored.weight).values())
 
 
 def _reason(name: str, spec: TensorSpec, reasons: Mapping[str, str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +18,7 @@ from lora_merge.formats.method import ConfigPath
 from lora_merge.formats.plain import PART
 from lora_merge.planning.claims import Effect
 from lora_merge.request import Combine
+from lora_merge.results import StaysPlain, StoredAs
 from lora_merge.spec import TensorSpec
 
 
@@ -168,7 +170,7 @@ class Plan:
     files: small files written beside the shards (index, changed config), by relative path.
     side_files: where files come from that are copied as bytes, by relative path in the output.
     choices: the words of the recipe that are no defaults. read: digests of the small tensors that say how others are
-    to be read, by name.
+    to be read, by name. plain: matrices that are no codes, where others are.
     """
 
     shards: tuple[Shard, ...]
@@ -179,6 +181,19 @@ class Plan:
     inputs: Inputs
     choices: Mapping[str, Any]
     read: Mapping[str, str]
+    plain: tuple[StaysPlain, ...] = ()
+
+    @property
+    def stored(self) -> tuple[StoredAs, ...]:
+        """How the tensors of the output are stored: rewritten weights by format, copies by dtype; most bytes first."""
+        counts: Counter[tuple[str, bool]] = Counter()
+        sizes: Counter[tuple[str, bool]] = Counter()
+        for job in self.jobs:
+            key = (job.spec.dtype, True) if isinstance(job, Copy) else (str(job.target), False)
+            counts[key] += 1
+            sizes[key] += job.nbytes
+        ranked = sorted(sizes, key=lambda key: (-sizes[key], key))
+        return tuple(StoredAs(*key, counts[key], sizes[key]) for key in ranked)
 
     @property
     def jobs(self) -> Iterator[Job]:

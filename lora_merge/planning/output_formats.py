@@ -4,7 +4,7 @@ then says."""
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -16,34 +16,45 @@ from lora_merge.formats.method import GONE, SECTION, ConfigPath, Loader
 from lora_merge.models.decoders import of_names
 from lora_merge.models.families import model_type, of_type
 from lora_merge.models.fused import FusedSets
-from lora_merge.models.linears import Linears, linears
+from lora_merge.models.linears import KEPT, Linears, linears
 from lora_merge.models.names import EXPERT
 from lora_merge.models.skeleton import NoSkeleton, Skeleton, build
-from lora_merge.planning.agreement import agreed, drawn, kept, share_that_stays_plain, starred, told
+from lora_merge.planning.agreement import (
+    agreed,
+    drawn,
+    kept,
+    share_that_stays_plain,
+    starred,
+    staying_plain,
+    told,
+)
 from lora_merge.planning.base_formats import Method, common, declared, removal, removed_files, unreadable
 from lora_merge.planning.loaders import plain_experts, still_plain, unopened_experts
 from lora_merge.planning.plain_formats import check_sixteen_bits, plain_format, scale_dtype
 from lora_merge.planning.remarks import on_loaders
 from lora_merge.request import Recipe
+from lora_merge.results import StaysPlain
 from lora_merge.spec import TensorSpec
 
 Name = TypeVar("Name")
 F = TypeVar("F", bound=Format)
 USUAL = "compressed-tensors"
 """Into which codes go that are not asked for by name."""
+PLAIN_BEFORE = "plain in the base"
 
 
 @dataclass(frozen=True, slots=True)
 class OutputFormats:
     """formats: of every weight by name. changes: of config.json. notes: for the person. json_files: JSON files beside
     config.json that say the same, by name; None where an old one must go. paths: in the model class, of modules that
-    are stored under another name."""
+    are stored under another name. plain: matrices that are no codes, where others are."""
 
     formats: Mapping[str, Format]
     changes: Mapping[ConfigPath, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     json_files: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
     paths: Mapping[str, str] = field(default_factory=dict)
+    plain: tuple[StaysPlain, ...] = ()
 
 
 def decide(
@@ -70,7 +81,7 @@ def decide(
         if recipe.fit is not None:
             formats = _fitted({name: stored.format for name, stored in present.items()}, recipe.fit)
             present = {name: replace(stored, format=formats[name]) for name, stored in present.items()}
-        return _own(keep, present, plain, config, tensors)
+        return _own(keep, present, plain, weights, config, tensors)
     recipe.check_fit(method.name)
     if recipe.quantize_towers and not method.abilities().towers:
         raise UnsupportedError(f"--quantize-towers: servers take towers of {method.name} for plain; leave it out")
@@ -117,13 +128,16 @@ def _own(
     keep: Sequence[re.Pattern[str]],
     present: Mapping[str, StoredWeight],
     plain: Mapping[str, Plain],
+    weights: Mapping[str, StoredWeight],
     config: Mapping[str, Any],
     tensors: Mapping[str, TensorSpec],
 ) -> OutputFormats:
     """Every weight in the format that it has; those that `--keep` names become plain, which config.json then says."""
     own = {name: stored.format for name, stored in present.items() if not _matches(keep, name)}
     if len(own) == len(present):
-        return OutputFormats({**plain, **own})
+        formats = {**plain, **own}
+        left = staying_plain(formats, weights, _plain_before(weights, present)) if present else ()
+        return OutputFormats(formats, plain=left)
     if len({type(stored.format) for stored in present.values()}) > 1:
         raise UnsupportedError("--keep on a base in several formats; choose one with --format")
     format = next(iter(present.values())).format
@@ -137,7 +151,14 @@ def _own(
     changes = method.config_changes(fit.by_path(written), fit.plain, config)
     formats = {**plain, **{module + end: format for module, format in written.items()}}
     in_config = _in_config(method, changes, config)
-    return OutputFormats(formats, in_config, tuple(told(more)), _json_file(method, changes), fit.paths)
+    reasons = _plain_before(weights, present) | dict.fromkeys(before, KEPT) | more
+    left = staying_plain(formats, weights, reasons)
+    return OutputFormats(formats, in_config, tuple(told(more)), _json_file(method, changes), fit.paths, left)
+
+
+def _plain_before(weights: Iterable[str], present: Collection[str]) -> dict[str, str]:
+    """The reason of every module that is plain in the base already."""
+    return {name.removesuffix(".weight"): PLAIN_BEFORE for name in weights if name not in present}
 
 
 def asked_method(recipe: Recipe, present: Mapping[str, StoredWeight], config: Mapping[str, Any]) -> Method | None:
@@ -203,7 +224,7 @@ def _chosen(
         return Linears((*found.chosen, *extra), plain, found.reasons)
     every, quantized = dict.fromkeys((*found.chosen, *found.plain)), set(taken)
     before = kept(keep, (name.removesuffix(end) for name in present))
-    reasons = {**dict.fromkeys(found.chosen, "plain in the base"), **found.reasons, **before}
+    reasons = {**dict.fromkeys(found.chosen, PLAIN_BEFORE), **found.reasons, **before}
     return Linears(
         tuple(taken),
         tuple(module for module in every if module not in quantized),
@@ -255,9 +276,10 @@ def _quantized(
     notes += on_loaders(method, format, model, {module: specs[module] for module in written}, config)
     json_files = removed_files(present) | _json_file(method, changes)
     formats = {**plain, **{module + end: one for module, one in written.items()}}
-    if line := share_that_stays_plain(formats, weights, {**found.reasons, **fit.reasons}):
+    left = staying_plain(formats, weights, {**found.reasons, **fit.reasons})
+    if line := share_that_stays_plain(left, formats, weights):
         notes.append(line)
-    return OutputFormats(formats, _in_config(method, changes, config), tuple(notes), json_files, fit.paths)
+    return OutputFormats(formats, _in_config(method, changes, config), tuple(notes), json_files, fit.paths, left)
 
 
 def _refuse_nothing(

@@ -122,4 +122,4 @@ def _assembled(
     dropped = {*files, *outputs.json_files}
     notes = tuple(dict.fromkeys([*draft.notes, *side.notes]))
     copied = {name: path for name, path in beside.items() if name not in dropped}
-    return Plan(laid, files, copied, changes, notes, inputs, recipe.choices(), draft.read)
+    return Plan(laid, files, copied, changes, notes, inputs, recipe.choices(), draft.read, outputs.plain)
