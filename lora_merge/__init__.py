@@ -20,7 +20,7 @@ except PackageNotFoundError:  # run from a source folder that is not installed
 
 if TYPE_CHECKING:
     from lora_merge.progress import Progress
-    from lora_merge.public import inspect, merge, plan, verify
+    from lora_merge.public import inspect, merge, plan, report, verify
     from lora_merge.results import (
         InspectedFormat,
         InspectedTensor,
@@ -30,16 +30,18 @@ if TYPE_CHECKING:
         PlannedWeight,
         PlanResult,
         TotalSurvival,
+        WrittenReport,
     )
     from lora_merge.verification.integrity import Verification
 
 __all__ = [
     "InspectedFormat", "InspectedTensor", "Inspection", "MergeResult", "MergedWeight", "PlanResult", "PlannedWeight",
-    "Progress", "TotalSurvival", "Verification", "__version__", "inspect", "merge", "plan", "verify",
+    "Progress", "TotalSurvival", "Verification", "WrittenReport", "__version__", "inspect", "merge", "plan", "report",
+    "verify",
 ]  # fmt: skip
 
 _HOMES = {"Progress": "lora_merge.progress", "Verification": "lora_merge.verification.integrity"}
-_HOMES |= dict.fromkeys(("inspect", "merge", "plan", "verify"), "lora_merge.public")
+_HOMES |= dict.fromkeys(("inspect", "merge", "plan", "report", "verify"), "lora_merge.public")
 
 
 def __getattr__(name: str) -> object:

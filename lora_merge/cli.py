@@ -38,12 +38,13 @@ from lora_merge.terminal.report import (
     escape_what_cannot_be_shown,
     show_inspection,
     show_plan,
+    show_report,
     show_result,
     show_verification,
 )
 from lora_merge.terminal.usage import PROGRAM, Command, Group, Size, tell_error, tell_wrong_words
 
-COMMANDS = ("inspect", "verify")
+COMMANDS = ("inspect", "verify", "report")
 MEANT = {name: name for name in COMMANDS} | {"help": "--help", "version": "--version"}
 """What is meant by a first word that is like one of these and names no folder."""
 SECTIONS = {
@@ -53,7 +54,7 @@ SECTIONS = {
     ),
     "Output": (
         *("bits", "format", "dtype", "quant_type", "double_quant", "group_size", "keep"),
-        *("quantize_towers", "tokenizer", "card", "digest", "max_shard_size", "overwrite", "verify"),
+        *("quantize_towers", "tokenizer", "card", "digest", "max_shard_size", "overwrite", "verify", "report"),
     ),
     "Rounding": ("rounding", "scales", "fit", "seed", "min_survival"),
     "Running": ("dry_run", "device", "max_memory", "threads", "resume", "restart"),
@@ -139,6 +140,7 @@ def chosen(word: str, known: tuple[str, ...], text: str, metavar: str | None = N
 @click.option("--max-shard-size", type=Size(), help="Cut shards at this size. Default: as the base is cut.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT where it is an earlier output; nothing else ever is.")
 @click.option("--verify/--no-verify", default=False, help="Read OUT again before it is published.")
+@click.option("--report", metavar="FILE.html", type=click.Path(), help="Write a page of all that was measured.")
 @chosen("--rounding", ROUNDINGS, "How merged weights become codes; auto chooses for each by measuring.")
 @chosen("--scales", SCALES, "Of merged weights: keep those of the base, or fit fresh ones.")
 @chosen(
@@ -246,6 +248,25 @@ def verify(
     if not quiet or as_json:
         with printing(f"{printable(out)}: proves right; only the report"):
             show_verification(result, as_json=as_json)
+
+
+@app.command(cls=Command, short_help="A page of all that was measured, by layer and module.")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("file", metavar="[FILE.html]", required=False, type=click.Path(path_type=Path))
+@click.option("--overwrite", is_flag=True, help="Replace FILE.html also where it is no report.")
+@with_shared
+def report(out: Path, file: Path | None, as_json: bool, quiet: bool, debug: bool, overwrite: bool) -> None:
+    """Write an HTML page of a finished output, from its record alone; by default OUT-report.html beside OUT.
+
+    It opens without a network and runs no script.
+    """
+    check_imports(("lora_merge.public",), "")
+    from lora_merge import public
+
+    written = public.report(out, file, overwrite=overwrite)
+    if not quiet or as_json:
+        with printing(f"{printable(written.file)}: is written; only this line"):
+            show_report(written, as_json=as_json)
 
 
 def run(args: list[str] | None = None, stop: Stop | None = None) -> int:

@@ -111,6 +111,7 @@ def _text(name: str, value: Any) -> Any:
 
 _CONVERSIONS: Mapping[str, Callable[[str, Any], Any]] = {
     "weight": _strengths, "keep": _patterns, "dtype": _dtype, "adapter_base": _text, "alpha": _real, "density": _real,
+    "report": _text,
     "min_survival": _real, "max_memory": _size, "max_shard_size": _size, "bits": _integer, "group_size": _integer,
     "seed": _integer, "threads": _integer,
 }  # fmt: skip

@@ -20,7 +20,7 @@ from lora_merge.checkpoint.opening import Checkpoint
 from lora_merge.errors import printable
 from lora_merge.planning.jobs import Copy, Plan
 from lora_merge.planning.side_files import BASE_CARD, CARD
-from lora_merge.request import Recipe, option
+from lora_merge.request import Recipe, spelled
 from lora_merge.results import MergedWeight, TotalSurvival
 from lora_merge.terminal.report import figure, share
 
@@ -201,20 +201,10 @@ def _others(plan: Plan) -> Iterator[str]:
 
 
 def _command(recipe: Recipe, base: _Source, adapters: Sequence[_Source]) -> Iterator[str]:
-    words = ["lora-merge", base.name, *(adapter.name for adapter in adapters), "OUT", *_options(recipe)]
+    words = ["lora-merge", base.name, *(adapter.name for adapter in adapters), "OUT", *spelled(recipe.choices())]
     yield "```bash"
     yield printable(shlex.join(words)).replace("```", "")
     yield "```"
-
-
-def _options(recipe: Recipe) -> Iterator[str]:
-    """The choices that are no defaults, as the command line spells them."""
-    for name, value in recipe.choices().items():
-        if value is True:
-            yield option(name)
-        else:
-            for one in value if isinstance(value, tuple) else (value,):
-                yield from (option(name), str(one))
 
 
 def _code(text: str) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lora_merge import api
 from lora_merge.digests import DigestName
-from lora_merge.errors import UsageError
+from lora_merge.errors import UsageError, quoted
 from lora_merge.keywords import PathLike, checked_call, path_of, paths_of, request_of
 from lora_merge.progress import Progress, no_progress
 from lora_merge.request import (
@@ -23,7 +23,7 @@ from lora_merge.request import (
     TokenizerFrom,
     TrainedOn,
 )
-from lora_merge.results import Inspection, MergeResult, PlanResult
+from lora_merge.results import Inspection, MergeResult, PlanResult, WrittenReport
 from lora_merge.verification.integrity import Verification
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ def merge(
     restart: bool = False,
     overwrite: bool = False,
     verify: bool = False,
+    report: PathLike | None = None,
     progress: Progress | None = None,
 ) -> MergeResult:
     """Merge adapters into a checkpoint and write the result to the new folder `out`.
@@ -108,6 +109,7 @@ def merge(
     restart: throw away what an earlier run left behind.
     overwrite: replace `out` where it is an earlier output; nothing else ever is.
     verify: read the output again before it is published.
+    report: file of an HTML page that shows what was merged and what was measured; an earlier one is replaced.
     progress: called with (name, work, total) after each block, as `lora_merge.Progress` says.
 
     None is the default of every keyword. Raises the errors of `lora_merge.errors`.
@@ -120,7 +122,7 @@ def merge(
         combine=combine, density=density, alpha=alpha, base_is_residual=base_is_residual, allow_unused=allow_unused,
         tokenizer=tokenizer, card=card, digest=digest,
         max_shard_size=max_shard_size, device=device, max_memory=max_memory, threads=threads, resume=resume,
-        restart=restart, overwrite=overwrite, verify=verify,
+        restart=restart, overwrite=overwrite, verify=verify, report=report,
     )  # fmt: skip
     return api.merge_request(request, progress=progress or no_progress)
 
@@ -163,6 +165,7 @@ def plan(
     restart: bool = False,
     overwrite: bool = False,
     verify: bool = False,
+    report: PathLike | None = None,
 ) -> PlanResult:
     """What `merge` would do with the same keywords; reads headers only and writes nothing.
 
@@ -202,6 +205,7 @@ def plan(
     restart: throw away what an earlier run left behind.
     overwrite: replace `out` where it is an earlier output; nothing else ever is.
     verify: read the output again before it is published.
+    report: file of an HTML page that shows what was merged and what was measured; an earlier one is replaced.
 
     None is the default of every keyword. Raises the errors of `lora_merge.errors`.
     """
@@ -213,7 +217,7 @@ def plan(
         combine=combine, density=density, alpha=alpha, base_is_residual=base_is_residual, allow_unused=allow_unused,
         tokenizer=tokenizer, card=card, digest=digest,
         max_shard_size=max_shard_size, device=device, max_memory=max_memory, threads=threads, resume=resume,
-        restart=restart, overwrite=overwrite, verify=verify,
+        restart=restart, overwrite=overwrite, verify=verify, report=report,
     )  # fmt: skip
     return api.plan_request(request)
 
@@ -243,6 +247,22 @@ def verify(
     named = None if base is None else path_of("base", base)
     original = None if adapter_base is None else path_of("adapter_base", adapter_base)
     return api.verify_path(path_of("out", out), named, folders, original, progress or no_progress)
+
+
+@checked_call
+def report(out: PathLike, file: PathLike | None = None, *, overwrite: bool = False) -> WrittenReport:
+    """Write a page that shows what a finished merge has merged and measured, from its `lora_merge.json` alone.
+
+    out: the folder that a merge has written.
+    file: where the page goes; None: `OUT-report.html` beside it. An earlier report there is replaced.
+    overwrite: replace another file there, too.
+
+    Raises InputError where `out` is no output of lora-merge, and the other errors of `lora_merge.errors`.
+    """
+    if not isinstance(overwrite, bool):
+        raise UsageError(f"overwrite: {quoted(overwrite)} is neither true nor false")
+    place = None if file is None else path_of("file", file)
+    return api.report_path(path_of("out", out), place, overwrite)
 
 
 @checked_call

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
@@ -236,6 +236,8 @@ class Recipe:
 class RunOptions:
     """How a recipe is run, which changes no byte of the output. max_memory: bytes; None means the default.
 
+    report: the file of the report; None: there is to be none.
+
     Raises UsageError that names the option where a value is of another type, or out of its range.
     """
 
@@ -247,10 +249,12 @@ class RunOptions:
     restart: bool = False
     overwrite: bool = False
     verify: bool = False
+    report: str | None = None
 
     def __post_init__(self) -> None:
         _check_flags(self, ("resume", "restart", "overwrite", "verify"))
         _check_texts(self, ("device",))
+        _check_texts(self, ("report",), optional=True)
         _check_integers(self, ("threads", "max_memory"), optional=True)
         if not (_is_real(self.min_survival) and -math.inf < self.min_survival <= 1):
             raise UsageError(
@@ -285,7 +289,8 @@ class Request:
     @property
     def paths(self) -> list[Path]:
         """Everything that the user named."""
-        return [*self.recipe.inputs, *([self.out] if self.out else [])]
+        written = [self.out, Path(self.run.report) if self.run.report else None]
+        return [*self.recipe.inputs, *(path for path in written if path)]
 
 
 DEFAULTS = {one.name: one.default for one in (*fields(Recipe), *fields(RunOptions))}
@@ -294,6 +299,16 @@ DEFAULTS = {one.name: one.default for one in (*fields(Recipe), *fields(RunOption
 def option(name: str) -> str:
     """An option by its field, as the command line spells it."""
     return f"--{name.replace('_', '-')}"
+
+
+def spelled(choices: Mapping[str, Any]) -> Iterator[str]:
+    """Choices that are no defaults, as words of the command line."""
+    for name, value in choices.items():
+        if value is True:
+            yield option(name)
+        else:
+            for one in value if isinstance(value, tuple | list) else (value,):
+                yield from (option(name), str(one))
 
 
 def _check_flags(options: object, names: Iterable[str]) -> None:

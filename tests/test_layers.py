@@ -18,6 +18,7 @@ FRONT = {"__main__", "cli", "api", "public", "inspection", "model_card", "pipeli
 GROUND = {"abilities", "request", "keywords", "results", "progress"}
 GROUND |= {"digests", "dtypes", "errors", "spec", "lora_merge"}
 WINGS: dict[str, set[str]] = {
+    "reporting": {"terminal", "output", "checkpoint"},
     "terminal": {"verification"},
     "verification": {"execution", "planning", "output", "checkpoint"},
     "execution": {"planning", "output", "checkpoint", "formats", "adapters", "models", "quantization"},

@@ -19,7 +19,7 @@ from lora_merge import abilities, digests, public, request
 from lora_merge.dtypes import MODEL_DTYPES
 from lora_merge.request import Recipe, RunOptions
 
-FUNCTIONS = [getattr(lora_merge, name) for name in ("inspect", "merge", "plan", "verify")]
+FUNCTIONS = [getattr(lora_merge, name) for name in ("inspect", "merge", "plan", "report", "verify")]
 CLASSES = [getattr(lora_merge, name) for name in lora_merge.__all__ if name[0].isupper()]
 WORDS = {
     "bits": (request.Bits, abilities.WIDTHS), "dtype": (request.DtypeName, tuple(MODEL_DTYPES)),
@@ -45,6 +45,7 @@ assert_type(done.weights[0].survival, float | None)
 assert_type(lora_merge.plan("base", "adapter", max_shard_size=10**9).weights, tuple[lora_merge.PlannedWeight, ...])
 assert_type(lora_merge.inspect(Path("base")), lora_merge.Inspection)
 assert_type(lora_merge.verify("out", base="base", adapters=["adapter"]), lora_merge.Verification)
+assert_type(lora_merge.report("out", Path("out.html")), lora_merge.WrittenReport)
 assert_type(lora_merge.verify("out").tensors, str)  # WRONG
 lora_merge.merge("base", [], "out", bits=9)  # WRONG
 lora_merge.merge("base", [], "out", format="gguf")  # WRONG

@@ -18,7 +18,15 @@ from lora_merge.terminal.next_steps import next_steps
 from lora_merge.terminal.tables import fitted, shortened, table, terminal_width
 
 if TYPE_CHECKING:
-    from lora_merge.results import InspectedFormat, Inspection, MergedWeight, MergeResult, PlannedWeight, PlanResult
+    from lora_merge.results import (
+        InspectedFormat,
+        Inspection,
+        MergedWeight,
+        MergeResult,
+        PlannedWeight,
+        PlanResult,
+        WrittenReport,
+    )
     from lora_merge.verification.integrity import Verification
 
 UNITS = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
@@ -214,7 +222,8 @@ def show_result(result: MergeResult, *, as_json: bool) -> None:
         error, minmax = (_mean([getattr(weight, name) for weight in fitted]) for name in ("fit_error", "minmax_error"))
         print(f"zero points of fresh scales: rounding error {share(error, 2)}, with min-max {share(minmax, 2)}")
     say(note_lines(result.notes))
-    print(f"written to {printable(result.out)}")
+    beside = f", its report to {printable(result.report)}" if result.report else ""
+    print(f"written to {printable(result.out)}{beside}")
     print(f"next: {next_steps(result.out)}")
 
 
@@ -287,6 +296,15 @@ def _inspected(one: InspectedFormat) -> str:
         f"{one.name}: {_several(one.weights, 'weight')}, {one.bits_per_weight:.3g} bits each{group}; "
         f"can be written as {', '.join(one.becomes)}"
     )
+
+
+def show_report(written: WrittenReport, *, as_json: bool) -> None:
+    """Where a report was written."""
+    if as_json:
+        show_json(written.as_json())
+        return
+    told = _several(written.weights, "weight")
+    print(f"report of {told} written to {printable(written.file)} ({size(written.nbytes)}); open it in a browser")
 
 
 def show_verification(proved: Verification, *, as_json: bool) -> None:

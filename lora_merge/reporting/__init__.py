@@ -1,0 +1,1 @@
+"""The record of an output as one HTML page to look at."""
