@@ -18,7 +18,7 @@ LONGEST = 26
 
 def heat_maps(measures: Sequence[Measure], stacks: Sequence[Stack]) -> Html:
     """A panel for each measure, of which a browser shows the chosen one; printed are all."""
-    tabs = []
+    tabs: list[Html] = []
     for number, measure in enumerate(measures):
         checked = "checked" if not number else None
         key = f"show-{measure.key}"

@@ -55,8 +55,8 @@ def plainly(value: float) -> str:
 
 
 def percent(value: float) -> str:
-    """`97.5 %`."""
-    return share(value) if abs(value) < 100 else f"{value * 100:.0e} %"
+    """`9.7 %`, from 10 on `97 %`."""
+    return share(value, 1 if abs(value) < 0.0995 else 0) if abs(value) < 100 else f"{value * 100:.0e} %"
 
 
 SURVIVAL = Measure(

@@ -20,6 +20,7 @@ from lora_merge.reporting.tables import (
     MOST_ROWS,
     bars,
     bytes_of,
+    families_title,
     note_list,
     several,
     table,
@@ -63,7 +64,7 @@ def _sections(record: Record, weights: Sequence[MergedWeight]) -> Iterator[tuple
         yield "worst", worst_title(weights), worst_weights(weights)
     yield "sizes", "Sizes, and how weights are stored", _sizes(record)
     if weights:
-        yield "families", "Rounding and scales", weight_families(weights)
+        yield "families", families_title(weights), weight_families(weights)
     if record.plain:
         yield "plain", "What stays plain, and why", _plain(record)
     if record.notes:

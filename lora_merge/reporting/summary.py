@@ -42,7 +42,9 @@ def verdict(weights: Sequence[MergedWeight] | None) -> Html:
         merged = sum(bool(weight.kinds) for weight in weights)
         if not merged:
             return _said(
-                "✓", f"Converted: {several(len(weights), 'weight')}, and no adapter.", "Nothing could be lost."
+                "✓",
+                f"Converted: {several(len(weights), 'weight')}, and no adapter.",
+                "Survival is measured of adapters.",
             )
         told = "The weights are plain: nothing was rounded to codes, so rounding lost nothing."
         return _said("✓", f"{several(merged, 'weight')} merged.", told)

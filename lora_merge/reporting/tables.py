@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from lora_merge.reporting.markup import Html, code, element
-from lora_merge.reporting.measures import CHANGE, NOISE, PROJECTION, SURVIVAL, Measure, measured
+from lora_merge.reporting.measures import CHANGE, SURVIVAL, Measure, measured
 from lora_merge.results import MergedWeight
 from lora_merge.terminal.report import families, note_lines, size
 
@@ -41,13 +41,14 @@ def worst_weights(weights: Sequence[MergedWeight]) -> Html:
         return Html()
     first = measures[0]
     known = [(first.distance(value), weight) for weight in weights if (value := first.of(weight)) is not None]
-    ranked = sorted(known, key=lambda pair: (-pair[0], pair[1].name))[:WORST]
-    shown = [weight for _, weight in ranked]
+    shown = [weight for _, weight in sorted(known, key=lambda pair: (-pair[0], pair[1].name))[:WORST]]
+    choices = ("rounding", "scales") if _is_coded(weights) else ()
     rows = [
-        [code(weight.name), weight.rounding or "-", weight.scales or "-", *(_figure(one, weight) for one in measures)]
+        [code(weight.name), *(getattr(weight, choice) or "-" for choice in choices)]
+        + [_figure(measure, weight) for measure in measures]
         for weight in shown
     ]
-    heads = ["weight", "rounding", "scales", *(one.title.lower() for one in measures)]
+    heads = ["weight", *choices, *(one.title.lower() for one in measures)]
     marked = [first.alarming and first.step(first.of(weight) or 0.0) == 4 for weight in shown]
     return table(heads, rows, len(measures), marked)
 
@@ -61,24 +62,26 @@ def worst_title(weights: Sequence[MergedWeight]) -> str:
 def weight_families(weights: Sequence[MergedWeight]) -> Html:
     """A row for all weights whose names differ only in numbers: what became of them, on which scales, how rounded."""
     groups = families(weights, lambda weight: (*weight.kinds, weight.format))
-    coded = any(SURVIVAL.of(weight) is not None for weight in weights)
-    several = len({weight.format for weight in weights}) > 1
-    heads = ["weights", "changed by", *(["stored as"] if several else []), *(["rounding", "scales"] if coded else [])]
-    figures: list[Measure] = [CHANGE, *([SURVIVAL, PROJECTION, NOISE] if coded else [])]
-    words = len(heads)
-    heads += [one.title.lower() for one in figures] + (["least"] if coded else [])
+    coded, mixed = _is_coded(weights), len({weight.format for weight in weights}) > 1
+    measures = sorted(measured(weights), key=lambda one: one is not CHANGE)
+    heads = ["weights", "changed by", *(["stored as"] if mixed else []), *(["rounding", "scales"] if coded else [])]
     rows = []
     for name, members in groups[:MOST_ROWS]:
         row: list[str] = [code(name), ", ".join(members[0].kinds) or "conversion"]
-        row += [members[0].format] if several else []
-        if coded:
-            row += [_counted(one.rounding for one in members), _counted(one.scales for one in members)]
-        row += [_mean(one, members) for one in figures]
-        if coded:
+        row += [members[0].format] if mixed else []
+        row += [_counted(one.rounding for one in members), _counted(one.scales for one in members)] if coded else []
+        row += [_mean(one, members) for one in measures]
+        if SURVIVAL in measures:
             least = SURVIVAL.worst(value for one in members if (value := SURVIVAL.of(one)) is not None)
             row.append("-" if least is None else SURVIVAL.show(least))
         rows.append(row)
-    return Html(table(heads, rows, len(heads) - words) + _more(len(groups), "families"))
+    figures = [one.title.lower() for one in measures] + (["least"] if SURVIVAL in measures else [])
+    return Html(table([*heads, *figures], rows, len(figures)) + _more(len(groups), "families"))
+
+
+def families_title(weights: Sequence[MergedWeight]) -> str:
+    """What `weight_families` shows."""
+    return "Rounding and scales" if _is_coded(weights) else "By family of weights"
 
 
 def note_list(notes: Sequence[str]) -> Html:
@@ -107,6 +110,11 @@ def several(number: int, what: str) -> str:
 def bytes_of(nbytes: int) -> str:
     """`2.8 GB`, of whatever number a record has."""
     return size(min(nbytes, LARGEST))
+
+
+def _is_coded(weights: Sequence[MergedWeight]) -> bool:
+    """Whether it is known how one of them was rounded to codes."""
+    return any(weight.rounding or weight.scales for weight in weights)
 
 
 def _more(count: int, what: str) -> Html:

@@ -266,7 +266,7 @@ def test_a_plain_output_shows_what_changed() -> None:
     ]
     page = page_of(records.record(weights, plain=()))
     assert [tab.text for tab in page.all("label")] == ["Change"]
-    assert heat(page, "change")[7] == ["7", "14.0 %"] and not page.all("td", "lost")
+    assert heat(page, "change")[7] == ["7", "14 %"] and not page.all("td", "lost")
     assert "rounding lost nothing" in page.one("div", "verdict").text
     assert page.by_id("worst").one("h2").text == "The 20 weights that changed most"
 
