@@ -4,6 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 SITE_READY := .venv/ready-site
+BUILD_READY := .venv-build/ready
 # One thread of arithmetic per test process: several processes share the cores.
 SETTINGS := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 PROCESSES := --numprocesses logical --maxprocesses 8 --dist worksteal -q
@@ -16,7 +17,7 @@ FAST := $(addprefix tests/,adapters checkpoint containers docs formats models ou
 	output/test_location.py output/test_record.py planning/test_expert_stacks.py planning/test_loaders.py) \
 	-k 'not tiles_make_the_whole and not thousand'
 
-.PHONY: demo test test-fast lint format coverage docs bench clean
+.PHONY: demo test test-fast lint format coverage docs bench dist clean
 
 demo: $(READY)
 	$(BIN)/python demo/demo.py
@@ -52,8 +53,13 @@ docs: $(SITE_READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/merge.py
 
+# Only what builds is installed for it: no torch.
+dist: $(BUILD_READY)
+	rm -rf dist
+	.venv-build/bin/python -m build --outdir dist .
+
 clean:
-	rm -rf .venv demo-out site htmlcov .coverage .coverage.* .hypothesis .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	rm -rf .venv .venv-build build dist demo-out site htmlcov .coverage .coverage.* .hypothesis .mypy_cache .ruff_cache .pytest_cache *.egg-info
 	find demo benchmarks docs fixtures lora_merge tests -name __pycache__ -prune -exec rm -rf {} +
 
 # The pins of constraints.txt need 3.11; the package itself runs on 3.10 as well.
@@ -65,4 +71,9 @@ $(READY): pyproject.toml constraints.txt
 
 $(SITE_READY): $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
+$(BUILD_READY): constraints.txt
+	$(PYTHON) -m venv .venv-build
+	.venv-build/bin/python -m pip install --quiet --constraint constraints.txt build
 	@touch $@

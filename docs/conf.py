@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 CONTENTS = {
     "For users": [
-        "docs/recipes", "docs/options", "docs/formats", "docs/adapters", "docs/rounding", "docs/outputs",
-        "docs/python", "docs/loaders", "docs/limits",
+        "docs/install", "docs/recipes", "docs/options", "docs/formats", "docs/adapters", "docs/rounding",
+        "docs/outputs", "docs/python", "docs/loaders", "docs/limits",
     ],
     "For contributors": [
         "CONTRIBUTING", "ARCHITECTURE", "SECURITY", "benchmarks/README", "fixtures/README",

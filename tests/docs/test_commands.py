@@ -89,6 +89,8 @@ def run(words: list[str], desk: Path) -> None:
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     elif words[:2] == ["pip", "install"]:
         assert words[2] == "." and 'lora-merge = "' in (ROOT / "pyproject.toml").read_text()
+    elif words[0] == "docker":  # what is in the image is a test of its own, tests/packaging
+        assert words[1] in ("build", "run") and (ROOT / "Dockerfile").is_file()
     else:
         assert words == ["pre-commit", "install"]
         assert (ROOT / ".pre-commit-config.yaml").is_file()
