@@ -11,7 +11,7 @@ from pathlib import Path
 from lora_merge.checkpoint.hub import cached_notes, located, located_recipe
 from lora_merge.checkpoint.opening import Inputs, open_inputs
 from lora_merge.checkpoint.pipelines import components, is_pipeline
-from lora_merge.errors import InputError, StorageError, UsageError, VerificationError, printable
+from lora_merge.errors import InputError, StorageError, UsageError, VerificationError, listed, printable
 from lora_merge.execution import resuming
 from lora_merge.execution.advice import check_survival
 from lora_merge.execution.executor import Executor
@@ -52,6 +52,7 @@ def merge_request(request: Request, *, progress: Progress = no_progress, stop: S
 
 def _made(request: Request, out: Path, progress: Progress, stop: Stop) -> MergeResult:
     """One model, or each component of a pipeline."""
+    _check_report(request, out)
     if not is_pipeline(request.recipe.base):
         return _merged(request, out, progress, stop)
 
@@ -67,7 +68,6 @@ def _merged(request: Request, out: Path, progress: Progress, stop: Stop) -> Merg
     stop.resumable = run.resume and left_something(out)
     check_places(out, recipe.inputs)
     replaces = check_out(out, resume=run.resume, overwrite=run.overwrite)
-    _check_report(request, out)
     check_imports(COMPUTING, "torch")
     with open_inputs(recipe) as inputs:
         plan = planning.make(recipe, inputs)
@@ -109,6 +109,8 @@ def plan_request(request: Request) -> PlanResult:
     with telling_shortage(), in_existing_folder(request.paths):
         found = located_recipe(request.recipe)
         asked = replace(request, recipe=found)
+        if request.out is not None:
+            _check_report(asked, request.out)
         plan = plan_pipeline(asked, _planned) if is_pipeline(found.base) else _planned(asked)
         return replace(plan, notes=(*cached_notes(request.recipe, found), *plan.notes))
 
@@ -119,7 +121,6 @@ def _planned(request: Request) -> PlanResult:
     if out is not None:
         check_places(out, recipe.inputs)
         replaces = check_out(out, resume=run.resume, overwrite=run.overwrite)
-        _check_report(request, out)
     check_imports(COMPUTING, "torch")
     with open_inputs(recipe) as inputs:
         plan = planning.make(recipe, inputs)
@@ -131,6 +132,11 @@ def report_path(out: Path, file: Path | None, overwrite: bool) -> WrittenReport:
     """A page of the record of a finished output, at `file` or beside it."""
     with telling_shortage(), in_existing_folder([out, *([file] if file else [])]):
         check_there(out)
+        if not (out / MANIFEST).is_file() and is_pipeline(out) and (there := components(out)):
+            raise InputError(
+                f"{printable(out)}: is a pipeline, whose components have a report each; give the folder of one of "
+                f"them: {listed(there)}"
+            )
         if not (out / MANIFEST).is_file():
             raise InputError(
                 f"{printable(out)}: has no {MANIFEST}, from which a report is made: no output of lora-merge, or one "
@@ -188,7 +194,12 @@ def inspect(path: Path) -> Inspection:
 
 
 def _check_report(request: Request, out: Path) -> None:
-    """Before the work: a file that is no report is not replaced at its end."""
+    """Before the work: a file that is no report is not replaced at its end. A component has its report later."""
+    if request.run.report is not None and is_pipeline(request.recipe.base):
+        raise UsageError(
+            f"--report: {printable(request.recipe.base)} is a pipeline, whose components have a report each; leave it "
+            f"out, and then `lora-merge report {printable(shlex.quote(str(out)))}/COMPONENT`"
+        )
     if request.run.report is not None:
         check_report(Path(request.run.report), out, request.recipe.inputs)
 

@@ -167,7 +167,7 @@ def _made(record: Record) -> Html:
 def _files(record: Record) -> Html:
     """Files of the output and of the inputs, folded away."""
     made = [
-        [code(path), bytes_of(one.nbytes), element("span", one.sha256, class_="digest")]
+        [code(path), bytes_of(one.nbytes), element("span", one.digest, class_="digest")]
         for path, one in list(record.files.items())[:MOST_ROWS]
     ]
     given = []
@@ -175,12 +175,12 @@ def _files(record: Record) -> Html:
         for path, entry in list(source.files.items())[:MOST_ROWS]:
             body: Mapping[str, Any] = entry if isinstance(entry, Mapping) else {}
             digest = body.get("sha256") or body.get("header_sha256")
-            kind = "" if body.get("sha256") else " (of its header)"
+            kind = "" if body.get("sha256") else ", of its header"
             nbytes = whole(entry, "size")
             told = element("span", f"{digest}{kind}" if isinstance(digest, str) else "-", class_="digest")
             given.append([code(f"{source.name}/{path}"), "-" if nbytes is None else bytes_of(nbytes), told])
     return joined([
-        _folded(f"{several(len(record.files), 'file')} of the output", table(["file", "bytes", "SHA-256"], made, 0)),
+        _folded(f"{several(len(record.files), 'file')} of the output", table(["file", "bytes", "digest"], made, 0)),
         _folded("Files of the inputs", table(["file", "bytes", "SHA-256"], given[:MOST_ROWS], 0)),
     ])  # fmt: skip
 

@@ -160,6 +160,19 @@ def test_a_disk_that_is_full_leaves_the_output_and_nothing_else(
     assert lora_merge.verify(tmp_path / "new").tensors
 
 
+def test_components_of_a_pipeline_have_a_report_each(merged: Path, tmp_path: Path) -> None:
+    home = tmp_path / "pipeline"
+    home.mkdir()
+    (home / "model_index.json").write_text('{"unet": ["diffusers", "X"]}')
+    (home / "unet").symlink_to(merged / "out")
+    for call in (lora_merge.merge, lora_merge.plan):
+        with pytest.raises(UsageError, match="whose components have a report each"):
+            call(home, merged / "adapter", tmp_path / "new", report=tmp_path / "r.html")
+    with pytest.raises(InputError, match="give the folder of one of them: unet"):
+        lora_merge.report(home, tmp_path / "r.html")
+    assert lora_merge.report(home / "unet", tmp_path / "r.html").weights == 2
+
+
 @pytest.mark.parametrize("given", [{"report": 3}, {"report": True}])
 def test_a_report_that_is_no_path(merged: Path, tmp_path: Path, given: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="--report"):

@@ -39,7 +39,10 @@ def record(weights: Sequence[MergedWeight] | None, **changes: Any) -> Record:
         "notes": ("a note",),
         "stored": (StoredAs(CODES, False, len(weights or ()), 900), StoredAs("BF16", True, 2, 100)),
         "plain": (StaysPlain("embeddings and heads", 2, 100, ("lm_head.weight",)),),
-        "files": {"model.safetensors": RecordedFile(1000, "dd"), "config.json": RecordedFile(10, "ee")},
+        "files": {
+            "model.safetensors": RecordedFile(1000, f"xxh3:{'d' * 32}"),
+            "config.json": RecordedFile(10, f"sha256:{'e' * 64}"),
+        },
     }
     return Record(weights=None if weights is None else tuple(weights), **{**given, **changes})
 
