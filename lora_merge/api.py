@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,7 +10,7 @@ from pathlib import Path
 from lora_merge.checkpoint.hub import cached_notes, located, located_recipe
 from lora_merge.checkpoint.opening import Inputs, open_inputs
 from lora_merge.checkpoint.pipelines import components, is_pipeline
-from lora_merge.errors import InputError, StorageError, UsageError, VerificationError, listed, printable
+from lora_merge.errors import VerificationError
 from lora_merge.execution import resuming
 from lora_merge.execution.advice import check_survival
 from lora_merge.execution.executor import Executor
@@ -19,7 +18,7 @@ from lora_merge.execution.memory import fit, least_memory
 from lora_merge.inspection import inspect_path
 from lora_merge.model_card import model_card
 from lora_merge.output.location import check_free_space, check_places, in_existing_folder
-from lora_merge.output.record import MANIFEST, Record, read_record
+from lora_merge.output.record import MANIFEST, Record
 from lora_merge.output.shard import StartedShard
 from lora_merge.output.stage import Stage, check_out
 from lora_merge.output.staging_folder import Leftovers, left_something
@@ -30,7 +29,7 @@ from lora_merge.planning.jobs import Copy, Plan, Shard
 from lora_merge.planning.side_files import CARD
 from lora_merge.planning.summary import summary
 from lora_merge.progress import Portion, Progress, no_progress
-from lora_merge.reporting.file import check_report, usual_file, write_report
+from lora_merge.reporting import file as reports
 from lora_merge.request import Recipe, Request
 from lora_merge.results import Inspection, MergedWeight, MergeResult, PlanResult, WrittenReport
 from lora_merge.system.shortage import COMPUTING, check_imports, telling_shortage
@@ -52,7 +51,7 @@ def merge_request(request: Request, *, progress: Progress = no_progress, stop: S
 
 def _made(request: Request, out: Path, progress: Progress, stop: Stop) -> MergeResult:
     """One model, or each component of a pipeline."""
-    _check_report(request, out)
+    reports.check_asked(request, out)
     if not is_pipeline(request.recipe.base):
         return _merged(request, out, progress, stop)
 
@@ -73,7 +72,7 @@ def _merged(request: Request, out: Path, progress: Progress, stop: Stop) -> Merg
         plan = planning.make(recipe, inputs)
         if run.resume and (record := finished(out, plan.digest, inputs)) is not None:
             result = _result(out, plan, record.weights or (), len(plan.shards), plan.nbytes, began, "none")
-            return _with_report(result, record, run.report)
+            return reports.added(result, record, run.report)
         executor = Executor(inputs, fit(run, plan))
         with _stage(request, out, plan, inputs, stop) as stage:
             resuming.check_left(plan, inputs, stage, stop.check)
@@ -101,7 +100,7 @@ def _merged(request: Request, out: Path, progress: Progress, stop: Stop) -> Merg
             stage.publish()
         result = _result(out, plan, weights, len(left.finished), left.nbytes, began, executor.device)
     note = (f"{out}: the earlier output there was replaced",) if replaces else ()
-    return _with_report(replace(result, notes=(*result.notes, *note)), record, run.report)
+    return reports.added(replace(result, notes=(*result.notes, *note)), record, run.report)
 
 
 def plan_request(request: Request) -> PlanResult:
@@ -110,7 +109,7 @@ def plan_request(request: Request) -> PlanResult:
         found = located_recipe(request.recipe)
         asked = replace(request, recipe=found)
         if request.out is not None:
-            _check_report(asked, request.out)
+            reports.check_asked(asked, request.out)
         plan = plan_pipeline(asked, _planned) if is_pipeline(found.base) else _planned(asked)
         return replace(plan, notes=(*cached_notes(request.recipe, found), *plan.notes))
 
@@ -132,19 +131,7 @@ def report_path(out: Path, file: Path | None, overwrite: bool) -> WrittenReport:
     """A page of the record of a finished output, at `file` or beside it."""
     with telling_shortage(), in_existing_folder([out, *([file] if file else [])]):
         check_there(out)
-        if not (out / MANIFEST).is_file() and is_pipeline(out) and (there := components(out)):
-            raise InputError(
-                f"{printable(out)}: is a pipeline, whose components have a report each; give the folder of one of "
-                f"them: {listed(there)}"
-            )
-        if not (out / MANIFEST).is_file():
-            raise InputError(
-                f"{printable(out)}: has no {MANIFEST}, from which a report is made: no output of lora-merge, or one "
-                "that lost it. Give the folder that a merge has written, or merge again with --report FILE.html"
-            )
-        place = usual_file(out) if file is None else file
-        check_report(place, out, overwrite=overwrite)
-        return write_report(read_record(out), place)
+        return reports.of_output(out, file, overwrite)
 
 
 def verify_path(
@@ -191,31 +178,6 @@ def inspect(path: Path) -> Inspection:
     """What a checkpoint or an adapter holds, from its headers and config."""
     with telling_shortage(), in_existing_folder([path]):
         return inspect_path(located(path))
-
-
-def _check_report(request: Request, out: Path) -> None:
-    """Before the work: a file that is no report is not replaced at its end. A component has its report later."""
-    if request.run.report is not None and is_pipeline(request.recipe.base):
-        raise UsageError(
-            f"--report: {printable(request.recipe.base)} is a pipeline, whose components have a report each; leave it "
-            f"out, and then `lora-merge report {printable(shlex.quote(str(out)))}/COMPONENT`"
-        )
-    if request.run.report is not None:
-        check_report(Path(request.run.report), out, request.recipe.inputs)
-
-
-def _with_report(result: MergeResult, record: Record, file: str | None) -> MergeResult:
-    if file is None:
-        return result
-    try:
-        written = write_report(record, Path(file))
-    except StorageError as error:
-        out = printable(result.out)
-        raise StorageError(
-            f"{out}: is finished and complete, nothing is to be resumed; only {error}. Make room or choose another "
-            f"place, then `lora-merge report {printable(shlex.quote(str(result.out)))} FILE.html`"
-        ) from error
-    return replace(result, report=written.file)
 
 
 def _stage(request: Request, out: Path, plan: Plan, inputs: Inputs, stop: Stop) -> Stage:

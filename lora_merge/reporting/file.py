@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 import secrets
+import shlex
 import stat
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
+from lora_merge.checkpoint.pipelines import components, is_pipeline
 from lora_merge.checkpoint.weight_files import is_weights
-from lora_merge.errors import OutputExistsError, StorageError, UsageError, printable
+from lora_merge.errors import InputError, OutputExistsError, StorageError, UsageError, listed, printable
 from lora_merge.output.location import real_path
-from lora_merge.output.record import Record
+from lora_merge.output.record import MANIFEST, Record, read_record
 from lora_merge.reporting.page import MARK, report_page
-from lora_merge.results import WrittenReport
+from lora_merge.request import Request
+from lora_merge.results import MergeResult, WrittenReport
 
 ENDING = "-report.html"
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -24,6 +28,50 @@ def usual_file(out: Path) -> Path:
     """Beside OUT: `merged-report.html` for `merged`."""
     real = real_path(out)
     return out.parent / f"{out.name}{ENDING}" if out.name not in ("", "..") else real.parent / f"{real.name}{ENDING}"
+
+
+def of_output(out: Path, file: Path | None, overwrite: bool) -> WrittenReport:
+    """Write the report of a finished output; None: at its usual place. InputError where `out` has no record."""
+    if not (out / MANIFEST).is_file():
+        if is_pipeline(out) and (there := components(out)):
+            raise InputError(
+                f"{printable(out)}: is a pipeline, whose components have a report each; give the folder of one of "
+                f"them: {listed(there)}"
+            )
+        raise InputError(
+            f"{printable(out)}: has no {MANIFEST}, from which a report is made: no output of lora-merge, or one that "
+            "lost it. Give the folder that a merge has written, or merge again with --report FILE.html"
+        )
+    place = usual_file(out) if file is None else file
+    check_report(place, out, overwrite=overwrite)
+    return write_report(read_record(out), place)
+
+
+def check_asked(request: Request, out: Path) -> None:
+    """Before a merge: what is no report is not replaced at its end. Components of a pipeline have theirs later."""
+    if request.run.report is None:
+        return
+    if is_pipeline(request.recipe.base):
+        raise UsageError(
+            f"--report: {printable(request.recipe.base)} is a pipeline, whose components have a report each; leave it "
+            f"out, and then `lora-merge report {printable(shlex.quote(str(out)))}/COMPONENT`"
+        )
+    check_report(Path(request.run.report), out, request.recipe.inputs)
+
+
+def added(result: MergeResult, record: Record, file: str | None) -> MergeResult:
+    """The result of a merge, with its report written where one was asked for."""
+    if file is None:
+        return result
+    try:
+        written = write_report(record, Path(file))
+    except StorageError as error:
+        out = printable(result.out)
+        raise StorageError(
+            f"{out}: is finished and complete, nothing is to be resumed; only {error}. Make room or choose another "
+            f"place, then `lora-merge report {printable(shlex.quote(str(result.out)))} FILE.html`"
+        ) from error
+    return replace(result, report=written.file)
 
 
 def check_report(file: Path, out: Path, inputs: Sequence[Path] = (), overwrite: bool = False) -> None:
