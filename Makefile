@@ -9,7 +9,8 @@ BUILD_READY := .venv-build/ready
 SETTINGS := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 PROCESSES := --numprocesses logical --maxprocesses 8 --dist worksteal -q
 # The quick tests: no matrix of merges, no other library's models, no signals, kills and full disks.
-FAST := $(addprefix tests/,adapters checkpoint containers docs formats models output planning quantization verification) \
+FAST := $(addprefix tests/,adapters checkpoint containers docs formats models output packaging planning quantization) \
+	$(addprefix tests/,reporting verification) \
 	$(addprefix tests/test_,abilities.py architecture.py dtypes.py layers.py request.py) \
 	$(addprefix --ignore=tests/,adapters/test_lora_against_peft.py containers/test_descriptors.py docs/test_commands.py \
 	checkpoint/test_card_header.py checkpoint/test_hub.py formats/test_format_matrix.py formats/test_vllm_rules.py \

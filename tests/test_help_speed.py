@@ -21,7 +21,15 @@ def seconds(*words: str) -> float:
 
 
 @pytest.mark.parametrize(
-    "words", [("--help",), ("--version",), ("merge", "--help"), ("inspect", "--help"), ("verify", "--help")]
+    "words",
+    [
+        ("--help",),
+        ("--version",),
+        ("merge", "--help"),
+        ("inspect", "--help"),
+        ("verify", "--help"),
+        ("report", "--help"),
+    ],
 )
 def test_help_and_version_answer_at_once(words: tuple[str, ...]) -> None:
     best = min(seconds(*words) for _ in range(RUNS))  # the best of several: other processes may hold the cores
