@@ -17,6 +17,12 @@
 | `delora.py` | DELORA |
 | `gralora.py` | GRALORA |
 | `beft.py` | BEFT |
+| `supertuning.py` | SUPERTUNING |
+| `tinylora.py` | TINYLORA |
+| `unilora.py` | UNILORA |
+| `deft.py`, `peanut.py` | DEFT, PEANUT, with `looking.py` |
+| `psoft.py` | PSOFT |
+| `frod.py` | FROD |
 | `lora.py` | LORA of PEFT, with `layers.py` (linear, embedding, convolution), `experts.py`, `dora.py`, `residual.py` |
 | `ia3.py` | IA3 |
 | `oft.py`, `boft.py` | OFT, BOFT, with `rotation.py` |
@@ -44,9 +50,11 @@ from lora_merge.adapters import (
     beft,
     boft,
     c3a,
+    deft,
     delora,
     dialects,
     fourierft,
+    frod,
     glora,
     gralora,
     hira,
@@ -59,10 +67,15 @@ from lora_merge.adapters import (
     miss,
     oft,
     osf,
+    peanut,
+    psoft,
     randlora,
     road,
     shira,
+    supertuning,
+    tinylora,
     tokens,
+    unilora,
     vblora,
     vera,
     waveft,
@@ -99,6 +112,13 @@ KINDS: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, TensorSpec], Optio
     "GRALORA": gralora.read,
     "BEFT": beft.read,
     "OSF": osf.read,
+    "DEFT": deft.read,
+    "PEANUT": peanut.read,
+    "PSOFT": psoft.read,
+    "FROD": frod.read,
+    "TINYLORA": tinylora.read,
+    "UNILORA": unilora.read,
+    "SUPERTUNING": supertuning.read,
 }
 """peft_type in adapter_config.json -> its reader."""
 
@@ -115,14 +135,10 @@ NEVER: Mapping[str, str] = {
     "XLORA": _ROUTED,
     "POLY": _ROUTED,
     "LILY": "its updates depend on the input, so it has no merged weight",
+    "ADAMSS": "it does not say which rows of a weight it changes; PEFT clusters them anew with scikit-learn",
     "SHADOW": "it runs a second network beside the model, so it has no merged weight",
 }
 """peft_type -> why it cannot be merged."""
-
-LATER = (
-    "ADAMSS", "DEFT", "FROD", "PEANUT", "PSOFT", "SUPERTUNING", "TINYLORA", "UNILORA",
-)  # fmt: skip
-"""peft_types that could be merged and are not read yet."""
 
 
 def read_adapter(config: Mapping[str, Any] | None, tensors: Mapping[str, TensorSpec], options: Options) -> Reading:
@@ -150,8 +166,9 @@ def _read(config: Mapping[str, Any] | None, tensors: Mapping[str, TensorSpec], o
         raise UnsupportedError(f"adapter_config.json: {kind} cannot be merged: {NEVER[kind.upper()]}")
     if kind is None:
         raise AdapterError(f"adapter_config.json names no peft_type; this version reads {', '.join(KINDS)}")
-    known = "is not read yet" if str(kind).upper() in LATER else "is not known"
-    raise UnsupportedError(f"adapter_config.json: {printable(kind)} {known}; this version reads {', '.join(KINDS)}")
+    raise UnsupportedError(
+        f"adapter_config.json: {printable(kind)} is not known; this version reads {', '.join(KINDS)}"
+    )
 
 
 def _unrecognised(tensors: Mapping[str, TensorSpec]) -> AdapterError:

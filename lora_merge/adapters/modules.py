@@ -192,6 +192,26 @@ class Kind:
         return (f"adapter_config.json has fields that are not known here and were left aside: {listed(unknown)}.",)
 
 
+def shared_by_group(
+    tensors: Mapping[str, TensorSpec], pattern: re.Pattern[str], integers: tuple[str, ...] = ()
+) -> dict[str, dict[str, str]]:
+    """Keys of the tensors that groups of modules share, by group and part, as `pattern` names these.
+
+    integers: parts that may be whole numbers. Raises AdapterError for doubled keys and tensors that are no numbers.
+    """
+    groups: dict[str, dict[str, str]] = {}
+    for key, spec in tensors.items():
+        if not (found := pattern.search(key)):
+            continue
+        part = found["part"]
+        first = groups.setdefault(found["group"], {}).setdefault(part, key)
+        if first != key:
+            raise AdapterError(f"{printable(key)} and {printable(first)} are the same factor")
+        if spec.dtype not in PLAIN_FLOATS + (WHOLE_NUMBERS if part in integers else ()):
+            raise AdapterError(f"{printable(key)} is {spec}, not a {'number' if part in integers else 'float'}")
+    return groups
+
+
 def _patterns(roles: tuple[str, ...]) -> tuple[re.Pattern[str], dict[str, re.Pattern[str]]]:
     """Where in a path its factor begins, and what a factor of each role looks like; a name of an adapter may stay."""
     heads = "|".join(sorted({re.escape(role.partition(".")[0]) for role in roles}))

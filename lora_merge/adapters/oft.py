@@ -87,10 +87,10 @@ class Rotations:
             longest = self.bound / math.sqrt(len(skew))
             length = torch.linalg.vector_norm(skew, dim=(1, 2), keepdim=True)
             skew = torch.where(length <= longest, skew, skew * (longest / length))
-        return cayley(skew) if self.terms is None else _series(skew, self.terms)
+        return cayley(skew) if self.terms is None else series(skew, self.terms)
 
 
-def _series(skew: torch.Tensor, terms: int) -> torch.Tensor:
+def series(skew: torch.Tensor, terms: int) -> torch.Tensor:
     """`I + 2Q + 2Q² + ... + Q^(terms - 1)`; 3 terms end with Q³, as 4 do."""
     import torch
 

@@ -35,6 +35,7 @@ class Block(nn.Module):
         self.point = nn.Conv2d(8, 36, 1)
         self.audio = nn.Conv1d(8, 36, 3)
         self.norm = nn.LayerNorm(24)
+        self.tokens = nn.Embedding(40, 24)
 
 
 LINEARS = ["up", "down", "same"]
@@ -47,13 +48,14 @@ CONVOLUTIONS = [*CONV2D, "audio"]
 class Case:
     """kind: the peft_type. words: of its config. once: PEFT rounds the delta before it adds it.
 
-    parameters: what changes in each target.
+    loaded: it computes in 16 bits. parameters: what changes in each target.
     """
 
     kind: str
     targets: list[str]
     words: dict[str, Any] = field(default_factory=dict)
     once: bool = False
+    loaded: bool = False
     parameters: tuple[str, ...] = ("weight",)
 
     @property
@@ -113,6 +115,33 @@ CASES = [
     conv1d("GRALORA", r=4, gralora_k=2, hybrid_r=3),
     Case("OSF", LINEARS, {"effective_rank": 9, "rank_pattern": {"up": 0.5}}),
     Case("BEFT", ["up", "same"], parameters=("bias",)),
+    Case("SUPERTUNING", LINEARS, {"sparsity": 0.9}, once=True),
+    Case("SUPERTUNING", LINEARS, {"sparsity": 0.9, "r": 3, "lora_alpha": 5}, once=True),
+    Case("UNILORA", LINEARS, {"r": 3, "theta_d_length": 40, "save_indices": True}),
+    conv1d("UNILORA", r=3, theta_d_length=40, save_indices=True),
+    *(
+        Case("TINYLORA", targets, {"r": 3, "u": u, "weight_tying": tying, **more}, once=True)
+        for targets, more in ((LINEARS, {}), (CONV1D, {"fan_in_fan_out": True}), (["tokens", "up"], {}))
+        for u, tying in ((5, 0.0), (2, 0.4), (3, 1.0))
+    ),
+    Case("DEFT", LINEARS, {"r": 4}, once=True),
+    Case("DEFT", LINEARS, {"r": 4, "decomposition_method": "qr", "alpha": 7}, once=True),
+    Case("DEFT", LINEARS, {"r": 3, "para": True, "decomposition_method": "qr"}, once=True),
+    Case("DEFT", CONV1D, {"fan_in_fan_out": True, "r": 4, "alpha": 2}, once=True),
+    Case("PEANUT", LINEARS, {"r": 4, "scaling": 0.3}, once=True),
+    *(Case("PEANUT", LINEARS, {"r": 4, "depth": 2, "act_fn": name}, once=True) for name in ("relu", "silu", "tanh")),
+    *(
+        Case("PSOFT", LINEARS, {"r": 5, "psoft_alpha": 10, **words}, once=True)
+        for words in (
+            {},
+            {"ab_svd_init": "pissa_init", "psoft_mag_a": False},
+            {"psoft_orth": False, "psoft_mag_b": False},
+            {"use_cayley_neumann": True, "cayley_neumann_eps": 0.5},
+            {"psoft_svd": "lowrank", "random_seed": 3},
+        )
+    ),
+    Case("FROD", LINEARS, {"sparse_rate": 0.1}, loaded=True),
+    Case("FROD", CONV1D, {"fan_in_fan_out": True, "sparse_rate": 0.1}, loaded=True),
 ]
 
 
@@ -132,7 +161,7 @@ def test_merge_equals_peft(case: Case, dtype: torch.dtype, tmp_path: Path) -> No
     base = model(dtype)
     trained(base, config_of(case), tmp_path)
     merged = merge_folder(tmp_path, base.state_dict())
-    assert_same(merged, merged_by_peft(base, tmp_path, once=case.once))
+    assert_same(merged, merged_by_peft(base, tmp_path, once=case.once, loaded=case.loaded))
     names = {f"{target}.{parameter}" for target in case.targets for parameter in case.parameters}
     assert_changed(merged, base.state_dict(), names)
 

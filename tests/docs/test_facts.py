@@ -12,7 +12,7 @@ from pages import README, ROOT, Page, rows
 import lora_merge
 from lora_merge import cli, digests, errors, request
 from lora_merge.abilities import ABILITIES, PLAIN, QUANT_TYPES
-from lora_merge.adapters import KINDS, LATER, NEVER
+from lora_merge.adapters import KINDS, NEVER
 from lora_merge.adapters.dialects import DIALECTS
 from lora_merge.dtypes import MODEL_DTYPES
 
@@ -103,9 +103,7 @@ def test_the_table_of_dialects_is_the_code() -> None:
 def test_refused_kinds_are_named() -> None:
     paragraphs = LIMITS.section("Adapters that are not merged").split("\n\n")
     never = next(paragraph for paragraph in paragraphs if "no merged weight" in paragraph)
-    later = next(paragraph for paragraph in paragraphs if "not read yet" in paragraph)
     assert set(NEVER) <= set(CODE.findall(never))
-    assert set(LATER) <= set(CODE.findall(later))
 
 
 def test_the_table_of_exit_codes_is_the_code() -> None:

@@ -309,6 +309,21 @@ _ADDED = (
     Case("beft_bert", "bert", other("BEFT", ["query", "dense"])),
     Case("osf", "llama", other("OSF", LLAMA, effective_rank=0.75)),
     Case("osf_bert", "bert", other("OSF", ["query", "dense"], effective_rank=9)),
+    Case("supertuning", "llama", other("SUPERTUNING", LLAMA, sparsity=0.9, init_weights=False)),
+    Case("supra_bert", "bert", other("SUPERTUNING", ["query", "dense"], sparsity=0.9, r=3, lora_alpha=6)),
+    Case("unilora", "llama", other("UNILORA", LLAMA, r=4, theta_d_length=64, save_indices=True)),
+    Case("unilora_conv1d", "gpt2", other("UNILORA", GPT2, r=4, theta_d_length=64, save_indices=True, **TURNED)),
+    Case("tinylora", "llama", other("TINYLORA", LLAMA, r=4, u=8, weight_tying=0.5)),
+    Case("tinylora_conv1d", "gpt2", other("TINYLORA", [*GPT2, "wpe"], r=4, u=8, **TURNED)),
+    Case("tinylora_tied", "bert", other("TINYLORA", ["query", "dense"], r=4, u=8, weight_tying=1.0)),
+    Case("psoft", "llama", other("PSOFT", LLAMA, r=6, psoft_alpha=6)),
+    Case("psoft_lowrank", "bert", other("PSOFT", ["query", "dense"], r=6, psoft_alpha=3, psoft_svd="lowrank")),
+    Case("frod", "llama", other("FROD", LLAMA, sparse_rate=0.05)),
+    Case("frod_conv1d", "gpt2", other("FROD", GPT2, sparse_rate=0.05, **TURNED)),
+    Case("deft", "llama", other("DEFT", LLAMA, r=4, init_weights=False)),
+    Case("deft_conv1d", "gpt2", other("DEFT", GPT2, r=4, decomposition_method="qr", alpha=8, **TURNED)),
+    Case("peanut", "llama", other("PEANUT", LLAMA, r=4, depth=1)),
+    Case("peanut_bert", "bert", other("PEANUT", ["query", "dense"], r=4, act_fn="tanh")),
 )
 
 # embeddings, MultiheadAttention, 3-D experts, BD-LoRA, KaSA and MiCA; and sums of adapters, whose factors it rounds
@@ -327,6 +342,8 @@ ROUNDED_TWICE = {
     ),
     *("sharded_experts", "two_adapters", "two_experts", "three_conv1d"),
     *("randlora", "randlora_conv1d", "c3a", "c3a_bert", "delora", "delora_bert"),
+    *("supertuning", "supra_bert", "tinylora", "tinylora_conv1d", "tinylora_tied", "psoft", "psoft_lowrank"),
+    *("frod", "frod_conv1d", "deft", "deft_conv1d", "peanut", "peanut_bert"),
     *("road", "road_bias", "hira", "hira_conv1d", "hira_convolutions", "glora", "glora_bias", "glora_biases"),
 }
 

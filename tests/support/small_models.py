@@ -92,13 +92,17 @@ def trained(model: nn.Module, config: Any, folder: Path, std: float = 0.3) -> No
         wrapped.save_pretrained(folder)
 
 
-def merged_by_peft(model: nn.Module, folder: Path, once: bool = False) -> dict[str, torch.Tensor]:
-    """PEFT's merge; `once`: of the model in float32, rounded at the end, where PEFT rounds the update first as well."""
+def merged_by_peft(model: nn.Module, folder: Path, once: bool = False, loaded: bool = False) -> dict[str, torch.Tensor]:
+    """PEFT's merge; `once`: of the model in float32, rounded at the end, where PEFT rounds the update first as well.
+
+    loaded: the model is widened after the adapter was loaded onto it, where loading makes something of its weights.
+    """
     dtype = next(model.parameters()).dtype
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = copy.deepcopy(model)
-        model = PeftModel.from_pretrained(model.float() if once else model, str(folder)).merge_and_unload()
+        wrapped = PeftModel.from_pretrained(model.float() if once else model, str(folder))
+        model = (wrapped.float() if loaded else wrapped).merge_and_unload()
     return {name: tensor.detach().to(dtype) for name, tensor in model.state_dict().items()}
 
 
