@@ -36,7 +36,7 @@
 | `dialects.py` | which files are not of PEFT, and who reads them: |
 | `loralib.py` | state dicts of loralib, without a config |
 | `mlx.py` | adapters of mlx-lm |
-| `diffusion.py` | LoRA of kohya's scripts, ComfyUI and diffusers, with `components.py` |
+| `diffusion.py` | LoRA of kohya's scripts, ComfyUI and diffusers, with `components.py`; LoHa and LoKr: `lycoris.py` |
 | `torchtune.py` | adapters as torchtune checkpoints them |
 """
 

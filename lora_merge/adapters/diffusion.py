@@ -6,6 +6,7 @@
 | `lora_up.weight` or `lora.up`, `lora_linear_layer.up`, `lora_B` | `[out, r]`, `[out, r, 1, 1]` | B |
 | `lora_mid.weight` | `[r, r, *kernel]` | core between B and an A `[r, in, 1, 1]` |
 | `alpha` | one number | the update is scaled by alpha / r; without it by 1 |
+| `hada_*`, `lokr_*`, `diff`, `diff_b` | | see `lycoris.py` |
 | `dora_scale` or `lora_magnitude_vector` | `[out, 1]`, `[out]`; `[1, in]` | DoRA over outputs; over inputs |
 
 The path begins with the part of the pipeline: `lora_unet_`, `lora_te_` and then dots as underscores (kohya), or
@@ -18,19 +19,20 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+from lora_merge.adapters import lycoris
 from lora_merge.adapters.base import Claim, Options, Patch, Reading
 from lora_merge.adapters.components import Settings, base_component, component_of
-from lora_merge.adapters.dora import Dora
+from lora_merge.adapters.dora import by_magnitude
 from lora_merge.adapters.layers import Pair
 from lora_merge.adapters.lowrank import Factor, LowRank, Tucker
 from lora_merge.containers.header_config import METADATA
 from lora_merge.dtypes import PLAIN_FLOATS
-from lora_merge.errors import AdapterError, UnsupportedError, listed, printable
+from lora_merge.errors import AdapterError, listed
 from lora_merge.spec import Location, TensorSpec
 
 _BEFORE = r"\.(?:lora_{0}|lora\.{0}|lora_linear_layer\.{0}|lora_{1})\.weight$|(?<=_lora)\.{0}\.weight$"
@@ -40,10 +42,13 @@ ROLES = (
     ("mid", re.compile(r"\.lora_mid\.weight$")),
     ("alpha", re.compile(r"\.alpha$")),
     ("magnitude", re.compile(r"\.dora_scale$|\.lora_magnitude_vector(?:\.weight)?$")),
+    ("diff", re.compile(r"\.(?:diff|w_norm)$")),
+    ("diff_b", re.compile(r"\.(?:diff_b|b_norm)$")),
+    *((role, re.compile(rf"\.{role}$")) for role in lycoris.ROLES),
 )
 """What follows the path of a module, and the role of such a tensor."""
 UNDERSCORED = re.compile(r"(lora|lycoris)_[^.]+\.")
-LYCORIS = re.compile(r"\.(hada_w[12]_[ab]|hada_t[12]|lokr_w[12](_[ab])?|lokr_t2|oft_blocks|oft_diag|diff|diff_b)$")
+LYCORIS = re.compile(r"\.(oft_blocks|oft_diag|rescale|glora_.*|a[12]\.weight|b[12]\.weight)$")
 OLD_PROCESSORS = (
     (re.compile(r"(\.self_attn)\.to_([qkv])_lora$"), r"\1.\2_proj"),
     (re.compile(r"(\.self_attn)\.to_out_lora$"), r"\1.out_proj"),
@@ -74,9 +79,11 @@ def read(config: Mapping[str, Any] | None, tensors: Mapping[str, TensorSpec], op
     """
     settings = Settings.from_json(config)
     modules, elsewhere = _modules(tensors, base_component(tensors, options))
-    claims = [_module(path, keys, tensors, settings).claim() for path, keys in modules.items()]
+    claims = [claim for path, keys in modules.items() for claim in _claims(path, keys, tensors, settings)]
     dora = any("magnitude" in keys for keys in modules.values())
-    bare = any("alpha" not in keys and not settings.knows(path) for path, keys in modules.items())
+    bare = any(
+        "alpha" not in keys and not settings.knows(path) and not lycoris.whole(keys) for path, keys in modules.items()
+    )
     note = ("The file has no alpha for some of its updates; these are taken as they are, as its own programs do.",)
     return Reading("dora" if dora else "lora", tuple(claims), {}, notes=note if bare else (), elsewhere=elsewhere)
 
@@ -119,6 +126,8 @@ def _modules(
 
 
 def _fault(keys: Mapping[str, str], tensors: Mapping[str, TensorSpec]) -> str | None:
+    if lycoris.is_of(keys) and ((fault := lycoris.fault(keys, tensors)) or "down" not in keys):
+        return fault
     if not {"down", "up"} <= set(keys):
         return f"{next(iter(keys.values()))} has no pair of factors beside it"
     a, b = (tensors[keys[role]].shape for role in ("down", "up"))
@@ -132,16 +141,31 @@ def _fault(keys: Mapping[str, str], tensors: Mapping[str, TensorSpec]) -> str | 
     return None
 
 
-def _module(path: str, keys: Mapping[str, str], tensors: Mapping[str, TensorSpec], settings: Settings) -> Update:
-    a, b = (tensors[keys[role]].shape for role in ("down", "up"))
-    mid = tensors[keys["mid"]].shape if "mid" in keys else None
-    scale = 1 / a[0] if "alpha" in keys else settings.scale(path, a[0])
+def _claims(
+    path: str, keys: Mapping[str, str], tensors: Mapping[str, TensorSpec], settings: Settings
+) -> Iterator[Claim]:
+    if lycoris.is_of(keys):
+        yield from lycoris.claims(_located(path), keys, tensors)
+    if "down" in keys:
+        own = {role: key for role, key in keys.items() if role != "diff_b"}
+        yield _module(path, own, tensors, settings).claim()
+
+
+def _located(path: str) -> str:
+    """The path of a module without its component."""
     found = component_of(f"{path}.")
     module = path[len(found[1]) :] if found else path
     for pattern, name in OLD_PROCESSORS:
         module = pattern.sub(name, module)
+    return module
+
+
+def _module(path: str, keys: Mapping[str, str], tensors: Mapping[str, TensorSpec], settings: Settings) -> Update:
+    a, b = (tensors[keys[role]].shape for role in ("down", "up"))
+    mid = tensors[keys["mid"]].shape if "mid" in keys else None
+    scale = 1 / a[0] if "alpha" in keys else settings.scale(path, a[0])
     magnitude = tensors[keys["magnitude"]].shape if "magnitude" in keys else None
-    return Update(module, keys, a, b, mid, magnitude, scale)
+    return Update(_located(path), keys, a, b, mid, magnitude, scale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,16 +222,6 @@ class Update:
         return Tucker(self.keys["down"], (self.a[0], self.a[1]), core=self.keys["mid"], kernel=math.prod(self.mid[2:]))
 
     def _decomposed(self, update: LowRank) -> Patch:
-        """DoRA over the outputs, or over the inputs of a linear, as the shape of its vector says."""
         if self.magnitude is None:
             return update
-        outputs, inputs, *kernel = self.shape
-        name, numel = self.keys["magnitude"], math.prod(self.magnitude)
-        if numel == outputs and (len(self.magnitude) == 1 or self.magnitude[0] == outputs):
-            return Dora(update, name, outputs)
-        if self.magnitude[:2] == (1, inputs) and numel == inputs and math.prod(kernel) == 1:
-            return Dora(update, name, inputs, columnwise=True)
-        raise UnsupportedError(
-            f"{printable(name)} {list(self.magnitude)} is no magnitude of the outputs of {list(self.shape)}, nor of "
-            "the inputs of a linear"
-        )
+        return by_magnitude(update, self.keys["magnitude"], self.magnitude, self.shape)

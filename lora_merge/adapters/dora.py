@@ -7,11 +7,14 @@ dimensions) all rows must be seen first. https://arxiv.org/abs/2402.09353
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_merge.adapters.base import Bound, Needs, Patch
+from lora_merge.adapters.deltas import Added, BoundAdded
 from lora_merge.adapters.lowrank import FLOAT, BoundLowRank, LowRank, Read
+from lora_merge.errors import UnsupportedError, printable
 from lora_merge.spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -23,13 +26,13 @@ PASS = 1 << 18
 
 @dataclass(frozen=True, slots=True)
 class Dora(Patch):
-    """update: the low-rank update; magnitude: name of the stored vector of `size` outputs.
+    """update: what is added; magnitude: name of the stored vector of `size` outputs.
 
     rows: the piece of the magnitude that belongs to the rows that the update changes; None: all.
     columnwise: outputs are the columns of the view.
     """
 
-    update: LowRank
+    update: LowRank | Added
     magnitude: str
     size: int
     columnwise: bool = False
@@ -60,10 +63,27 @@ class Dora(Patch):
         return BoundColumnDora(update, magnitude) if self.columnwise else BoundRowDora(update, magnitude)
 
 
+def by_magnitude(update: LowRank | Added, name: str, magnitude: tuple[int, ...], shape: tuple[int, ...]) -> Dora:
+    """DoRA over the outputs of a weight, or over the inputs of a linear, as the shape of its vector says.
+
+    name, magnitude: of the vector, and its shape. shape: of the weight.
+    """
+    outputs, inputs, *kernel = shape
+    numel = math.prod(magnitude)
+    if numel == outputs and (len(magnitude) == 1 or magnitude[0] == outputs):
+        return Dora(update, name, outputs)
+    if magnitude[:2] == (1, inputs) and numel == inputs and math.prod(kernel) == 1:
+        return Dora(update, name, inputs, columnwise=True)
+    raise UnsupportedError(
+        f"{printable(name)} {list(magnitude)} is no magnitude of the outputs of {list(shape)}, nor of the inputs of a "
+        "linear"
+    )
+
+
 class BoundRowDora(Bound):
     """magnitude: float32, one for each row that the update changes."""
 
-    def __init__(self, update: BoundLowRank, magnitude: torch.Tensor) -> None:
+    def __init__(self, update: BoundLowRank | BoundAdded, magnitude: torch.Tensor) -> None:
         self.update = update
         self.magnitude = magnitude
 
@@ -84,7 +104,7 @@ class BoundRowDora(Bound):
 class BoundColumnDora(Bound):
     """magnitude: float32 `[columns]`. Squares are summed in float64, so that their order does not show."""
 
-    def __init__(self, update: BoundLowRank, magnitude: torch.Tensor) -> None:
+    def __init__(self, update: BoundLowRank | BoundAdded, magnitude: torch.Tensor) -> None:
         self.update = update
         self.magnitude = magnitude
         self.squares: torch.Tensor | None = None

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from lora_merge.adapters.base import Claim, Options, Reading
 from lora_merge.adapters.config_fields import Ranks
 from lora_merge.adapters.deltas import Delta, OpenDelta, claim
-from lora_merge.adapters.lowrank import Read
+from lora_merge.adapters.lowrank import Read, stored_number
 from lora_merge.adapters.modules import Kind, Module
 from lora_merge.spec import TensorSpec
 
@@ -35,16 +35,20 @@ KIND = Kind("loha", (*ROLES, *CORES), fields=FIELDS)
 
 @dataclass(frozen=True, slots=True)
 class LoHa(Delta):
-    """first, second: names of a, b and, for convolutions with a core, t of each matrix. r: rank."""
+    """first, second: names of a, b and, for convolutions with a core, t of each matrix. r: rank.
+
+    alpha: name of a stored number that multiplies the scale.
+    """
 
     first: tuple[str, ...]
     second: tuple[str, ...]
     r: int
     scale: float
+    alpha: str | None = None
 
     @property
     def factors(self) -> tuple[str, ...]:
-        return self.first + self.second
+        return self.first + self.second + ((self.alpha,) if self.alpha else ())
 
     def numbers(self) -> int:
         return 6 * self.r * (sum(self.shape) + self.r)
@@ -53,7 +57,7 @@ class LoHa(Delta):
         pairs = [matrices(read, names) for names in (self.first, self.second)]
         if turned:
             pairs = [(right.T.contiguous(), left.T.contiguous()) for left, right in pairs]
-        return OpenHadamard(pairs, self.scale)
+        return OpenHadamard(pairs, self.scale * (stored_number(read, self.alpha) if self.alpha else 1.0))
 
 
 class OpenHadamard(OpenDelta):
@@ -74,8 +78,8 @@ def matrices(read: Read, names: tuple[str, ...]) -> tuple[torch.Tensor, torch.Te
 
     a, b, *core = (read(name).float() for name in names)
     if not core:
-        return a, b
-    right = torch.einsum("ijkl,jp->ipkl", core[0], b)  # [r, in, *kernel]
+        return a, b.flatten(1)
+    right = torch.einsum("ij...,jp->ip...", core[0], b)  # [r, in, *kernel]
     return a.T.contiguous(), right.reshape(len(right), -1)
 
 

@@ -21,7 +21,7 @@ from lora_merge.adapters.base import Claim, Options, Reading
 from lora_merge.adapters.config_fields import Ranks
 from lora_merge.adapters.deltas import Delta, OpenDelta, claim
 from lora_merge.adapters.loha import FIELDS, matrices
-from lora_merge.adapters.lowrank import Read
+from lora_merge.adapters.lowrank import Read, stored_number
 from lora_merge.adapters.modules import Kind, Module
 from lora_merge.errors import AdapterError, printable
 from lora_merge.spec import TensorSpec
@@ -37,7 +37,8 @@ KIND = Kind("lokr", ROLES, fields=(*FIELDS, "decompose_both", "decompose_factor"
 class LoKr(Delta):
     """w1, w2: names of the matrix, of its two factors, or of these and their core. small: shape of w1.
 
-    kernel: length of the kernel where w2 is a whole Conv1d's; else 0.
+    kernel: length of the kernel where w2 is a whole Conv1d's that PEFT trained; else 0.
+    alpha: name of a stored number that multiplies the scale.
     """
 
     w1: tuple[str, ...]
@@ -46,10 +47,11 @@ class LoKr(Delta):
     held: int
     kernel: int
     scale: float
+    alpha: str | None = None
 
     @property
     def factors(self) -> tuple[str, ...]:
-        return self.w1 + self.w2
+        return self.w1 + self.w2 + ((self.alpha,) if self.alpha else ())
 
     def numbers(self) -> int:
         return 3 * (self.held + math.prod(self.small) + math.prod(self.shape) // math.prod(self.small))
@@ -58,7 +60,8 @@ class LoKr(Delta):
         w1, w2 = (_matrix(read, names) for names in (self.w1, self.w2))
         if turned:
             w1, w2 = w1.T.contiguous(), w2.T.contiguous()
-        return OpenKronecker(w1, w2.mul(self.scale), self.kernel)
+        scale = self.scale * (stored_number(read, self.alpha) if self.alpha else 1.0)
+        return OpenKronecker(w1, w2.mul(scale), self.kernel)
 
 
 class OpenKronecker(OpenDelta):
@@ -95,7 +98,7 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec], options: 
     ranks = Ranks.from_json(config)
 
     def claims(module: Module) -> Iterator[Claim]:
-        sizes = module.sizes(**_shapes(module))
+        sizes = module.sizes(**shapes(module))
         rank = sizes.get("r")
         r = ranks.rank(module.path, rank) if rank else ranks.first(module.path)
         kernel = math.prod(sizes.get(letter, 1) for letter in "klm")
@@ -111,14 +114,14 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec], options: 
     return KIND.read(config, tensors, options, claims)
 
 
-def _shapes(module: Module) -> dict[str, str]:
+def shapes(module: Module) -> dict[str, str]:
     """What the shapes of its factors must be, in the letters of this module's docstring."""
     found = set(module.keys)
     if len(found & {"lokr_w1", "lokr_w1_a"}) != 1 or len(found & {"lokr_w2", "lokr_w2_a"}) != 1:
         raise AdapterError(f"{printable(module.path)}: LoKr needs w1 and w2, each whole or as a and b, not both")
-    shapes = {"lokr_w1": "a c"} if "lokr_w1" in found else {"lokr_w1_a": "a r", "lokr_w1_b": "r c"}
+    letters = {"lokr_w1": "a c"} if "lokr_w1" in found else {"lokr_w1_a": "a r", "lokr_w1_b": "r c"}
     if "lokr_w2" in found:
-        return shapes | {"lokr_w2": " ".join("bdklm"[: max(2, min(5, len(module.shape("lokr_w2"))))])}
+        return letters | {"lokr_w2": " ".join("bdklm"[: max(2, min(5, len(module.shape("lokr_w2"))))])}
     if "lokr_t2" in found:
-        return shapes | {"lokr_w2_a": "r b", "lokr_w2_b": "r d", "lokr_t2": "r r k l"}
-    return shapes | {"lokr_w2_a": "b r", "lokr_w2_b": "r d"}
+        return letters | {"lokr_w2_a": "r b", "lokr_w2_b": "r d", "lokr_t2": "r r k l"}
+    return letters | {"lokr_w2_a": "b r", "lokr_w2_b": "r d"}

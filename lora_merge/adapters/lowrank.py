@@ -197,11 +197,11 @@ class LowRank(Patch):
         return self.left.nbytes + self.right.nbytes + stored * 2 * FLOAT
 
     def bind(self, read: Read, weight: TensorSpec) -> BoundLowRank:
-        scale = self.scale if self.alpha is None else self.scale * _number(read, self.alpha)
+        scale = self.scale if self.alpha is None else self.scale * stored_number(read, self.alpha)
         return BoundLowRank(self.left.stack(read), self.right.stack(read), scale, self.first, self.fold)
 
 
-def _number(read: Read, name: str) -> float:
+def stored_number(read: Read, name: str) -> float:
     """A stored number by which an update is scaled. Raises AdapterError where it is none that can."""
     value = float(read(name).double().reshape(()))
     if not abs(value) <= STRONGEST:

@@ -212,7 +212,7 @@ X = "lora_unet_x"
         ({f"{X}.alpha": torch.ones(2)}, AdapterError, "not one number"),
         ({f"{X}.alpha": torch.ones((), dtype=torch.int64)}, AdapterError, "not a float"),
         ({f"{X}.lora_mid.weight": torch.ones(3, 4, 3)}, AdapterError, "no core"),
-        ({f"{X}.diff": torch.ones(3, 4)}, AdapterError, "of no form that is read .LyCORIS"),
+        ({f"{X}.oft_blocks": torch.ones(3, 4)}, AdapterError, "of no form that is read .LyCORIS"),
         ({f"{X}.other": torch.ones(3, 4)}, AdapterError, "of no form that is read"),
     ],
 )
