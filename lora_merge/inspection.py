@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from lora_merge.abilities import FORMATS, PLAIN
 from lora_merge.adapters import dialects
 from lora_merge.checkpoint.opening import Checkpoint, open_adapter, open_base
+from lora_merge.checkpoint.pipelines import components, is_pipeline
 from lora_merge.formats import KNOWN_METHODS, METHODS, Format, StoredWeight, unread
 from lora_merge.formats.chatglm import is_chatglm
 from lora_merge.planning.base_formats import declared
@@ -38,7 +40,9 @@ SHOWN = {
 
 
 def inspect_path(path: Path) -> Inspection:
-    """Open `path` as what it is. Raises InputError where it is neither a checkpoint nor an adapter."""
+    """Open `path` as what it is. Raises InputError where it is no checkpoint, adapter or pipeline."""
+    if is_pipeline(path) and not _is_adapter(path):
+        return _pipeline(path)
     with (open_adapter if _is_adapter(path) else open_base)(path) as opened:
         named = dialects.of(opened.config if _is_adapter(path) else None, opened.tensors)
         role = "adapter" if named or _is_adapter(path) or any(map(FACTOR.search, opened.tensors)) else "checkpoint"
@@ -63,6 +67,26 @@ def inspect_path(path: Path) -> Inspection:
             notes=notes,
             formats=formats,
         )
+
+
+def _pipeline(path: Path) -> Inspection:
+    """The components that have weights, names of tensors and files with the component before them."""
+    found = {name: inspect_path(path / name) for name in components(path)}
+    dtypes: Counter[str] = Counter()
+    for one in found.values():
+        dtypes.update(one.dtypes)
+    return Inspection(
+        path=str(path),
+        role="pipeline",
+        kind=", ".join(found) or "no component with weights",
+        dtypes=dict(dtypes.most_common()),
+        nbytes=sum(dtypes.values()),
+        tensors=tuple(replace(t, name=f"{name}/{t.name}") for name, one in found.items() for t in one.tensors),
+        files=tuple(f"{name}/{file}" for name, one in found.items() for file in one.files),
+        config={name: f"{one.kind}, {len(one.tensors)} tensors" for name, one in found.items()},
+        notes=tuple(f"{name}: {note}" for name, one in found.items() for note in one.notes),
+        formats=tuple(one_format for one in found.values() for one_format in one.formats),
+    )
 
 
 def _adapter_kind(adapter: Checkpoint) -> str:

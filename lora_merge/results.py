@@ -308,7 +308,9 @@ class InspectedFormat:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What a folder of weights holds. role: `checkpoint` or `adapter`; kind: format or adapter kind; sizes in bytes.
+    """What a folder of weights holds. role: `checkpoint`, `adapter` or `pipeline`; kind: format, adapter kind or
+    the names of components; sizes in bytes.
+
     formats: those of codes, of a checkpoint that is read."""
 
     path: str

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import diffusion_cases as cases
+import dying
 import pytest
 import torch
 from diffusion_cases import Tensors
@@ -128,11 +130,36 @@ def test_what_cannot_be_done_is_refused(base: Path, tmp_path: Path) -> None:
         lora_merge.merge(base, [], tmp_path / "out")
     with pytest.raises(UnsupportedError, match="written plain"):
         lora_merge.merge(base, file, tmp_path / "out", bits=4)
-    with pytest.raises(InputError, match=r"is a pipeline.*name a component's folder"):
-        lora_merge.inspect(base)
     (base / "linked").symlink_to(base / "vae")
     with pytest.raises(InputError, match="link to a folder"):
         lora_merge.plan(base, file, allow_unused="^lora_te3_")
+
+
+def test_inspect_lists_the_components(base: Path) -> None:
+    found = lora_merge.inspect(base)
+    assert (found.role, found.kind) == ("pipeline", "unet, text_encoder, text_encoder_2, vae")
+    assert found.config["vae"] == "plain, 1 tensors" and "vae/decoder.weight" in {one.name for one in found.tensors}
+    parts = [lora_merge.inspect(base / name) for name in FILES]
+    assert found.nbytes == sum(part.nbytes for part in parts)
+    assert [one.name.partition("/")[2] for one in found.tensors] == [one.name for part in parts for one in part.tensors]
+    assert set(found.files) == {f"{name}/{file}" for name, file in FILES.items()}
+
+
+@pytest.mark.parametrize(
+    ("moment", "at"), [("fsync", 1), ("fsync", 6), ("fsync", 12), ("fsync", 18), ("_copy", 2), ("_publish", 1)]
+)
+def test_a_killed_run_leaves_nothing_at_out_and_goes_on(base: Path, tmp_path: Path, moment: str, at: int) -> None:
+    adapter(base, tmp_path / "a.safetensors", ALL)
+    run = dying.killed(base, tmp_path / "a.safetensors", tmp_path / "out", moment, at)
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    assert not (tmp_path / "out").exists()
+    lora_merge.merge(base, tmp_path / "a.safetensors", tmp_path / "out", resume=True)
+    lora_merge.merge(base, tmp_path / "a.safetensors", tmp_path / "whole")
+    resumed, whole = everything(tmp_path / "out"), everything(tmp_path / "whole")
+    records = {name for name in whole if name.endswith("lora_merge.json")}
+    assert resumed.keys() == whole.keys() and len(records) == 3
+    assert all(resumed[name] == whole[name] for name in whole.keys() - records)
+    lora_merge.verify(tmp_path / "out", base=base, adapters=[tmp_path / "a.safetensors"])
 
 
 def test_nothing_is_replaced_and_a_broken_run_goes_on(

@@ -38,6 +38,30 @@ def _shapes(kind: str, out: int, inp: int) -> Shapes:
         "BOFT": {"boft_R": (1, inp // 8, 8, 8), "boft_s": (out, 1)},
         "ROAD": {"road_theta": (out,), "road_alpha": (out,)},
         "HIRA": {"hira_A": (r, inp), "hira_B": (out, r)},
+        "PVERA": {"pvera_lambda_b": (out,), "pvera_lambda_d": (2 * r,)},
+        "BEFT": {"beft_bias": (1, out)},
+        "DEFT": {"deft_P": (out, r), "deft_R": (r, inp)},
+        "PEANUT": {
+            "peanut_A.weight": (r, out),
+            "peanut_B.weight": (out, r),
+            "peanut_encoders.0.weight": (r, r),
+            "peanut_decoders.0.weight": (r, r),
+        },
+        "PSOFT": {"psoft_R.weight": (r * (r - 1) // 2,), "psoft_R.vector_a": (r,), "psoft_R.vector_b": (r,)},
+        "FROD": {"frod_lambda_l": (inp,), "frod_lambda_s_values": (r,)},
+        "TINYLORA": {"tinylora_A": (r, inp), "tinylora_B": (out, r), "tinylora_P": (3, r, r)},
+        "UNILORA": {
+            "unilora_scales_A": (r, inp),
+            "unilora_scales_B": (out, r),
+            "unilora_indices_A": (r, inp),
+            "unilora_indices_B": (out, r),
+        },
+        "SUPERTUNING": {
+            "supertuning_values": (r,),
+            "supertuning_indices": (r,),
+            "supertuning_lora_A.weight": (r, inp),
+            "supertuning_lora_B.weight": (out, r),
+        },
         "GLORA": {"glora_A.Xd": (out, r), "glora_A.Xu": (r, inp), "glora_B.X": (1,), "glora_C.zeros": (inp, 1)},
     }  # fmt: skip
     return shapes[kind]
@@ -73,8 +97,35 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "BOFT": {"boft_block_size": 8},
     "ROAD": {"variant": "road_2", "group_size": 16},
     "HIRA": {"r": 4, "rank_pattern": {"q_proj": 4}},
+    "PVERA": {"r": 4, "save_projection": False, "projection_prng_key": 7},
+    "BEFT": {"bias": "none"},
+    "DEFT": {"alpha": 2, "para": False, "decomposition_method": "qr"},
+    "PEANUT": {"depth": 1, "act_fn": "tanh", "scaling": 0.5},
+    "PSOFT": {
+        "r": 4,
+        "psoft_alpha": 8,
+        "ab_svd_init": "pissa_init",
+        "psoft_svd": "lowrank",
+        "psoft_svd_lowrank_niter": 2,
+        "random_seed": 3,
+        "psoft_orth": True,
+        "use_cayley_neumann": True,
+        "num_cayley_neumann_terms": 5,
+        "cayley_neumann_eps": 0.5,
+    },
+    "FROD": {"save_projection": True},
+    "TINYLORA": {"weight_tying": 1.0, "projection_seed": 42},
+    "UNILORA": {"save_indices": True},
+    "SUPERTUNING": {"r": 4, "lora_alpha": 2},
     "GLORA": {"r": 4, "config_A_B": "lora"},
 }
+
+
+SHARED: dict[str, Shapes] = {
+    "TINYLORA": {"base_model.tinylora_v.0": (3,)},
+    "UNILORA": {"base_model.unilora_theta_d": (90,)},
+}
+"""What all modules share."""
 
 
 def write(folder: Path, kind: str, weights: Mapping[str, tuple[int, int]], size: float = 0.2) -> Path:
@@ -85,8 +136,14 @@ def write(folder: Path, kind: str, weights: Mapping[str, tuple[int, int]], size:
         for name, sides in weights.items()
         for suffix, shape in _shapes(kind, *sides).items()
     }
-    for key in [key for key in tensors if key.endswith("indices")]:
+    for key in [key for key in tensors if "indices" in key]:
         tensors[key] = tensors[key].div(size).abs().mul(9).int()
+    tensors |= {key: torch.randn(shape, generator=generator) * size for key, shape in SHARED.get(kind, {}).items()}
+    if kind == "FROD":
+        for name, (_, inp) in weights.items():
+            category = "_".join(name.removesuffix(".weight").split(".")[-2:])
+            tensors[f"base_model.frod_V.{category}"] = torch.randn(inp, inp, generator=generator)
+            tensors[f"base_model.frod_s_indices.{category}"] = torch.tensor([[0, 1, 2, 3], [4, 5, 6, 7]])
     if kind == "VBLORA":
         tensors["base_model.vblora_vector_bank"] = torch.randn(6, 8, generator=generator) * size
     folder.mkdir(parents=True)

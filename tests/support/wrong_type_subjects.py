@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import additive_adapters
+import diffusion_cases
 import malformed_quantized
 import quantized_bases
 import torch
 import zoo
 from malformed_merges import ROTATED, adapter
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 BASE, ADAPTER = "base", "adapter"
 
@@ -155,15 +157,38 @@ def _experts(home: Path) -> Subject:
     )  # fmt: skip
 
 
+def _mlx(home: Path) -> Subject:
+    """As mlx-lm writes it."""
+    folder = home / "mlx"
+    zoo.save(zoo.build("llama"), folder / BASE)
+    (folder / ADAPTER).mkdir()
+    a, b = _factors().values()
+    factors = {f"{Q}.lora_a": a.T.contiguous(), f"{Q}.lora_b": b.T.contiguous()}
+    save_file(factors, folder / ADAPTER / "adapters.safetensors")
+    body = {"fine_tune_type": "lora", "lora_parameters": {"rank": 4, "scale": 2.0, "dropout": 0.0}, "num_layers": 2}
+    (folder / ADAPTER / "adapter_config.json").write_text(json.dumps(body))
+    return Subject("mlx", folder, {})
+
+
+def _kohya(home: Path) -> Subject:
+    """A UNet and a file without a config, whose header has none either."""
+    folder = home / "kohya"
+    base = diffusion_cases.write_unet(folder / BASE)
+    file, _ = diffusion_cases.lora(base, diffusion_cases.kohya("lora_unet_"))
+    (folder / ADAPTER).mkdir()
+    save_file(file, folder / ADAPTER / "pytorch_lora_weights.safetensors")
+    return Subject("kohya", folder, {})
+
+
 def additive(home: Path, name: str) -> Subject:
     """Another kind than LoRA, on two matrices."""
     folder = home / name
-    zoo.save(zoo.build("llama"), folder / BASE)
+    zoo.save(zoo.build("llama_bias" if name == "BEFT" else "llama"), folder / BASE)
     additive_adapters.write(folder / ADAPTER, name, {f"{Q}.weight": (32, 32), f"{GATE}.weight": (48, 32)}, 0.05)
     return Subject(name, folder, {})
 
 
-ADAPTERS = (_dora, _pissa, _kasa, _blocks, _repeated, _saved, _tokens, _tokens_alone, _experts)
+ADAPTERS = (_dora, _pissa, _kasa, _blocks, _repeated, _saved, _tokens, _tokens_alone, _experts, _mlx, _kohya)
 
 
 def names() -> list[str]:
