@@ -14,9 +14,13 @@ from lora_merge.adapters.base import Options
 from lora_merge.adapters.deltas import Product, Sparse
 from lora_merge.spec import Location
 
-OTHERS = ("beft", "osf", "loha_core", "lokr_conv1d", "adalora_conv1d")
+LOOKING = ("osf", "deft", "deft_removal", "peanut", "psoft", "frod")
+"""What they add depends on the weight, so that a piece of it does not tell."""
+OTHERS = ("beft", "deft_conv1d", *LOOKING, "loha_core", "lokr_conv1d", "adalora_conv1d")
 LINEARS = [name for name in EXAMPLES if name not in OTHERS]
-SIDES_FROM_WEIGHT = ("fourierft", "waveft", "waveft_plain", "shira", "randlora", "randlora_wide")
+PLACES = ("shira", "supertuning", "supra")
+"""Single numbers of a weight as it is stored: there is no other way round."""
+SIDES_FROM_WEIGHT = ("fourierft", "waveft", "waveft_plain", "randlora", "randlora_wide", *PLACES)
 
 
 def merged(example: Example, weight: torch.Tensor, location: Location, block: int = 7) -> torch.Tensor:
@@ -31,7 +35,7 @@ def delta(example: Example) -> torch.Tensor:
     return merged(example, torch.zeros(example.weight), Location("w"))
 
 
-@pytest.mark.parametrize("name", [name for name in LINEARS if name != "shira"])
+@pytest.mark.parametrize("name", [name for name in LINEARS if name not in PLACES])
 def test_a_weight_stored_the_other_way_round_gets_the_transpose(name: str) -> None:
     example = EXAMPLES[name]
     turned = replace(example, config={**example.config, "fan_in_fan_out": True})
@@ -48,7 +52,7 @@ def test_a_piece_of_a_weight_gets_its_rows(name: str) -> None:
     torch.testing.assert_close(found, delta(example)[-13:], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", [*(name for name in LINEARS), "osf"])
+@pytest.mark.parametrize("name", [*LINEARS, *LOOKING])
 def test_a_weight_within_a_larger_tensor_changes_alone(name: str) -> None:
     example = EXAMPLES[name]
     rows, columns = example.weight
