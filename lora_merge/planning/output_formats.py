@@ -31,7 +31,7 @@ from lora_merge.planning.agreement import (
 from lora_merge.planning.base_formats import Method, common, declared, removal, removed_files, unreadable
 from lora_merge.planning.loaders import plain_experts, still_plain, unopened_experts
 from lora_merge.planning.plain_formats import check_sixteen_bits, plain_format, scale_dtype
-from lora_merge.planning.remarks import on_loaders
+from lora_merge.planning.remarks import caveats_of, on_loaders
 from lora_merge.request import Recipe
 from lora_merge.results import StaysPlain
 from lora_merge.spec import TensorSpec
@@ -134,10 +134,11 @@ def _own(
 ) -> OutputFormats:
     """Every weight in the format that it has; those that `--keep` names become plain, which config.json then says."""
     own = {name: stored.format for name, stored in present.items() if not _matches(keep, name)}
+    caveats = caveats_of({name: stored for name, stored in present.items() if name in own})
     if len(own) == len(present):
         formats = {**plain, **own}
         left = staying_plain(formats, weights, _plain_before(weights, present)) if present else ()
-        return OutputFormats(formats, plain=left)
+        return OutputFormats(formats, notes=caveats, plain=left)
     if len({type(stored.format) for stored in present.values()}) > 1:
         raise UnsupportedError("--keep on a base in several formats; choose one with --format")
     format = next(iter(present.values())).format
@@ -153,7 +154,8 @@ def _own(
     in_config = _in_config(method, changes, config)
     reasons = _plain_before(weights, present) | dict.fromkeys(before, KEPT) | more
     left = staying_plain(formats, weights, reasons)
-    return OutputFormats(formats, in_config, tuple(told(more)), _json_file(method, changes), fit.paths, left)
+    notes = (*told(more), *caveats)
+    return OutputFormats(formats, in_config, notes, _json_file(method, changes), fit.paths, left)
 
 
 def _plain_before(weights: Iterable[str], present: Collection[str]) -> dict[str, str]:

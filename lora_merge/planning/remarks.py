@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from lora_merge.errors import UnsupportedError, listed
-from lora_merge.formats import CodedFormat
+from lora_merge.formats import CodedFormat, Format, StoredWeight
 from lora_merge.models.families import model_type
 from lora_merge.models.skeleton import Skeleton
 from lora_merge.planning.base_formats import Method
@@ -43,6 +43,19 @@ def on_loaders(
     if caveat := format.caveat(written):
         notes.append(caveat)
     return notes
+
+
+def caveats_of(kept: Mapping[str, StoredWeight]) -> tuple[str, ...]:
+    """What is to be said of weights, by name, that keep the format in which they are stored."""
+    kinds: dict[type[Format], dict[str, StoredWeight]] = {}
+    for name, stored in kept.items():
+        kinds.setdefault(type(stored.format), {})[name] = stored
+    found = []
+    for weights in kinds.values():
+        format = next(iter(weights.values())).format
+        specs = {name.removesuffix(format.weight_suffix): stored.weight for name, stored in weights.items()}
+        found.append(format.caveat(specs))
+    return tuple(dict.fromkeys(caveat for caveat in found if caveat))
 
 
 def _unopened(method: Method, missing: Collection[str]) -> str:

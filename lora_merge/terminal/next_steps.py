@@ -14,8 +14,11 @@ SERVED = {None: (), "compressed-tensors": (4, 8), "gptq": (4, 8), "awq": (4,), "
 """By quant_method: widths that vLLM serves, none where there is no width to choose."""
 QUANTO = "quanto_qmap.json"
 """What says of an output that it is optimum-quanto's: config.json does not."""
-TRANSFORMERS = (None, "bitsandbytes", "torchao")
-"""Other methods that transformers opens by itself."""
+TRANSFORMERS = {
+    None: "", "bitsandbytes": "", "torchao": "", "hqq": " of transformers 4.57 and the package hqq",
+    "eetq": " on a GPU and the package kernels",
+}  # fmt: skip
+"""Other methods that transformers opens, and what else that takes."""
 
 
 def next_steps(out: Path) -> str:
@@ -35,7 +38,8 @@ def next_steps(out: Path) -> str:
     if causal and method in SERVED and (not SERVED[method] or widths <= set(SERVED[method])):
         steps.append(f"serve it with `vllm serve {folder}`")
     elif causal and method in TRANSFORMERS and "auto_map" not in config:
-        steps.append(f"load it with `AutoModelForCausalLM.from_pretrained({printable(repr(str(out)))})`")
+        call = f"AutoModelForCausalLM.from_pretrained({printable(repr(str(out)))})"
+        steps.append(f"load it with `{call}`{TRANSFORMERS[method]}")
     return ", ".join(steps)
 
 

@@ -18,7 +18,7 @@ import lora_merge
 from lora_merge.checkpoint.opening import open_base
 from lora_merge.errors import InputError, UnsupportedError
 from lora_merge.formats.hqq import meta
-from lora_merge.formats.hqq.format import HQQ
+from lora_merge.formats.hqq.format import HQQ, LOADERS
 from lora_merge.formats.hqq.method import HQQMethod
 from lora_merge.planning.draft import Draft
 from lora_merge.spec import TensorSpec
@@ -173,6 +173,12 @@ def test_what_is_asked_for_is_written_with_a_loud_note(tmp_path: Path) -> None:
     assert config["quant_config"]["weight_quant_params"]["nbits"] == 4
     assert config["skip_modules"] == ["lm_head"]
     assert lora_merge.inspect(tmp_path / "out").kind.startswith("hqq int4 64")
+
+
+@pytest.mark.parametrize("keep", [[], ["down_proj"]])
+def test_what_is_kept_has_the_same_note(tmp_path: Path, keep: list[str]) -> None:
+    plan = lora_merge.plan(FIXTURES / "hqq_b4_axis1", [], keep=keep)
+    assert [note for note in plan.notes if "transformers 5 does NOT" in note] == [LOADERS]
 
 
 def test_layers_that_stay_plain_are_named_and_no_part_of_others(tmp_path: Path) -> None:

@@ -272,6 +272,10 @@ def test_the_report_says_who_opens_it(tmp_path: Path) -> None:
     result = lora_merge.merge(library.plain(tmp_path / "base", "F16"), [], tmp_path / "out", format="quanto", bits=8)
     assert any("optimum-quanto alone opens this output" in note for note in result.notes)
     assert "QuantizedModelForCausalLM" in next_steps(tmp_path / "out")
+    kept = lora_merge.plan(tmp_path / "out", [])
+    assert [note for note in kept.notes if "optimum-quanto alone" in note] == [
+        note for note in result.notes if "optimum-quanto alone" in note
+    ]
 
 
 def test_what_cannot_be_stored_is_refused() -> None:
