@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from malformed_merges import BF16, CT4, ROTATED, adapter
+from malformed_merges import BF16, CT4, ONLY_READ, ROTATED, adapter
 from malformed_quantized import FOLDERS, GONE, KINDS, Case, good, sample
 from watched import anonymous_memory, recorded
 
@@ -39,6 +39,8 @@ WHERE = (
 
 def merged(base: Path, adapters: Path, out: Path, folder: str, mode: str) -> None:
     wanted, words = MODES[mode]
+    if folder == ONLY_READ and not words:  # cannot stay as it is
+        words = CT4
     same: dict[str, Any] = {"adapter_base": "same"} if wanted and folder == ROTATED else {}
     lora_merge.merge(
         base, [adapters] if wanted else [], out, threads=1, max_memory="2GB", min_survival=0, **words, **same

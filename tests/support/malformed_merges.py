@@ -13,9 +13,10 @@ BF16: dict[str, Any] = {"bits": 16, "dtype": "bfloat16"}
 CT4: dict[str, Any] = {"format": "compressed-tensors", "bits": 4}
 ROTATED = "awq_gemm_g32"
 EXPERTS = "mxfp4_gptoss"
+ONLY_READ = "aqlm_2x8"
 SIZES = {
     "fp8_block128": (128, 128), "ct_FP8_BLOCK": (128, 128), "autoround_w4g32": (128, 128), "quanto/qint4": (160, 160),
-    "eetq_sm80": (128, 128),
+    "quanto/qint8": (160, 160), "eetq_sm80": (128, 128),
 }  # fmt: skip
 
 

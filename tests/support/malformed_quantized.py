@@ -28,7 +28,7 @@ FOLDERS = (
     "gptq_8b_gm1_sym_v1", "awq_gemm_g32", "autoround_w4g32", "fp8_block128", "modelopt/fp8", "modelopt/fp8_block",
     "modelopt/fp8_channel", "modelopt/mxfp8", "modelopt/nvfp4", "modelopt/nvfp4_w4a8", "mxfp4_gptoss", "hqq_b3_axis1",
     "hqq_b4_axis1", "hqq_b8_axis1",
-    "torchao/int8", "torchao/fp8", "quanto/qint4", "eetq_sm80",
+    "torchao/int8", "torchao/fp8", "quanto/qint4", "quanto/qint8", "eetq_sm80", "aqlm_2x8",
 )  # fmt: skip
 OWN_FILES = ("quantize_config.json", "quantization_config.json", "hf_quant_config.json", "quanto_qmap.json")
 SECTIONS = ("quantization_config", "quantization_bit", "quantization_embeddings")
@@ -132,6 +132,7 @@ VALUES: tuple[Any, ...] = (
 )  # fmt: skip
 METHODS = (
     "gptq", "awq", "fp8", "bitsandbytes", "compressed-tensors", "modelopt", "mxfp4", "auto-round", "fbgemm_fp8", "hqq",
+    "torchao", "quanto", "eetq", "aqlm",
 )  # fmt: skip
 SKIPPED = ("meta", "producer", "version", "autoround_version")
 
