@@ -207,6 +207,38 @@ def test_stacks_of_experts_take_an_adapter(tmp_path: Path) -> None:
     assert len(same) == 2 and all(torch.equal(after[key], old[key]) for key in same)
 
 
+def test_experts_and_attention_are_merged_in_the_form_they_have(tmp_path: Path) -> None:
+    """Stacks in fp8 and int8, a linear in int8 with zero points: each merged value is within half a step of its own
+    new scale (of its binade, in fp8) of what was wanted."""
+    stem, made = f"{LAYER}.mlp.experts", torch.Generator().manual_seed(3)
+    more: dict[str, Any] = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+    more["peft_version"] = "0.21.2"  # older ones saw a square stack the other way round
+    shapes = {f"{stem}.base_layer": (32, 32), stem: (32, 16)}  # as PEFT wraps: the second parameter outside the first
+    for name, (rows, columns) in shapes.items():
+        more[f"base_model.model.{name}.lora_A.weight"] = torch.randn(6, columns, generator=made)
+        more[f"base_model.model.{name}.lora_B.weight"] = torch.randn(rows, 6, generator=made) * 0.01
+    adapter = lora(tmp_path / "lora", {MODULE: (32, 32)}, **more)
+    after, _ = merged(FIXTURES / "experts", adapter, tmp_path / "out", rounding="nearest")
+    plain, _ = merged(tmp_path / "out", [], tmp_path / "plain", format="plain", dtype="float32")
+    before, lora_tensors = (
+        load_file(FIXTURES / "experts" / "expected.safetensors"),
+        load_file(adapter / "adapter_model.safetensors"),
+    )
+    a, b = (lora_tensors[f"base_model.model.{MODULE}.lora_{side}.weight"] for side in "AB")
+    wanted = {f"{MODULE}.weight": before[f"{MODULE}.weight"].float() + b @ a}
+    for path, name in ((f"{stem}.base_layer", f"{stem}.gate_up_proj"), (stem, f"{stem}.down_proj")):
+        a, b = (lora_tensors[f"base_model.model.{path}.lora_{side}.weight"] for side in "AB")
+        delta = torch.einsum("oer,eri->eoi", b.view(-1, 2, 3).permute(0, 2, 1), a.view(3, 2, -1))
+        assert delta.norm() > 0.1 * before[name].float().norm()
+        wanted[name] = before[name].float() + delta
+    for name, expected in wanted.items():
+        module, _, parameter = name.rpartition(".")
+        codes, step = (after[f"{module}._{parameter}_{part}"] for part in ("qdata", "scale"))
+        assert codes.dtype == (torch.float8_e4m3fn if parameter == "gate_up_proj" else torch.int8)
+        half = step / 2 if codes.dtype == torch.int8 else (expected.abs() * 2.0**-4).maximum(step * 2.0**-10)
+        assert ((plain[name].float() - expected).abs() <= half * 1.001 + expected.abs() * 2.0**-8).all(), name
+
+
 @pytest.mark.parametrize("prefix", ["language_model.model.", ""])
 def test_names_of_the_class_describe_tensors_of_the_file(tmp_path: Path, prefix: str) -> None:
     """transformers says `model.language_model` where files of LLaVA say `language_model.model`, and `model.` where a
