@@ -6,9 +6,9 @@ again by its loader.
 A line for each family and format: `ok` with the relative distance of the logits from those of the plain model of the
 same decoded weights; or which keys were missing, unexpected or of another shape; or how far off the numbers are. `keys`
 stands for a loader that needs a GPU to compute: its modules are built, filled and compared with the plain weights.
-`plain` is compared with what PEFT merges. `--formats hqq` is opened by transformers 4.57 with hqq, in the interpreter
-that HQQ_PYTHON names. `--json` adds what was found to a file, of which `loader_table.py` makes
-docs/loaders.md.
+`plain` is compared with what PEFT merges. `hqq` is opened by transformers 4.57 with hqq, in the interpreter that
+HQQ_PYTHON names; `quanto` by optimum-quanto. No loader opens `eetq` without a GPU: each weight is decoded from the
+steps of the library's source. `--json` adds what was found to a file, of which `loader_table.py` makes docs/loaders.md.
 """
 
 from __future__ import annotations
@@ -35,19 +35,23 @@ os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # its pool of threads refus
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "oracles"))
 
+import eetq_oracle
+import loader_table
 import merged_by_peft
 import opened
 import opened_by_gptqmodel
 import opened_by_hqq
 import opened_by_library
+import opened_by_quanto
 import tiny_families
 import torch
+from safetensors.torch import load_file
 
 import lora_merge
 from lora_merge.errors import LoraMergeError
 
 SECONDS = 240
-PLAIN, HQQ = "plain", "hqq"
+PLAIN, HQQ, QUANTO, EETQ = "plain", "hqq", "quanto", "eetq"
 UNBUILT = "-"
 """Stands where formats do for a family that could not be built."""
 DEPLOYED = """
@@ -59,7 +63,7 @@ DEPLOYED = """
     mt5 bart mbart pegasus m2m_100 roberta idefics3 paligemma internvl smolvlm mistral3
 """
 """What is deployed most."""
-COLUMNS = (PLAIN, "int4", "nf4", "gptq", "awq", "fp8", "nvfp4", "torchao")
+COLUMNS = (PLAIN, "int4", "nf4", "gptq", "awq", "fp8", "nvfp4", "torchao", "hqq", "quanto", "eetq")
 """What the table of docs/loaders.md has."""
 
 
@@ -151,8 +155,13 @@ class Family:
         out, plain = self.home / "out", self.home / "plain"
         if format == HQQ:
             lora_merge.merge(out, [], plain, format="plain", dtype="float32")
-            seen = opened_by_hqq.asked(out, plain)
-            return opened.Found(seen["keys"], max(seen["far"], seen["logits"]), 1e-4, "transformers 4", seen["layers"])
+            seen = opened_by_hqq.asked(out, plain, self.name)
+            how = "transformers 4" + (" unrun" if seen["logits"] is None else "")
+            return opened.Found(seen["keys"], max(seen["far"], seen["logits"] or 0.0), 1e-4, how, seen["layers"])
+        if format == QUANTO:
+            return opened_by_quanto.compare(out, plain, self.name)
+        if format == EETQ:
+            return _eetq(out, plain)
         found, first = None, ""
         try:
             found = opened.compare(base, out, plain, self.kind, self.name, format)
@@ -174,6 +183,20 @@ class Family:
         if found and (other := opened_by_library.compare_words(out, plain)).right:
             return other
         raise ValueError(f"{why}; transformers: {found or first}"[:400])
+
+
+def _eetq(out: Path, plain: Path) -> opened.Found:
+    """Every weight of an output that no loader opens without a GPU, decoded from the steps of the library's source."""
+    lora_merge.merge(out, [], plain, format="plain", dtype="float32")
+    stored, wanted = (
+        {key: value for file in folder.glob("*.safetensors") for key, value in load_file(file).items()}
+        for folder in (out, plain)
+    )
+    coded, far = [key.removesuffix("_scales") for key in stored if key.endswith(".weight_scales")], 0.0
+    for key in coded:
+        values = eetq_oracle.decoded(stored[key], stored[f"{key}_scales"], "sm80")
+        far = max(far, ((values - wanted[key]).norm() / wanted[key].norm().clamp(min=1e-9)).item())
+    return opened.Found({}, far, 1e-6, loader_table.ORACLE, len(coded))
 
 
 def _keep(file: Path, model_type: str, name: str, cells: dict[str, Cell]) -> None:

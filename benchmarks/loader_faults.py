@@ -7,6 +7,8 @@ What the loader then says is kept beside the cell, as `own`; `loader_table.py` c
 - fp8: transformers quantizes the plain model itself, saves it, and opens what it saved.
 - GPTQ, AWQ: gptqmodel is asked to quantize the plain model, and transformers to build the class from config.json
   alone, with no weights at all. The same is done with Llama, which must go well.
+- HQQ: transformers 4.57 opens the plain model, quantizes it with hqq, saves it, and opens what it saved, in the
+  interpreter that HQQ_PYTHON names.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import Any
 import families
 import opened
 import opened_by_gptqmodel
+import opened_by_hqq
 import torch
 import transformers as tf
 from loader_table import DATA
@@ -38,6 +41,7 @@ GROUP = 32
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("families", nargs="*")
+    parser.add_argument("--formats", help="only cells of these formats")
     parser.add_argument("--quantize", nargs=2, metavar=("FOLDER", "METHOD"), help=argparse.SUPPRESS)
     words = parser.parse_args()
     families.quiet()
@@ -49,7 +53,9 @@ def main() -> None:
         (family, row["class"], format, cell)
         for family, row in rows.items()
         for format, cell in row["cells"].items()
-        if cell["mark"] in ("WRONG", "FAULT") and (not words.families or family in words.families)
+        if cell["mark"] in ("WRONG", "FAULT")
+        and (not words.families or family in words.families)
+        and (not words.formats or format in words.formats.split(","))
     ]
     for format in {format for *_, format, _ in cells}:
         if told := tried(*CONTROL, format):
@@ -67,6 +73,8 @@ def tried(family: str, name: str, format: str) -> str:
     """What the loader says of its own work on this family; empty where all goes well."""
     with tempfile.TemporaryDirectory() as folder:
         base = opened.saved(Path(folder) / "base", family, name)
+        if format == families.HQQ:
+            return opened_by_hqq.own(base, name)
         if format not in METHODS:
             return _written_again(base, Path(folder) / "own", name)
         told = (_asked_to_quantize(base, format), _built_alone(base, Path(folder) / "out", name, format))

@@ -20,13 +20,19 @@ PAGE = Path(__file__).parents[1] / "docs" / "loaders.md"
 TITLE = "## Families\n"
 COLUMNS = {
     "plain": "16 bits", "int4": "int4", "nf4": "NF4", "gptq": "GPTQ", "awq": "AWQ", "fp8": "fp8", "nvfp4": "NVFP4",
-    "torchao": "torchao",
+    "torchao": "torchao", "hqq": "HQQ", "quanto": "quanto", "eetq": "EETQ",
 }  # fmt: skip
 PART = 0.02
 """The share of the language model's matrices above which a file is in codes only in part."""
-LIBRARY = "weights library"
+LIBRARY, ORACLE = "weights library", "weights oracle"
 SERVERS = "vLLM's loader takes them one by one (tests/formats/test_vllm_rules.py)"
+NAMED = (
+    "The class names tensors otherwise than its files, or makes one of several; quanto's loader takes names as they are"
+)
 REASONS = (
+    (r"loader of quanto cannot open.*(experts|router|mlp\.gate)", "refused",
+     f"{NAMED}. Here these are experts, which the class stacks."),
+    (r"loader of quanto cannot open", "refused", f"{NAMED}."),
     (r"has no attribute '(weight|dim|normal_)'|uniform_", "loader",
      "The class sets the weights of its linears as it is made, and gptqmodel's linears have no `weight`; gptqmodel by "
      "itself does not know this family, or not without more libraries."),
@@ -45,6 +51,10 @@ REASONS = (
     (r"one stack of blocks|model's blocks alone", "refused",
      "transformers' loader of GPTQ takes the linears of one stack of blocks for quantized. `--keep` leaves the others "
      "plain."),
+    (r"transformers 4|the plain model|You can update|ValueError: ", "loader",
+     "transformers 4.57 does not open the plain model either, as transformers 5 saves it: the class is not in it yet, "
+     "or names of tensors or keys of config.json are newer. Of a checkpoint that it opens, it opens the output."),
+    (r"EETQ's kernels want both sides", "part", "Matrices with a side that is no multiple of 64."),
     (r"FalconLinear", "refused", "Falcon's linears are of a class of their own, which the loader passes over."),
     (r"in 16 bits: [\w.]*(experts|input_linear|output_linear)", "part",
      "Experts: the loader of this format takes none, or servers know nothing but stacks in 16 bits (gpt-oss)."),
@@ -57,6 +67,8 @@ REASONS = (
     (r"derived from Linear", "part", "Linears of a class of their own, which the loader passes over."),
 )  # fmt: skip
 """A pattern of what was told or noted, the mark, and the reason in the page."""
+DECODED = "decoded"
+"""No loader opens the file on a CPU: such cells are not counted."""
 UNKNOWN = "not explained yet"
 OPEN = "open"
 """A cell whose loader has not been seen failing without us (`loader_faults.py`)."""
@@ -70,10 +82,12 @@ class Table:
     reasons: list[str] = field(default_factory=list)
 
     def mark(self, cell: Mapping[str, Any] | None) -> str:
-        """`yes`, `part`, `library`, `refused`, `loader` or `open`, and the number of its reason."""
+        """`yes`, `part`, `library`, `decoded`, `refused`, `loader` or `open`, and the number of its reason."""
         if cell is None:
             return "-"
         told = " ".join((cell["told"], *cell["notes"]))
+        if cell["mark"] == "ok" and cell["told"].startswith(ORACLE):
+            return DECODED if (cell["share"] or 0) <= PART else f"{DECODED} {self.number(told, 'part')}"
         if cell["told"].startswith(LIBRARY):
             return f"library {self.number(told, 'library')}"
         if cell["mark"] == "ok" and (cell["share"] or 0) <= PART:
@@ -107,7 +121,7 @@ class Table:
     def figures(self) -> tuple[int, int, int, int]:
         """How many cells there are, how many hold, and how many of these in part, and by the library alone."""
         marks = [self.mark(row["cells"].get(column)).split()[0] for row in self.rows.values() for column in COLUMNS]
-        marks = [mark for mark in marks if mark != "-"]
+        marks = [mark for mark in marks if mark not in ("-", DECODED)]
         holding = sum(mark in ("yes", "part", "library") for mark in marks)
         return len(marks), holding, marks.count("part"), marks.count("library")
 
@@ -125,6 +139,8 @@ def section() -> str:
     cells, holding, part, library = table.figures()
     share = f"{100 * holding / cells:.1f} %"
     said = f"{len(table.rows)} families, {cells} cells: {holding} hold ({share}), {part} in part, {library} by library."
+    decoded = sum(line.count(f"| {DECODED}") for line in lines)
+    said = "\n".join(textwrap.wrap(f"{said} {decoded} more, of EETQ, are decoded.", 118))
     reasons = [f"| {number} | {text} |" for number, text in enumerate(table.reasons, 1)]
     head = ["| number | what it says |", "|---:|---|"]
     only = ", ".join(table.only_dequantized())

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import stored_parts as sp
 import torch
+from eetq_oracle import decoded, shuffled
 from optional import present
 from quantized_bases import lora
 from safetensors.torch import load_file, save_file
@@ -19,25 +20,7 @@ from lora_merge.quantization.grids import Grid
 from lora_merge.spec import TensorSpec
 
 FIXTURE = Path(__file__).parents[2] / "fixtures" / "eetq_sm80"
-PLACES = (0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)
 LAYOUTS = ("sm80", "sm70")
-
-
-def shuffled(codes: torch.Tensor, layout: str) -> torch.Tensor:
-    """Codes `[out, in]` one by one to where the library's source puts them; int8 `[in, out]`."""
-    outputs, inputs = codes.shape
-    stored = torch.empty(inputs * outputs, dtype=torch.int16)
-    for row in range(outputs):
-        for column in range(inputs):
-            at = column * outputs + row
-            if layout == "sm80":
-                tile, old = divmod(column, 16)
-                place = 16 * tile + PLACES.index(old)
-                block, inside = divmod(place, 64)
-                at = (row // 2) * 2 * inputs + block * 128 + (row % 2) * 64 + inside
-            word, byte = divmod(at, 4)
-            stored[4 * word + (0, 2, 1, 3)[byte]] = int(codes[row, column]) + 128
-    return stored.to(torch.uint8).view(torch.int8).view(inputs, outputs)
 
 
 def quantized(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,6 +103,7 @@ def test_both_layouts_are_those_of_the_source(layout: str, shape: tuple[int, int
         assert whole == sp.by_tiles(format, weight, sp.decoded(format, data, weight), step, sp.encoding(format))
     codes, scales = quantized(rows)
     assert torch.equal(sp.decoded(format, data, weight), codes.float() * scales.float()[:, None])
+    assert torch.equal(sp.decoded(format, data, weight), decoded(parts["weight"], scales, layout))
 
 
 def test_codes_in_neither_layout_are_refused(tmp_path: Path) -> None:

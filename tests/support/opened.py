@@ -35,6 +35,8 @@ OUTPUTS: dict[str, dict[str, Any]] = {
     "torchao": {"format": "torchao", "bits": 8},
     "torchao-fp8": {"format": "torchao", "bits": 8, "quant_type": "fp8"},
     "hqq": {"format": "hqq", "bits": 4},
+    "quanto": {"format": "quanto", "bits": 4},
+    "eetq": {"format": "eetq", "bits": 8},
 }
 ON_GPU = {"fp8-gpu": "FineGrainedFP8HfQuantizer", "fbgemm": "FbgemmFp8HfQuantizer"}
 """Formats whose loader only computes on a GPU, with the class whose look for one is left out."""
