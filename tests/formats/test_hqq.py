@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import stored_parts as sp
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from optional import present
 from safetensors.torch import load_file, save_file
@@ -258,6 +258,7 @@ def test_plain_weights_of_this_name_are_no_layer() -> None:
     assert HQQ.detect({"W_q": TensorSpec("F16", (4, 4))}, {}, "m", lambda part: b"") is None
 
 
+@settings(deadline=None)
 @given(
     nbits=st.sampled_from(list(meta.PACKINGS)),
     axis=st.sampled_from([0, 1]),

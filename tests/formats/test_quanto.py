@@ -10,7 +10,7 @@ import opened_by_quanto as library
 import pytest
 import stored_parts as sp
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from optional import present
 from quantized_bases import lora
@@ -182,6 +182,7 @@ def test_the_library_opens_what_was_converted(tmp_path: Path, words: dict[str, A
     assert library.apart(tmp_path / "out", tmp_path / "plain") == {}
 
 
+@settings(deadline=None)
 @given(
     bits=st.sampled_from([4, 2]),
     rows=st.integers(2, 9),
