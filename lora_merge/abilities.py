@@ -57,12 +57,14 @@ class Abilities:
     writable: whether a merge writes weights that are in this format already.
     towers: whether servers take towers of images and sounds for quantized where config.json says so.
     experts: widths at which servers load experts one by one, as linears; transformers may not (`Loader.experts`).
+    splits_stacks: whether it does so too where the base stores experts in stacks.
     """
 
     quant_types: Mapping[str, QuantType] = field(default_factory=dict)
     writable: bool = True
     towers: bool = True
     experts: Sequence[int] = ()
+    splits_stacks: bool = True
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -192,7 +194,12 @@ ABILITIES: Mapping[str, Abilities] = {
     "quanto": Abilities({"int": QuantType((2, 4, 8)), "fp8": QuantType((8,))}),
     "eetq": Abilities({"int": QuantType((8,))}),
     "aqlm": Abilities(writable=False),
-    "hqq": Abilities({"int": QuantType((1, 2, 3, 4, 8), (64, 128, 32, 16, 8, 256, 512, 1024), zero_points=True)}),
+    # transformers 4.57 has experts as linears where their files have them so, and in stacks where these do.
+    "hqq": Abilities(
+        {"int": QuantType((1, 2, 3, 4, 8), (64, 128, 32, 16, 8, 256, 512, 1024), zero_points=True)},
+        experts=ANY,
+        splits_stacks=False,
+    ),
 }
 """By the name under which config.json has a format (`quant_method`)."""
 PLAIN = "plain"

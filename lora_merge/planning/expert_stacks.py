@@ -49,6 +49,8 @@ def split_stacks(draft: Draft, recipe: Recipe) -> None:
     pairs = list(_pairs(draft.weights))
     if method is None or not pairs or of_type(model_type(draft.config)).experts_served_stacked:
         return
+    if not method.abilities().splits_stacks:
+        return
     if width(recipe, method, None) not in method.abilities().experts and not _takes_apart(method, draft):
         return
     keep = [re.compile(pattern) for pattern in recipe.keep]

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import opened
 import pytest
 import torch
 from quantized_bases import lora
@@ -82,3 +83,17 @@ def test_fresh_scales_reach_what_the_old_ones_could_not(tmp_path: Path) -> None:
         codes, scale, zero = layer(load_file(out / "model.safetensors"), module)
         far[scales] = float(((codes - zero) * scale - wanted).norm() / wanted.norm())
     assert far["fresh"] < 0.6 * far["keep"], far
+
+
+def test_experts_become_codes_where_the_files_have_them_one_by_one(tmp_path: Path) -> None:
+    """transformers 4.57 has linears there, and stacks where the files have stacks."""
+    coded = {}
+    for family, name in (("mixtral", "MixtralForCausalLM"), ("granitemoe", "GraniteMoeForCausalLM")):
+        base = opened.saved(tmp_path / family, family, name)
+        lora_merge.merge(base, [], tmp_path / f"{family}-hqq", format="hqq", bits=4, verify=True)
+        stored = load_file(tmp_path / f"{family}-hqq" / "model.safetensors")
+        coded[family] = {key for key in stored if key.endswith(".W_q")}
+        stacks = {key for key, value in load_file(base / "model.safetensors").items() if value.ndim == 3}
+        assert bool(stacks) == (family == "granitemoe") and stacks <= stored.keys()
+    assert len([key for key in coded["mixtral"] if ".experts." in key]) == 24
+    assert coded["granitemoe"] and not [key for key in coded["granitemoe"] if "expert" in key or "_linear" in key]

@@ -29,7 +29,7 @@ class HQQMethod(QuantMethod[HQQ]):
 
     name: ClassVar[str] = METHOD
     formats: ClassVar[tuple[type[CodedFormat], ...]] = (HQQ,)
-    loader: ClassVar[Loader | None] = Loader(derived=False)
+    loader: ClassVar[Loader | None] = Loader(derived=False, experts="linears")
 
     @classmethod
     def format_for(cls, options: FormatOptions, weights: Mapping[str, TensorSpec]) -> HQQ:
