@@ -149,3 +149,29 @@ def test_an_enable_lora_that_does_not_fit_is_refused(enabled: object) -> None:
     tensors, _, _ = fused((True, False, True))
     with pytest.raises(AdapterError, match="enable_lora"):
         read_adapter({"enable_lora": enabled, "lora_alpha": 8}, specs(tensors), Options())
+
+
+@pytest.mark.parametrize("enabled", [(True, False, True), (False, True, False), (True, True, True)])
+def test_loralib_itself_merges_to_the_same(enabled: tuple[bool, ...]) -> None:
+    """Its layers merge when they are told to evaluate."""
+    loralib = pytest.importorskip("loralib")
+    torch.manual_seed(3)
+    layers = {
+        "fused": loralib.MergedLinear(20, 30, r=4, lora_alpha=8, enable_lora=list(enabled)),
+        "q": loralib.Linear(20, 30, r=4, lora_alpha=8),
+        "wte": loralib.Embedding(30, 20, r=4, lora_alpha=8),
+    }
+    for path, layer in layers.items():
+        with torch.no_grad():
+            for name, value in layer.named_parameters():
+                if "lora_" in name:
+                    value.normal_()
+        key = f"{path}.weight"
+        state = {f"{path}.{name}": value.detach().clone() for name, value in layer.state_dict().items()}
+        base, factors = {key: state.pop(key)}, {name: value for name, value in state.items() if "lora_" in name}
+        config = {"lora_alpha": 8, "enable_lora": list(enabled)} if path == "fused" else None
+        reading = read_adapter(config, specs(factors), Options(None if config else 8.0))
+        layer.eval()
+        torch.testing.assert_close(
+            merge_reading(reading, factors, base)[key], layer.weight.detach(), rtol=1e-6, atol=1e-6
+        )
