@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -250,14 +249,9 @@ def test_sixty_layers_of_128_experts_are_below_two_megabytes() -> None:
     assert len(page) < 2_000_000 and page.count(b"<rect ") == 60 * 128
 
 
-def test_time_and_size_grow_in_a_straight_line() -> None:
-    taken, sizes = [], []
-    for layers in (15, 60):
-        record = records.record(records.mixture(layers, 64))
-        began = time.process_time()
-        sizes.append(len(report_page(record)))
-        taken.append(time.process_time() - began)
-    assert sizes[1] < 4.5 * sizes[0] and taken[1] < 12 * taken[0]
+def test_the_size_grows_in_a_straight_line() -> None:
+    sizes = [len(report_page(records.record(records.mixture(layers, 64)))) for layers in (15, 60)]
+    assert sizes[1] < 4.5 * sizes[0]
 
 
 def test_a_plain_output_shows_what_changed() -> None:

@@ -275,6 +275,7 @@ _MERGED = (
 ADALORA = {"init_r": 6, "target_r": 3, "lora_alpha": 0.3, "total_step": 10, "init_lora_weights": False}
 VBLORA = {"r": 3, "topk": 2, "num_vectors": 8, "vector_length": 8, "init_vector_bank_bound": 0.4}
 TURNED = {"fan_in_fan_out": True}
+UNILORA = {"r": 4, "theta_d_length": 64, "save_indices": True, "init_theta_d_bound": 0.5}
 _ADDED = (
     # kinds that add to weights
     Case("adalora", "llama", other("ADALORA", LLAMA, **ADALORA)),
@@ -311,8 +312,12 @@ _ADDED = (
     Case("osf_bert", "bert", other("OSF", ["query", "dense"], effective_rank=9)),
     Case("supertuning", "llama", other("SUPERTUNING", LLAMA, sparsity=0.9, init_weights=False)),
     Case("supra_bert", "bert", other("SUPERTUNING", ["query", "dense"], sparsity=0.9, r=3, lora_alpha=6)),
-    Case("unilora", "llama", other("UNILORA", LLAMA, r=4, theta_d_length=64, save_indices=True)),
-    Case("unilora_conv1d", "gpt2", other("UNILORA", GPT2, r=4, theta_d_length=64, save_indices=True, **TURNED)),
+    Case("unilora", "llama", other("UNILORA", LLAMA, **UNILORA)),
+    Case(
+        "unilora_conv1d",
+        "gpt2",
+        other("UNILORA", GPT2, **UNILORA, **TURNED),
+    ),
     Case("tinylora", "llama", other("TINYLORA", LLAMA, r=4, u=8, weight_tying=0.5)),
     Case("tinylora_conv1d", "gpt2", other("TINYLORA", [*GPT2, "wpe"], r=4, u=8, **TURNED)),
     Case("tinylora_tied", "bert", other("TINYLORA", ["query", "dense"], r=4, u=8, weight_tying=1.0)),
@@ -342,7 +347,7 @@ ROUNDED_TWICE = {
     ),
     *("sharded_experts", "two_adapters", "two_experts", "three_conv1d"),
     *("randlora", "randlora_conv1d", "c3a", "c3a_bert", "delora", "delora_bert"),
-    *("supertuning", "supra_bert", "tinylora", "tinylora_conv1d", "tinylora_tied", "psoft", "psoft_lowrank"),
+    *("supertuning", "supra_bert", "psoft", "psoft_lowrank"),
     *("frod", "frod_conv1d", "deft", "deft_conv1d", "peanut", "peanut_bert"),
     *("road", "road_bias", "hira", "hira_conv1d", "hira_convolutions", "glora", "glora_bias", "glora_biases"),
 }

@@ -151,7 +151,7 @@ def keys(subject: Subject) -> list[tuple[str, KeyPath]]:
         base, adapter = subject.path(BASE), subject.path(ADAPTER)
         for words in (*MODES.values(), {"dtype": "float16"}, *({"format": name} | FORMATS[name] for name in FORMATS)):
             try:
-                lora_merge.plan(base, adapter, **words, **subject.words)
+                lora_merge.plan(base, adapter, **{**subject.words, **words})
             except LoraMergeError:
                 if not words:
                     raise  # a subject must be right as it is
@@ -201,7 +201,7 @@ def run(case: Case, home: Path, merging: bool) -> Outcome:
     }
     format = sorted(FORMATS)[zlib.crc32(str(case).encode()) % len(FORMATS)]
     for mode, words in (*MODES.items(), (format, {"format": format} | FORMATS[format])):
-        steps[mode] = partial(lora_merge.plan, base, other, **words, **case.subject.words)
+        steps[mode] = partial(lora_merge.plan, base, other, **{**case.subject.words, **words})
     if merging:
         steps["merge"] = lambda: _merged(case, base, other, home / "out")
     ends = [_step(name, step, str(home)) for name, step in steps.items()]

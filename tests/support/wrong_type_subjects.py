@@ -62,7 +62,8 @@ def quantized(home: Path, name: str) -> Subject:
     folder = home / name.replace("/", "_")
     malformed_quantized.good(name).write(folder / BASE)
     adapter(folder / ADAPTER, name)
-    return Subject(name, folder, {"adapter_base": "same"} if name == ROTATED else {})
+    words: dict[str, dict[str, Any]] = {ROTATED: {"adapter_base": "same"}, "aqlm_2x8": {"bits": 4}}  # that is only read
+    return Subject(name, folder, words.get(name, {}))
 
 
 def plain(home: Path, name: str) -> Subject:
