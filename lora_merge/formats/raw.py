@@ -43,3 +43,15 @@ def unfolded(data: torch.Tensor, cut: ByteRange) -> torch.Tensor:
     mask = (1 << cut.fold.bits) - 1
     pieces = [data[first:last] >> left & mask for first, last, left in cut.fold.pieces(cut.begin, cut.end)]
     return torch.cat(pieces) if pieces else data[:0]
+
+
+def per_row(scale: torch.Tensor, rows: int, tall: int, single: bool) -> torch.Tensor:
+    """Numbers that `tall` rows share, or all (single), repeated for each row: `[rows, groups]`."""
+    if single:
+        return scale.expand(rows, 1)
+    return scale if tall == 1 else scale.repeat_interleave(tall, 0)[:rows]
+
+
+def per_scale(rows: torch.Tensor, tall: int, single: bool) -> torch.Tensor:
+    """Undo `per_row`."""
+    return rows[:1] if single else rows[::tall]

@@ -30,7 +30,7 @@ from lora_merge.formats.compressed_tensors.scales import largest
 from lora_merge.formats.fp8 import scales as scales
 from lora_merge.formats.fp8.config import block_size, model_dtype, quantization
 from lora_merge.formats.plain import LIMITS
-from lora_merge.formats.raw import fill
+from lora_merge.formats.raw import fill, per_row, per_scale
 from lora_merge.spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -241,12 +241,12 @@ class FP8(CodedFormat):
 
     def unpack(self, parts: Mapping[str, torch.Tensor], rows: int, columns: int) -> tuple[torch.Tensor, Grid]:
         groups = -(-columns // self._wide(columns))
-        scale = self._per_row(scales.loaded(parts[self.part], self.scale, groups), rows)
+        scale = per_row(scales.loaded(parts[self.part], self.scale, groups), rows, self._tall, self._single)
         return parts[self.codes_part].view(rows, columns), self._grid(scale, None, columns)
 
     def pack(self, codes: torch.Tensor, grid: Grid, out: Mapping[str, torch.Tensor]) -> None:
         fill(out[self.codes_part], codes)
-        fill(out[self.part], scales.stored(self._per_scale(grid.scale), self.scale))
+        fill(out[self.part], scales.stored(per_scale(grid.scale, self._tall, self._single), self.scale))
 
     def __str__(self) -> str:
         kind = self.codes.removeprefix("F8_").lower()
@@ -273,16 +273,6 @@ class FP8(CodedFormat):
         if block == ROW:
             return (rows, *(1,) * (self.rank - 1))
         return (rows, 1, columns, 1) if self.rank == 4 else (rows, columns)  # 4 as ModelOpt has it
-
-    def _per_row(self, scale: torch.Tensor, rows: int) -> torch.Tensor:
-        """Numbers that several rows share, repeated for each row: `[rows, groups]`."""
-        if self._single:
-            return scale.expand(rows, 1)
-        return scale if self._tall == 1 else scale.repeat_interleave(self._tall, 0)[:rows]
-
-    def _per_scale(self, rows: torch.Tensor) -> torch.Tensor:
-        """Undo `_per_row`."""
-        return rows[:1] if self._single else rows[:: self._tall]
 
     def _grid(self, scale: torch.Tensor, inverse: torch.Tensor | None, columns: int) -> Grid:
         """The grid of scales `[rows, groups]`."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from lora_merge.dtypes import torch_dtype
 from lora_merge.formats.compressed_tensors.scales import extremes, largest
 from lora_merge.formats.plain import LIMITS
-from lora_merge.formats.raw import fill, numbers
+from lora_merge.formats.raw import fill, numbers, per_row, per_scale
 from lora_merge.formats.torchao import scales
 from lora_merge.formats.torchao.layout import FLOAT8, INT8, INTX, TorchAOLayout
 from lora_merge.spec import TensorSpec
@@ -71,8 +71,12 @@ class TorchAO(TorchAOLayout):
 
     def unpack(self, parts: Mapping[str, torch.Tensor], rows: int, columns: int) -> tuple[torch.Tensor, Grid]:
         groups = columns // self._wide(columns)
-        scale = self._per_row(numbers(parts["scale"], self.scale, groups).float(), rows)
-        zero = self._per_row(numbers(parts["zero_point"], "I8", groups).float(), rows) if self.zeros else None
+        scale = per_row(numbers(parts["scale"], self.scale, groups).float(), rows, self._tall, self._single)
+        zero = (
+            per_row(numbers(parts["zero_point"], "I8", groups).float(), rows, self._tall, self._single)
+            if self.zeros
+            else None
+        )
         codes = "U8" if self.kind == FLOAT8 else "I8"
         return numbers(parts["qdata"], codes, columns), self._grid(scale, zero, columns)
 
@@ -80,10 +84,10 @@ class TorchAO(TorchAOLayout):
         import torch
 
         fill(out["qdata"], codes)
-        fill(out["scale"], self._per_scale(grid.scale).to(torch_dtype(self.scale)))
+        fill(out["scale"], per_scale(grid.scale, self._tall, self._single).to(torch_dtype(self.scale)))
         if self.zeros:
             assert grid.zero is not None
-            fill(out["zero_point"], self._per_scale(grid.zero).to(torch.int8))
+            fill(out["zero_point"], per_scale(grid.zero, self._tall, self._single).to(torch.int8))
 
     @property
     def _least(self) -> float:
@@ -93,16 +97,6 @@ class TorchAO(TorchAOLayout):
         if self.kind == INT8:
             return torch.finfo(torch.float32).eps
         return torch.finfo(torch_dtype(self.scale)).smallest_normal
-
-    def _per_row(self, scale: torch.Tensor, rows: int) -> torch.Tensor:
-        """Numbers that several rows share, repeated for each row: `[rows, groups]`."""
-        if self._single:
-            return scale.expand(rows, 1)
-        return scale if self._tall == 1 else scale.repeat_interleave(self._tall, 0)[:rows]
-
-    def _per_scale(self, rows: torch.Tensor) -> torch.Tensor:
-        """Undo `_per_row`."""
-        return rows[:1] if self._single else rows[:: self._tall]
 
     def _grid(self, scale: torch.Tensor, zero: torch.Tensor | None, columns: int) -> Grid:
         """The grid of scales `[rows, groups]`."""
